@@ -1,0 +1,102 @@
+"""FrEIA 0.2 with its rough edges taken off; imported only when a FrEIA flow is built.
+
+FrEIA keeps lambdas inside its blocks (which do not pickle), caches a non-leaf matrix after each
+forward pass of a Householder block (which does not deep-copy), and returns the log-determinant of a
+volume-preserving flow as the number zero. It also draws rotations from numpy's global random state.
+"""
+
+import math
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Clamp:
+    r"""Soft clamp :math:`u \mapsto a \cdot h(b\,u)`, which couplings multiply by their ``clamp``."""
+
+    FUNCTIONS = {"atan": torch.atan, "tanh": torch.tanh}
+
+    def __init__(self, function: str, outer: float = 1.0, inner: float = 1.0):
+        self.function, self.outer, self.inner = function, outer, inner
+
+    def __call__(self, u: Tensor) -> Tensor:
+        if u.dtype in (torch.bfloat16, torch.float16):
+            u = u.float()  # under autocast: the log-determinant is a sum of many of these
+        return self.outer * self.FUNCTIONS[self.function](self.inner * u)
+
+    @classmethod
+    def named(cls, name: str, clamp: float) -> "Clamp":
+        """The clamps of deepinv >= 0.4.1 (``"deepinv"``) and of FrEIA (``"ATAN"``, ``"TANH"``, ``"SIGMOID"``)."""
+        return {
+            "deepinv": lambda: cls("atan", 2 / math.pi, 1 / clamp),
+            "ATAN": lambda: cls("atan", 0.636),
+            "TANH": lambda: cls("tanh"),
+            "SIGMOID": lambda: cls("tanh", 1.0, 0.5),  # 2 (sigmoid(u) - 1/2) = tanh(u / 2)
+        }[name]()
+
+
+class GlobalScale:
+    """Positive scale of ``AllInOneBlock``'s global affine map, for its pre-activation."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def __call__(self, a: Tensor) -> Tensor:
+        if self.kind == "SIGMOID":
+            return 10 * torch.sigmoid(a - 2.0)
+        if self.kind == "SOFTPLUS":
+            return 0.1 * nn.functional.softplus(a, beta=0.5)
+        return torch.exp(a)
+
+
+class AllInOneBlock(Fm.AllInOneBlock):
+    """FrEIA's block; pickles and deep-copies at any time, also after a forward pass."""
+
+    def __init__(self, dims_in, dims_c=(), global_affine_type: str = "SOFTPLUS", **kwargs):
+        # FrEIA draws its rotation from numpy's global state: draw from torch's instead and leave numpy's as it was
+        kept = np.random.get_state()
+        np.random.seed(int(torch.randint(2**31, ())))
+        try:
+            super().__init__(dims_in, list(dims_c), global_affine_type=global_affine_type, **kwargs)
+        finally:
+            np.random.set_state(kept)
+        self.global_scale_activation = GlobalScale(global_affine_type)
+
+    def forward(self, x, c=(), rev=False, jac=True):
+        try:
+            return super().forward(x, c, rev, jac)
+        finally:
+            if self.householder:
+                self.w_perm = self.w_perm_inv = None
+
+
+class Permutation(Fm.InvertibleModule):
+    """Fixed permutation of the entries: output ``i`` is input ``perm[i]``."""
+
+    def __init__(self, dims_in, dims_c=None, perm: Tensor | None = None):
+        super().__init__(dims_in, dims_c)
+        self.register_buffer("perm", perm)
+
+    def forward(self, x, c=(), rev=False, jac=True):
+        perm = torch.argsort(self.perm) if rev else self.perm
+        return (x[0][:, perm],), x[0].new_zeros(x[0].shape[0])
+
+    def output_dims(self, input_dims):
+        return input_dims
+
+
+class SequenceFlow(Ff.SequenceINN):
+    """A ``SequenceINN`` that knows the builder call it came from and always returns ``log_det`` as (N,)."""
+
+    def __init__(self, *dims: int, config: dict):
+        super().__init__(*dims)
+        self.config = config
+
+    def forward(self, x_or_z, c=None, rev=False, jac=True):
+        out, log_det = super().forward(x_or_z, c, rev, jac)
+        if not torch.is_tensor(log_det) or log_det.ndim == 0:
+            log_det = out.new_zeros(out.shape[0]) + log_det
+        return out, log_det

@@ -1,0 +1,409 @@
+"""PatchNR: negative log-likelihood of image patches under a normalizing flow, as a deepinv prior."""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from deepinv.optim import Prior
+from torch import Tensor, nn
+
+from . import checkpoints, patchwise, proximal
+from .flows import as_flow, build_flow, evaluate, glow_flow
+
+PAD_MODES = ("constant", "reflect", "replicate", "circular")
+
+
+class PatchNR(Prior):
+    r"""
+    Patch prior by a normalizing flow; drop-in for :class:`deepinv.optim.PatchNR` that also takes images.
+
+    .. math::
+
+        g(x) = \frac1n \sum_{i=1}^{n} \Big( \tfrac12 \|f(P_i x)\|^2 - \log |\det J_f(P_i x)| \Big)
+
+    with the overlapping patches :math:`P_i x` of the image and a flow :math:`f`. What ``prior(x)`` returns follows the shape of
+    x:
+
+    - an image (B, C, H, W) gives (B,), the mean over its patches (deepinv fails here, or misreads the image
+      as (B, n, p, p) patches: to pass such patches, write them as (B, n, 1, p, p));
+    - patches (B, n, D) or (B, n, C, p, p) give (B, n), so ``deepinv.optim.PatchPrior(PatchNR(...))`` works.
+
+    **Choosing** ``lambda_reg``. g is a mean, of the order of D nats, while deepinv's ``L2(sigma)`` is a sum over the measurements
+    divided by :math:`2\sigma^2`. Summing over patches counts each pixel about :math:`p^2` times, so
+    :math:`-\log p(x) \approx \frac{HW}{p^2} g(x)`: beside ``L2(sigma=noise)`` values from 0.05 to 1 times :math:`HW/p^2` are
+    sensible; beside ``L2()``, whose sigma is 1, multiply them by the variance of the noise. For Langevin sampling
+    (``deepinv.sampling.ULA``) the same factor goes into ``alpha``.
+
+    **Speed.** In a loop of your own, weights collect gradients too unless frozen: call ``prior.requires_grad_(False)`` first.
+    deepinv's optimizers need only ``prior.grad``, which is fast either way.
+
+    :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with D = ``channels * patch_size**2``,
+        or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds :func:`deepinv_flows.glow_flow`.
+    :param str pretrained: path of a checkpoint of any dialect, name of shipped weights (``"gravel"``), deepinv's
+        ``"PatchNR_lodopab_small2"``, or ``None``. A file written by :meth:`save` brings its own architecture.
+    :param int patch_size: side p of a patch, in pixels.
+    :param int channels: channels C of the images.
+    :param int num_layers: coupling blocks of the default flow.
+    :param int sub_net_size: width of its networks.
+    :param str device: device of the flow.
+    :param bool, str pad: pad images by ``patch_size - 1`` on each side, so that border pixels are in as many patches as the
+        others; a padding mode of :func:`torch.nn.functional.pad`, or ``True`` for ``"reflect"``.
+    :param int n_patches: evaluate on this many random patches, drawn anew at each call; -1 for all.
+    :param int stride: step between patches, at most ``patch_size``; the last row and column are always included.
+    :param torch.Generator generator: source of random patches and samples; ``None`` is one of its own, with a fixed seed.
+        torch's global random state is never used.
+    :param int chunk_size: patches evaluated at a time; ``None`` chooses by device.
+    :raises ValueError: for sizes that do not fit together, or a checkpoint that cannot be used.
+
+    Source: Altekrueger et al., "PatchNR: learning from very few images by patch normalizing flow regularization",
+    Inverse Problems 39 (2023), arXiv 2205.12021.
+
+    >>> import torch, deepinv as dinv
+    >>> from deepinv_flows import PatchNR
+    >>> prior = PatchNR(patch_size=6, channels=1, num_layers=2, sub_net_size=32)
+    >>> prior(torch.rand(2, 1, 20, 30)).shape
+    torch.Size([2])
+    >>> prior(torch.rand(2, 10, 36)).shape
+    torch.Size([2, 10])
+    >>> physics = dinv.physics.Denoising()
+    >>> model = dinv.optim.GD(data_fidelity=dinv.optim.L2(), prior=prior, lambda_reg=0.1, stepsize=0.1, max_iter=3)
+    >>> model(torch.rand(1, 1, 20, 30), physics).shape
+    torch.Size([1, 1, 20, 30])
+    """
+
+    def __init__(
+        self,
+        normalizing_flow: nn.Module | None = None,
+        pretrained: str | None = None,
+        patch_size: int = 6,
+        channels: int = 1,
+        num_layers: int = 5,
+        sub_net_size: int = 256,
+        device: str | torch.device = "cpu",
+        *,
+        pad: bool | str = False,
+        n_patches: int = -1,
+        stride: int = 1,
+        generator: torch.Generator | None = None,
+        chunk_size: int | None = None,
+    ):
+        super().__init__()
+        self.explicit_prior = True
+        self.patch_size, self.channels = _positive_int(patch_size=patch_size), _positive_int(channels=channels)
+        self.pad = "reflect" if pad is True else pad
+        if self.pad is not False and self.pad not in PAD_MODES:
+            raise ValueError(f"expected pad to be a bool or one of {', '.join(PAD_MODES)}; got {pad!r}")
+        self.n_patches = n_patches if n_patches == -1 else _positive_int(n_patches=n_patches)
+        self.stride = _positive_int(stride=stride)
+        if stride > patch_size:
+            raise ValueError(f"expected stride <= patch_size = {patch_size}, else pixels are in no patch; got {stride}")
+        self.chunk_size = None if chunk_size is None else _positive_int(chunk_size=chunk_size)
+        self.generator = torch.Generator() if generator is None else generator
+        if normalizing_flow is not None:
+            self.normalizing_flow = as_flow(normalizing_flow)
+            if pretrained:
+                self._load(checkpoints.find(pretrained))
+        elif pretrained:
+            weights = checkpoints.find(pretrained)
+            self.normalizing_flow = self._flow_for(weights, num_layers, sub_net_size).to(device)
+        else:
+            self.normalizing_flow = glow_flow(self.dim, num_layers, sub_net_size).to(device)
+        self._probe()
+
+    @property
+    def dim(self) -> int:
+        """Dimension D of a flattened patch."""
+        return self.channels * self.patch_size**2
+
+    def fn(self, x: Tensor, *args, **kwargs) -> Tensor:
+        r"""
+        Mean negative log-likelihood of the patches of each image, or the one of each patch.
+
+        :param torch.Tensor x: images (B, C, H, W), or patches (B, n, D) or (B, n, C, p, p).
+        :param args: ``g_param`` and ``reduce``, as deepinv's optimizers pass them, have no effect.
+        :return: (B,) for images, (B, n) for patches, in nats.
+        :raises ValueError: for another shape, an image smaller than a patch, an empty batch, NaN or infinite entries.
+        :raises TypeError: when x is no real floating-point tensor of the weights' dtype.
+        """
+        self._check(x)
+        if x.ndim == 4:
+            padded = self._padded(x)
+            return patchwise.image_nll(self.normalizing_flow, padded, self._index(padded), self._chunk_size(x))
+        # a patch is an image of D channels and one pixel
+        columns = x.reshape(-1, self.dim, 1, 1)
+        index = patchwise.PatchIndex(columns.shape, 1, device=x.device)
+        nll = patchwise.image_nll(self.normalizing_flow, columns, index, self._chunk_size(x))
+        return nll.view(x.shape[:2])
+
+    def grad(self, x: Tensor, *args, **kwargs) -> Tensor:
+        r"""
+        Gradient of g at images x, which is left untouched.
+
+        Under :func:`torch.no_grad` (as in deepinv's optimizers), or when neither x nor a weight asks for a gradient, the result
+        has no graph; otherwise it is differentiable in both.
+
+        :param torch.Tensor x: images (B, C, H, W), or patches as in :meth:`fn`.
+        :return: tensor like x.
+        """
+        self._check(x)
+        if x.ndim != 4:
+            return self._patch_grad(x)
+        return self._image_grad(x, self._index(self._padded(x)))
+
+    def prox(
+        self,
+        x: Tensor,
+        *args,
+        gamma: float | Tensor = 1.0,
+        stepsize_inter: float = 1.0,
+        max_iter_inter: int = 50,
+        tol_inter: float = 1e-4,
+        **kwargs,
+    ) -> Tensor:
+        r"""
+        :math:`\operatorname{prox}_{\gamma g}(x)`, a local minimiser u of :math:`\gamma g(u) + \frac12\|u-x\|^2`.
+
+        Descends from u = x with steps that adapt to the curvature and are shortened until the objective falls, so it cannot
+        diverge. The result is differentiable in x, gamma and the weights by the implicit function theorem, exactly so
+        at convergence: lower ``tol_inter`` for accurate derivatives.
+
+        :param torch.Tensor x: images (B, C, H, W).
+        :param float, torch.Tensor gamma: one number >= 0, or one an image.
+        :param float stepsize_inter: length of the first trial step.
+        :param int max_iter_inter: bound on the number of steps.
+        :param float tol_inter: stop once a step is shorter than this times the norm of u.
+        :return: tensor like x.
+        :raises ValueError: for a negative or non-finite gamma, and as :meth:`fn`.
+        """
+        self._check(x, images_only=True)
+        gamma = proximal.gamma_like(gamma, x)
+        index = self._index(self._padded(x))
+
+        def value_and_grad(u):
+            with torch.enable_grad():
+                leaf = u.detach().requires_grad_()
+                padded = self._padded(leaf)
+            value, grad = patchwise.value_and_grad(self.normalizing_flow, padded.detach(), index, self._chunk_size(x))
+            return value, _transpose(padded, leaf, grad)
+
+        u = proximal.minimise(
+            value_and_grad, x.detach(), gamma.detach(), stepsize_inter, int(max_iter_inter), tol_inter
+        )
+        if not torch.is_grad_enabled():
+            return u
+        return proximal.attach_implicit_gradient(u, x, gamma, lambda v: self._image_grad(v, index))
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """
+        Draw patches from the flow.
+
+        :param int n: number of patches.
+        :param torch.Generator generator: source of the latents; ``None`` is the prior's own.
+        :return: patches (n, C, p, p).
+
+        >>> from deepinv_flows import PatchNR
+        >>> PatchNR(patch_size=3, channels=2, num_layers=1).sample(5).shape
+        torch.Size([5, 2, 3, 3])
+        """
+        like = self._like()
+        generator = self.generator if generator is None else generator
+        z = torch.randn(_positive_int(n=n), self.dim, generator=generator, device=generator.device, dtype=like.dtype)
+        with torch.no_grad():
+            patches, _ = evaluate(self.normalizing_flow, z.to(like.device), rev=True)
+        return patches.view(n, self.channels, self.patch_size, self.patch_size)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Write weights, architecture and patch shape as safetensors, for :meth:`from_checkpoint`.
+
+        :param str path: file to write; left as it was if writing is interrupted.
+        :raises ValueError: when the flow is not one of our builders'.
+        """
+        checkpoints.write(path, self.normalizing_flow, patch_size=self.patch_size, channels=self.channels)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike, **kwargs) -> "PatchNR":
+        """
+        PatchNR with the architecture and weights of a checkpoint of any dialect.
+
+        :param str path: file, or name of shipped weights.
+        :param kwargs: further arguments of :class:`PatchNR`. Only our own files know ``patch_size`` and ``channels``: for the
+            others ``channels`` is 1 unless given, and ``patch_size`` follows.
+        :raises CheckpointError: when the file cannot be read or used.
+
+        >>> import tempfile, torch
+        >>> from deepinv_flows import PatchNR
+        >>> prior = PatchNR(patch_size=3, channels=2, num_layers=1, sub_net_size=8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     prior.save(f"{folder}/weights.safetensors")
+        ...     again = PatchNR.from_checkpoint(f"{folder}/weights.safetensors")
+        >>> x = torch.rand(1, 2, 8, 8)
+        >>> torch.equal(again(x), prior(x))
+        True
+        """
+        weights = checkpoints.find(path)
+        if weights.config is None:
+            raise checkpoints.CheckpointError(f"{path}: holds weights without their architecture; load_state_dict them")
+        dim = weights.config["dim"]
+        channels = kwargs.setdefault("channels", weights.patch.get("channels", 1))
+        kwargs.setdefault("patch_size", weights.patch.get("patch_size", round((dim / channels) ** 0.5)))
+        sizes = {key: weights.config[key] for key in ("num_layers", "sub_net_size")}
+        return cls(pretrained=str(path), **sizes, **kwargs)
+
+    def to_deepinv_state_dict(self) -> dict[str, Tensor]:
+        """
+        State dict that ``deepinv.optim.PatchNR(...).load_state_dict`` takes.
+
+        :raises ValueError: when deepinv has no flow of this function, as with permutations.
+        """
+        return checkpoints.to_deepinv(self.normalizing_flow)
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """
+        Load weights of any dialect; on a misfit nothing is loaded.
+
+        The two dialects written with FrEIA are other functions of equal shapes (clamp, order, permutations): for these
+        ``normalizing_flow`` becomes a new module, so make optimizers afterwards.
+
+        :param dict state_dict: of this class, of deepinv's PatchNR of any version, or of the paper's.
+        :param bool strict: whether all tensors must be there.
+        :raises CheckpointError: naming the tensor, the shape expected and the shape found.
+        """
+        if any(key.startswith("normalizing_flow.") for key in self.state_dict().keys() & state_dict.keys()):
+            checkpoints.load_into(self, dict(state_dict), strict)
+        else:
+            self._load(checkpoints.convert(state_dict), strict)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # deepinv's names, also when the prior is part of a larger module
+        flow = prefix + "normalizing_flow."
+        theirs = [key for key in state_dict if key.startswith(flow + "blocks.")]
+        if theirs and getattr(self.normalizing_flow, "config", {}).get("builder") == "glow_flow":
+            for key in theirs:
+                state_dict[flow + checkpoints.deepinv_key(key.removeprefix(flow))] = state_dict.pop(key)
+            for key, value in self.normalizing_flow.state_dict().items():
+                if key.endswith(".perm"):
+                    state_dict.setdefault(flow + key, value)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _load(self, weights: checkpoints.Weights, strict: bool = True) -> None:
+        config = getattr(self.normalizing_flow, "config", None)
+        if config is None or weights.config is None:
+            checkpoints.load_into(self.normalizing_flow, weights.state, strict)
+            return
+        like = self._like()
+        flow = self._flow_for(weights, config["num_layers"], config["sub_net_size"], strict).to(like)
+        if flow.config == config:
+            self.normalizing_flow.load_state_dict(flow.state_dict())
+        else:
+            self.normalizing_flow = flow
+
+    def _flow_for(self, weights, num_layers: int, sub_net_size: int, strict: bool = True) -> nn.Module:
+        """A new flow of the function that the weights are for and of the sizes that were asked for, loaded."""
+        config = weights.config
+        if config is None:
+            config = glow_flow(self.dim, num_layers, sub_net_size).config
+        elif not weights.patch:
+            split_len = config["split_len"] if config["dim"] == self.dim else None
+            sizes = dict(dim=self.dim, num_layers=num_layers, sub_net_size=sub_net_size, split_len=split_len)
+            config = {**config, **sizes}
+        elif weights.patch != {"patch_size": self.patch_size, "channels": self.channels}:
+            raise checkpoints.CheckpointError(
+                f"expected weights for patch_size {self.patch_size} and channels {self.channels}; found {weights.patch}"
+            )
+        flow = build_flow(config)
+        checkpoints.load_into(flow, weights.state, strict)
+        return flow
+
+    def _like(self) -> Tensor:
+        """An empty tensor of the weights' dtype and device."""
+        for p in self.normalizing_flow.parameters():
+            if p.is_floating_point():
+                return p.new_empty(0)
+        return torch.empty(0)
+
+    def _probe(self) -> None:
+        with torch.no_grad():
+            try:
+                evaluate(self.normalizing_flow, self._like().new_zeros(2, self.dim))
+            except Exception as error:
+                raise ValueError(
+                    f"expected a flow on patches of dimension {self.dim} (patch_size {self.patch_size}, channels "
+                    f"{self.channels}); the one given fails on a tensor of shape (2, {self.dim}): {error}"
+                ) from error
+
+    def _check(self, x: Tensor, images_only: bool = False) -> None:
+        if not torch.is_tensor(x):
+            raise TypeError(f"expected a tensor; got {type(x).__name__}")
+        _check_shape(x, self.patch_size, self.channels, images_only)
+        like = self._like()
+        if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"expected dtype {like.dtype}, as the flow's weights; got {x.dtype} (prior.to(x) converts)")
+        if x.device != like.device:
+            raise ValueError(f"expected a tensor on {like.device}, as the flow's weights; got one on {x.device}")
+        if not bool(torch.isfinite(x.detach()).all()):
+            raise ValueError(f"the input of shape {tuple(x.shape)} holds NaN or infinite entries")
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, [self.patch_size - 1] * 4, mode=self.pad) if self.pad else x
+
+    def _index(self, padded: Tensor) -> patchwise.PatchIndex:
+        return patchwise.PatchIndex(
+            padded.shape, self.patch_size, self.stride, self.n_patches, self.generator, padded.device
+        )
+
+    def _chunk_size(self, x: Tensor) -> int:
+        return self.chunk_size or (4096 if x.device.type == "cpu" else 65536)
+
+    def _image_grad(self, x: Tensor, index: patchwise.PatchIndex) -> Tensor:
+        recorded = torch.is_grad_enabled() and (x.requires_grad or patchwise.weights_need_grad(self.normalizing_flow))
+        with torch.enable_grad():
+            leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
+            padded = self._padded(leaf)
+        call = self.normalizing_flow, padded if recorded else padded.detach(), index, self._chunk_size(x)
+        grad = patchwise.differentiable_grad(*call) if recorded else patchwise.value_and_grad(*call)[1]
+        return _transpose(padded, leaf, grad)
+
+    def _patch_grad(self, x: Tensor) -> Tensor:
+        recorded = torch.is_grad_enabled() and (x.requires_grad or patchwise.weights_need_grad(self.normalizing_flow))
+        with torch.enable_grad():
+            leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad(self.fn(leaf).sum(), leaf, create_graph=recorded)[0]
+
+
+def _transpose(padded: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient in x from the gradient in padded x."""
+    if padded is x:
+        return grad
+    return torch.autograd.grad(padded, x, grad, create_graph=grad.requires_grad)[0]
+
+
+def _positive_int(**named: int) -> int:
+    ((name, value),) = named.items()
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"expected {name} to be an integer >= 1; got {value!r}")
+    return value
+
+
+def _check_shape(x: Tensor, patch_size: int, channels: int, images_only: bool) -> None:
+    shape, p = tuple(x.shape), patch_size
+    dim = channels * p**2
+    if not x.is_floating_point():
+        raise TypeError(f"expected a real floating-point tensor; got {x.dtype} of shape {shape}")
+    if x.ndim not in ((4,) if images_only else (3, 4, 5)):
+        patches = "" if images_only else f", or patches (B, n, {dim}) or (B, n, {channels}, {p}, {p})"
+        raise ValueError(f"expected images (B, {channels}, H, W){patches}; got shape {shape}")
+    if x.numel() == 0:
+        raise ValueError(f"expected a non-empty batch; got shape {shape}")
+    if x.ndim == 4 and shape[1] != channels:
+        raise ValueError(
+            f"expected {channels} channels (patch dimension {dim}); got image of shape {shape}. "
+            f"Patches are passed as (B, n, {channels}, {p}, {p})"
+        )
+    if x.ndim == 4 and min(shape[2:]) < p:
+        raise ValueError(f"expected an image of at least {p} x {p} pixels, the size of a patch; got shape {shape}")
+    if x.ndim == 3 and shape[2] != dim:
+        raise ValueError(f"expected patches (B, n, {dim}) of dimension {channels} * {p}^2; got shape {shape}")
+    if x.ndim == 5 and shape[2:] != (channels, p, p):
+        raise ValueError(f"expected patches (B, n, {channels}, {p}, {p}); got shape {shape}")

@@ -1,0 +1,132 @@
+r"""
+Proximity operator of a smooth, non-convex potential known by its value and gradient.
+
+.. math::
+
+    \operatorname{prox}_{\gamma g}(x) \in \arg\min_u F(u), \qquad F(u) = \gamma g(u) + \tfrac12 \|u - x\|^2
+
+A step treats the quadratic exactly and :math:`\gamma g` by its gradient,
+:math:`u^+ = (t^{-1} u + x - \gamma \nabla g(u)) / (t^{-1} + 1)`, with a Barzilai-Borwein length t that is halved until F falls
+enough (Beck & Teboulle 2009; Barzilai & Borwein 1988): F never rises, whatever gamma is. Each sample has its own step.
+"""
+
+from collections.abc import Callable
+
+import torch
+from deepinv.optim.linear import minres
+from torch import Tensor
+
+SUFFICIENT_DECREASE = 1e-4
+MAX_HALVINGS = 30
+
+
+def _per_sample(value: Tensor, x: Tensor) -> Tensor:
+    return value.view(-1, *[1] * (x.ndim - 1))
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.flatten(1).sum(1)
+
+
+def gamma_like(gamma: float | Tensor, x: Tensor) -> Tensor:
+    """``gamma`` as a tensor that multiplies ``x``: one number, or one a sample; eagerly checked."""
+    gamma = torch.as_tensor(gamma, dtype=x.dtype, device=x.device)
+    if gamma.numel() not in (1, x.shape[0]):
+        raise ValueError(f"expected gamma to be one number or one for each of {x.shape[0]} samples; got {gamma.shape}")
+    if not bool((gamma.detach() >= 0).all()) or not bool(torch.isfinite(gamma.detach()).all()):
+        raise ValueError(f"expected a finite gamma >= 0; got {gamma.detach().flatten().tolist()}")
+    return _per_sample(gamma.reshape(-1), x)
+
+
+@torch.no_grad()
+def minimise(
+    value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    gamma: Tensor,
+    step: float = 1.0,
+    max_iter: int = 50,
+    tol: float = 1e-4,
+) -> Tensor:
+    """
+    A local minimiser u of F, from u = x, by the monotone iteration above.
+
+    :param Callable value_and_grad: of g: image (B, ...) to value (B,) and gradient (B, ...).
+    :param torch.Tensor x: images (B, ...).
+    :param torch.Tensor gamma: as :func:`gamma_like` returns it.
+    :param float step: length of the first trial step.
+    :param int max_iter: number of accepted steps at most.
+    :param float tol: a sample is done when a step moves it by less than ``tol`` times its norm.
+    :return: tensor like ``x`` with F(u) <= F(x) for each sample.
+    """
+
+    def energy(u):
+        g, grad = value_and_grad(u)
+        return gamma.flatten() * g + 0.5 * _sum((u - x) ** 2), gamma * grad
+
+    u = x.clone()
+    F, grad = energy(u)
+    t = torch.full_like(F, step)
+    active = torch.isfinite(F)
+    evaluations_left = max_iter * 4
+    for _ in range(max_iter):
+        accepted, u_next, F_next, grad_next = ~active, u, F, grad
+        for _ in range(MAX_HALVINGS):
+            inverse = _per_sample(1 / t, x)
+            trial = (inverse * u + x - grad) / (inverse + 1)
+            F_trial, grad_trial = energy(trial)
+            evaluations_left -= 1
+            enough = F_trial <= F - SUFFICIENT_DECREASE * _sum((trial - u) ** 2)
+            new = enough & ~accepted
+            keep = _per_sample(new, x)
+            u_next, grad_next = torch.where(keep, trial, u_next), torch.where(keep, grad_trial, grad_next)
+            F_next = torch.where(new, F_trial, F_next)
+            accepted = accepted | new
+            if accepted.all() or evaluations_left <= 0:
+                break
+            t = torch.where(accepted, t, t / 4)
+        move, change = u_next - u, grad_next - grad
+        moved = _sum(move**2)
+        # no step of sufficient decrease is left: rounding, or a kink of a ReLU network
+        active = active & accepted & (moved > tol**2 * _sum(u_next**2))
+        curvature = _sum(move * change) / moved.clamp_min(torch.finfo(x.dtype).tiny)
+        t = torch.where(curvature > 0, 1 / curvature.clamp_min(1e-12), 10 * t).clamp(1e-12, 1e6)
+        u, F, grad = u_next, F_next, grad_next
+        if not active.any() or evaluations_left <= 0:
+            break
+    return u
+
+
+def attach_implicit_gradient(u: Tensor, x: Tensor, gamma: Tensor, grad: Callable[[Tensor], Tensor]) -> Tensor:
+    r"""
+    Give a minimiser u of F its derivatives in x, gamma and the weights, by the implicit function theorem.
+
+    From :math:`u - x + \gamma \nabla g(u) = 0` follows :math:`(I + \gamma H)\,du = dx - \nabla g\,d\gamma - \gamma\,d_\theta \nabla g`
+    with the Hessian H of g at u; the system is solved by MINRES (H may be indefinite) when a gradient arrives.
+
+    :param torch.Tensor u: minimiser, without a graph.
+    :param torch.Tensor x: images, possibly asking for a gradient.
+    :param torch.Tensor gamma: as :func:`gamma_like` returns it, possibly asking for a gradient.
+    :param Callable grad: gradient of g, differentiable in its argument and in the weights.
+    :return: u with a graph.
+    """
+    residual = u - x + gamma * grad(u)
+    if not residual.requires_grad:
+        return u
+    with torch.enable_grad():
+        out = u - (residual - residual.detach())
+    frozen_gamma = gamma.detach()
+
+    def solve(v: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            grad_u = grad(leaf)
+
+        def matvec(w: Tensor) -> Tensor:
+            return w + frozen_gamma * torch.autograd.grad(grad_u, leaf, w, retain_graph=True)[0]
+
+        tol = 10 * torch.finfo(v.dtype).eps
+        with torch.no_grad():
+            return minres(matvec, v.detach(), max_iter=200, tol=tol)
+
+    out.register_hook(solve)
+    return out
