@@ -17,15 +17,13 @@ from torch import Tensor, nn
 class Clamp:
     r"""Soft clamp :math:`u \mapsto a \cdot h(b\,u)`, which couplings multiply by their ``clamp``."""
 
-    FUNCTIONS = {"atan": torch.atan, "tanh": torch.tanh}
-
     def __init__(self, function: str, outer: float = 1.0, inner: float = 1.0):
         self.function, self.outer, self.inner = function, outer, inner
 
     def __call__(self, u: Tensor) -> Tensor:
         if u.dtype in (torch.bfloat16, torch.float16):
             u = u.float()  # under autocast: the log-determinant is a sum of many of these
-        return self.outer * self.FUNCTIONS[self.function](self.inner * u)
+        return self.outer * getattr(torch, self.function)(self.inner * u)
 
     @classmethod
     def named(cls, name: str, clamp: float) -> "Clamp":
@@ -64,6 +62,26 @@ class AllInOneBlock(Fm.AllInOneBlock):
         finally:
             np.random.set_state(kept)
         self.global_scale_activation = GlobalScale(global_affine_type)
+
+    def _orthogonalise(self):
+        """FrEIA rounds its rotation to float32: make it orthogonal to float64's precision again (Newton-Schulz)."""
+        w = self.w_0 if self.householder else self.w_perm
+        matrix = w.detach().flatten(1)
+        error = torch.eye(len(matrix), dtype=w.dtype, device=w.device) - matrix.T @ matrix
+        if w.dtype == torch.float64 and error.abs().max() > 1e-12:
+            matrix = matrix + 0.5 * matrix @ error
+            w.data = matrix.view_as(w)
+            if not self.householder:
+                self.w_perm_inv.data = matrix.T.reshape(w.shape)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._orthogonalise()
+        return self
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._orthogonalise()
 
     def forward(self, x, c=(), rev=False, jac=True):
         try:

@@ -18,11 +18,12 @@ import os
 import re
 import tempfile
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from .flows import glow_flow
 
 METADATA_KEY = "deepinv_flows"
 LODOPAB = "PatchNR_lodopab_small2"
@@ -52,7 +53,8 @@ class Weights:
 
 def shipped() -> dict[str, Path]:
     """Path of each weights file that comes with the package, by name."""
-    return {path.name.removesuffix(".safetensors"): path for path in sorted(files("deepinv_flows").joinpath("weights").iterdir()) if path.name.endswith(".safetensors")}  # fmt: skip
+    folder = Path(__file__).parent / "weights"
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
 def find(pretrained: str | os.PathLike) -> Weights:
@@ -72,7 +74,7 @@ def read(path: str | os.PathLike) -> Weights:
     try:
         with open(path, "rb") as file:
             is_torch = file.read(2) in (b"PK", b"\x80\x02")
-        return convert(_read_torch(path)) if is_torch else _read_safetensors(path)
+        return convert(read_torch(path)) if is_torch else _read_safetensors(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
@@ -99,11 +101,18 @@ def write(path: str | os.PathLike, flow: nn.Module, **patch: int) -> None:
         raise
 
 
-def load_into(module: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:
+def same_function(a: dict, b: dict) -> bool:
+    """Whether flows of these architectures compute the same function when sizes and weights are equal."""
+    sizes = ("dim", "num_layers", "sub_net_size", "split_len")
+    a, b = ({"reversed": False, **{key: c[key] for key in c if key not in sizes}} for c in (a, b))
+    return a == b
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], strict: bool = True):
     """Check every tensor, then load them all; or raise naming the first misfit and load none."""
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    for key in expected.keys() & state.keys():
+    for key in sorted(expected.keys() & state.keys()):
         if expected[key].shape != state[key].shape:
             raise CheckpointError(
                 f"{key}: expected shape {tuple(expected[key].shape)}; found {tuple(state[key].shape)}"
@@ -111,7 +120,7 @@ def load_into(module: nn.Module, state: dict[str, Tensor], strict: bool = True) 
     if strict and (missing or extra):
         raise CheckpointError(f"missing tensors: {missing[:3] or 'none'}; unexpected tensors: {extra[:3] or 'none'}")
     check_values(state)
-    nn.Module.load_state_dict(module, state, strict=strict)
+    return nn.Module.load_state_dict(module, state, strict=strict)
 
 
 def check_values(state: dict[str, Tensor]) -> None:
@@ -119,7 +128,9 @@ def check_values(state: dict[str, Tensor]) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{key}: holds NaN or infinite values")
-        if key.endswith(".perm") and not torch.equal(value.sort().values, torch.arange(len(value), device=value.device)):
+        if key.endswith(".perm") and not torch.equal(
+            value.sort().values, torch.arange(len(value), device=value.device)
+        ):
             raise CheckpointError(f"{key}: is no permutation")
 
 
@@ -146,11 +157,13 @@ def deepinv_key(key: str) -> str:
 
 def to_deepinv(flow: nn.Module) -> dict[str, Tensor]:
     """State dict of ``deepinv.optim.PatchNR`` with the same function; refused where deepinv has no such flow."""
-    config = dict(getattr(flow, "config", {}))
-    same = dict(builder="glow_flow", permute=False, coupling="glow", clamp_activation="deepinv", activation="relu", clamp=1.6, split_len=config.get("dim", 0) - config.get("dim", 0) // 2)  # fmt: skip
-    differ = {key: config.get(key) for key in same if config.get(key) != same[key]}
-    if differ or config.get("reversed"):
-        raise ValueError(f"deepinv's PatchNR has no flow of {type(flow).__name__} with {differ or 'reversed blocks'}")
+    config = getattr(flow, "config", {})
+    theirs = glow_flow(config.get("dim", 2), 1, 1).config | {"num_layers": None, "sub_net_size": None}
+    differ = {key: value for key, value in config.items() if theirs.get(key, False) not in (None, value)}
+    if differ or not config:
+        raise ValueError(
+            f"deepinv's PatchNR has no flow like {type(flow).__name__} with {differ or 'its own architecture'}"
+        )
     state = {}
     for key, value in flow.state_dict().items():
         if not key.endswith(".perm"):
@@ -199,8 +212,7 @@ def _convert_glow(state: dict[str, Tensor], clamp_activation: str) -> Weights:
         "dim": dim,
         "num_layers": sum(key.endswith("subnet1.0.weight") for key in state),
         "sub_net_size": _width(state, "module_list.1.subnet1.0.weight", 0),
-        "clamp_activation": clamp_activation,
-        "permute": permute,
+        **dict(clamp=1.6, coupling="glow", clamp_activation=clamp_activation, activation="relu", permute=permute),
         "split_len": split_len,
     }
     if permute:  # the paper evaluates the density with rev=True
@@ -218,7 +230,7 @@ def _last_index(state: dict[str, Tensor]) -> int:
     return max(int(key.split(".")[1]) for key in state)
 
 
-def _read_torch(path) -> dict:
+def read_torch(path) -> dict:
     import numpy as np
 
     # deepinv's Trainer writes its loss history as numpy scalars
@@ -240,7 +252,7 @@ def _read_safetensors(path) -> Weights:
 
     try:
         with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"neither a torch nor a safetensors file ({error})") from None

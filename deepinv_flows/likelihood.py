@@ -85,7 +85,9 @@ class FlowNLL(Loss):
         :raises ValueError: for anything else, such as the images of a reconstruction network.
         """
         if x_net.ndim != 1:
-            raise ValueError(f"expected the (N,) negative log-likelihoods of a FlowModel; got shape {tuple(x_net.shape)}")
+            raise ValueError(
+                f"expected the (N,) negative log-likelihoods of a FlowModel; got shape {tuple(x_net.shape)}"
+            )
         return x_net
 
 
@@ -187,8 +189,8 @@ def fit_patchnr(
     r"""
     Train a :class:`PatchNR` on the patches of a few images, by :class:`deepinv.Trainer`.
 
-    An epoch is ``steps_per_epoch`` batches of random patches, however many images there are. Adam, with a rate that rises over the
-    first epochs and falls to zero along a cosine.
+    An epoch is ``steps_per_epoch`` batches of random patches, however many images there are. Adam, with a rate that
+    rises over the first epochs and falls to zero along a cosine.
 
     :param torch.Tensor images: (B, C, H, W), or a list of (C, H, W) of different sizes, in the range the prior will
         see; 8-bit data in [0, 1] for the default ``dequantise``.
@@ -242,7 +244,9 @@ def fit_patchnr(
             optimizer=optimizer,
             scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmCosine(epochs)),
             train_dataloader=DataLoader(samples, sampler=sampler, generator=generator, **batches),
-            eval_dataloader=DataLoader(_spread(PatchSamples(held_out, prior.patch_size)), **batches),
+            eval_dataloader=DataLoader(
+                _spread(PatchSamples(held_out, prior.patch_size)), generator=generator, **batches
+            ),
             losses=FlowNLL(),
             metrics=None,
             compute_train_metrics=False,
@@ -265,3 +269,63 @@ def fit_patchnr(
         if eval_images is not None:
             model.load_state_dict(_best(folder))
     return prior.to(device)
+
+
+class _WarmCosine:
+    """Factor of the learning rate at an epoch: up over the first twentieth of the epochs, then down along a cosine."""
+
+    def __init__(self, epochs: int):
+        self.epochs, self.warm = epochs, epochs / 20
+
+    def __call__(self, epoch: int) -> float:
+        if epoch < self.warm:
+            return (epoch + 0.5) / (self.warm + 0.5)
+        return 0.5 + 0.5 * math.cos(math.pi * epoch / self.epochs)
+
+
+def _image_list(images: Tensor | Iterable[Tensor], patch_size: int) -> list[Tensor]:
+    images = [images] if torch.is_tensor(images) and images.ndim == 3 else list(images)
+    if not images:
+        raise ValueError("expected at least one image; got none")
+    for image in images:
+        shape = tuple(getattr(image, "shape", ()))
+        if len(shape) != 3 or shape[0] != images[0].shape[0] or min(shape[1:]) < patch_size:
+            raise ValueError(
+                f"expected images (C, H, W) of one number of channels and at least {patch_size} x {patch_size} pixels; "
+                f"got shape {shape}"
+            )
+        if not image.is_floating_point() or not bool(torch.isfinite(image).all()):
+            raise ValueError(f"expected finite floating-point images; got {image.dtype} of shape {shape}")
+    return [image.detach().cpu() for image in images]
+
+
+def _spread(samples: PatchSamples, size: int = 16384) -> Dataset:
+    """At most ``size`` samples, spread evenly."""
+    numbers = torch.linspace(0, len(samples) - 1, min(size, len(samples))).long()
+    return torch.utils.data.Subset(samples, numbers.tolist())
+
+
+def _same(batch: dict) -> dict:
+    return batch
+
+
+def _readable(folder: Path, pattern: str) -> list[tuple[dict, Path]]:
+    """Checkpoints of deepinv's Trainer below ``folder``; one cut short by an interruption is passed over."""
+    found = []
+    for path in folder.glob(f"*/{pattern}"):
+        try:
+            found.append((checkpoints.read_torch(path), path))
+        except checkpoints.CheckpointError:
+            continue
+    return found
+
+
+def _newest(folder: Path) -> Path | None:
+    # of two from one epoch, the numbered one was written after the scheduler's step
+    order = [(raw["epoch"], "best" not in path.name, path) for raw, path in _readable(folder, "ckp_*.pth.tar")]
+    return max(order)[2] if order else None
+
+
+def _best(folder: Path) -> dict[str, Tensor]:
+    best = min(_readable(folder, "ckp_best.pth.tar"), key=lambda found: found[0]["eval_loss"]["FlowNLL"][-1])
+    return best[0]["state_dict"]

@@ -37,8 +37,9 @@ class PatchNR(Prior):
     **Speed.** In a loop of your own, weights collect gradients too unless frozen: call ``prior.requires_grad_(False)`` first.
     deepinv's optimizers need only ``prior.grad``, which is fast either way.
 
-    :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with D = ``channels * patch_size**2``,
-        or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds :func:`deepinv_flows.glow_flow`.
+    :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
+        D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds
+        :func:`deepinv_flows.glow_flow`.
     :param str pretrained: path of a checkpoint of any dialect, name of shipped weights (``"gravel"``), deepinv's
         ``"PatchNR_lodopab_small2"``, or ``None``. A file written by :meth:`save` brings its own architecture.
     :param int patch_size: side p of a patch, in pixels.
@@ -270,10 +271,8 @@ class PatchNR(Prior):
         :raises CheckpointError: naming the tensor, the shape expected and the shape found.
         """
         if any(key.startswith("normalizing_flow.") for key in self.state_dict().keys() & state_dict.keys()):
-            checkpoints.load_into(self, dict(state_dict), strict)
-        else:
-            self._load(checkpoints.convert(state_dict), strict)
-        return torch.nn.modules.module._IncompatibleKeys([], [])
+            return checkpoints.load_into(self, dict(state_dict), strict)
+        return self._load(checkpoints.convert(state_dict), strict)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # deepinv's names, also when the prior is part of a larger module
@@ -287,19 +286,16 @@ class PatchNR(Prior):
                     state_dict.setdefault(flow + key, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _load(self, weights: checkpoints.Weights, strict: bool = True) -> None:
+    def _load(self, weights: checkpoints.Weights, strict: bool = True):
         config = getattr(self.normalizing_flow, "config", None)
-        if config is None or weights.config is None:
-            checkpoints.load_into(self.normalizing_flow, weights.state, strict)
-            return
-        like = self._like()
-        flow = self._flow_for(weights, config["num_layers"], config["sub_net_size"], strict).to(like)
-        if flow.config == config:
-            self.normalizing_flow.load_state_dict(flow.state_dict())
-        else:
-            self.normalizing_flow = flow
+        if config is None or weights.config is None or checkpoints.same_function(weights.config, config):
+            return checkpoints.load_into(self.normalizing_flow, weights.state, strict)
+        flow = self._flow_for(weights, config["num_layers"], config["sub_net_size"])
+        incompatible = checkpoints.load_into(flow, flow.state_dict())
+        self.normalizing_flow = flow.to(self._like())
+        return incompatible
 
-    def _flow_for(self, weights, num_layers: int, sub_net_size: int, strict: bool = True) -> nn.Module:
+    def _flow_for(self, weights: checkpoints.Weights, num_layers: int, sub_net_size: int) -> nn.Module:
         """A new flow of the function that the weights are for and of the sizes that were asked for, loaded."""
         config = weights.config
         if config is None:
@@ -313,7 +309,7 @@ class PatchNR(Prior):
                 f"expected weights for patch_size {self.patch_size} and channels {self.channels}; found {weights.patch}"
             )
         flow = build_flow(config)
-        checkpoints.load_into(flow, weights.state, strict)
+        checkpoints.load_into(flow, weights.state)
         return flow
 
     def _like(self) -> Tensor:

@@ -1,0 +1,13 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads():
+    # the networks here are small: more threads only wait for one another
+    torch.set_num_threads(min(2, torch.get_num_threads()))
