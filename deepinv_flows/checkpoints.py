@@ -90,15 +90,9 @@ def write(path: str | os.PathLike, flow: nn.Module, **patch: int) -> None:
         raise ValueError(f"only flows of deepinv_flows' builders know their architecture; got {type(flow).__name__}")
     state = {key: value.detach().cpu().contiguous() for key, value in flow.state_dict().items()}
     metadata = {"format": "pt", METADATA_KEY: json.dumps({"config": config, "patch": patch})}
-    folder = Path(path).resolve().parent
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(state, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with tempfile.TemporaryDirectory(dir=Path(path).resolve().parent) as folder:
+        save_file(state, Path(folder) / "weights", metadata)
+        os.replace(Path(folder) / "weights", path)
 
 
 def same_function(a: dict, b: dict) -> bool:

@@ -270,7 +270,7 @@ class PatchNR(Prior):
         :param bool strict: whether all tensors must be there.
         :raises CheckpointError: naming the tensor, the shape expected and the shape found.
         """
-        if any(key.startswith("normalizing_flow.") for key in self.state_dict().keys() & state_dict.keys()):
+        if state_dict.keys() <= self.state_dict().keys() or not hasattr(self.normalizing_flow, "config"):
             return checkpoints.load_into(self, dict(state_dict), strict)
         return self._load(checkpoints.convert(state_dict), strict)
 

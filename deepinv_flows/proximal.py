@@ -5,9 +5,8 @@ Proximity operator of a smooth, non-convex potential known by its value and grad
 
     \operatorname{prox}_{\gamma g}(x) \in \arg\min_u F(u), \qquad F(u) = \gamma g(u) + \tfrac12 \|u - x\|^2
 
-A step treats the quadratic exactly and :math:`\gamma g` by its gradient,
-:math:`u^+ = (t^{-1} u + x - \gamma \nabla g(u)) / (t^{-1} + 1)`, with a Barzilai-Borwein length t that is halved until F falls
-enough (Beck & Teboulle 2009; Barzilai & Borwein 1988): F never rises, whatever gamma is. Each sample has its own step.
+Descends by :math:`u^+ = u - s\, \nabla F(u)` with Barzilai-Borwein step sizes s (Barzilai & Borwein 1988), each shortened until F
+falls enough (Armijo 1966), so F never rises, whatever gamma is. Each sample has its own step size.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from deepinv.optim.linear import minres
 from torch import Tensor
 
 SUFFICIENT_DECREASE = 1e-4
-MAX_HALVINGS = 30
+MAX_SHORTENINGS = 20
 
 
 def _per_sample(value: Tensor, x: Tensor) -> Tensor:
@@ -48,52 +47,56 @@ def minimise(
     tol: float = 1e-4,
 ) -> Tensor:
     """
-    A local minimiser u of F, from u = x, by the monotone iteration above.
+    A local minimiser u of F, from u = x, by the descent above.
 
     :param Callable value_and_grad: of g: image (B, ...) to value (B,) and gradient (B, ...).
     :param torch.Tensor x: images (B, ...).
     :param torch.Tensor gamma: as :func:`gamma_like` returns it.
-    :param float step: length of the first trial step.
+    :param float step: first trial step size.
     :param int max_iter: number of accepted steps at most.
     :param float tol: a sample is done when a step moves it by less than ``tol`` times its norm.
-    :return: tensor like ``x`` with F(u) <= F(x) for each sample.
+    :return: tensor like ``x`` with F(u) <= F(x), up to rounding, for each sample.
     """
 
     def energy(u):
         g, grad = value_and_grad(u)
-        return gamma.flatten() * g + 0.5 * _sum((u - x) ** 2), gamma * grad
+        return gamma.flatten() * g + 0.5 * _sum((u - x) ** 2), gamma * grad + u - x
 
     u = x.clone()
     F, grad = energy(u)
-    t = torch.full_like(F, step)
-    active = torch.isfinite(F)
-    evaluations_left = max_iter * 4
+    s = torch.full_like(F, step)
+    rounding = 10 * torch.finfo(x.dtype).eps * F.abs()
     for _ in range(max_iter):
-        accepted, u_next, F_next, grad_next = ~active, u, F, grad
-        for _ in range(MAX_HALVINGS):
-            inverse = _per_sample(1 / t, x)
-            trial = (inverse * u + x - grad) / (inverse + 1)
-            F_trial, grad_trial = energy(trial)
-            evaluations_left -= 1
-            enough = F_trial <= F - SUFFICIENT_DECREASE * _sum((trial - u) ** 2)
-            new = enough & ~accepted
-            keep = _per_sample(new, x)
-            u_next, grad_next = torch.where(keep, trial, u_next), torch.where(keep, grad_trial, grad_next)
-            F_next = torch.where(new, F_trial, F_next)
-            accepted = accepted | new
-            if accepted.all() or evaluations_left <= 0:
-                break
-            t = torch.where(accepted, t, t / 4)
-        move, change = u_next - u, grad_next - grad
-        moved = _sum(move**2)
-        # no step of sufficient decrease is left: rounding, or a kink of a ReLU network
-        active = active & accepted & (moved > tol**2 * _sum(u_next**2))
-        curvature = _sum(move * change) / moved.clamp_min(torch.finfo(x.dtype).tiny)
-        t = torch.where(curvature > 0, 1 / curvature.clamp_min(1e-12), 10 * t).clamp(1e-12, 1e6)
+        u_next, F_next, grad_next, s, accepted = _line_search(energy, u, F, grad, s, rounding)
+        move = u_next - u
+        moved, curvature = _sum(move**2), _sum(move * (grad_next - grad))
         u, F, grad = u_next, F_next, grad_next
-        if not active.any() or evaluations_left <= 0:
+        # no shorter step falls either: rounding, or a kink of a ReLU network
+        if not (accepted & (moved > tol**2 * _sum(u**2))).any():
             break
+        s = torch.where(curvature > 0, moved / curvature, 4 * s).clamp(1e-12, 1e3)
     return u
+
+
+def _line_search(energy, u, F, grad, s, rounding):
+    """For each sample the first of the steps s, s/4, s/16, ... that falls enough; none for a sample where none does."""
+    slope = _sum(grad**2)
+    u_next, F_next, grad_next, accepted = u, F, grad, torch.zeros_like(F, dtype=torch.bool)
+    for _ in range(MAX_SHORTENINGS):
+        trial = u - _per_sample(s, u) * grad
+        F_trial, grad_trial = energy(trial)
+        enough = F_trial <= F - SUFFICIENT_DECREASE * s * slope
+        # where F is flat to rounding only the gradient still tells (Hager & Zhang 2005)
+        enough |= (F_trial <= F + rounding) & (_sum(grad_trial**2) < slope)
+        new = enough & ~accepted
+        keep = _per_sample(new, u)
+        u_next, grad_next = torch.where(keep, trial, u_next), torch.where(keep, grad_trial, grad_next)
+        F_next = torch.where(new, F_trial, F_next)
+        accepted = accepted | new
+        if accepted.all():
+            break
+        s = torch.where(accepted, s, s / 4)
+    return u_next, F_next, grad_next, s, accepted
 
 
 def attach_implicit_gradient(u: Tensor, x: Tensor, gamma: Tensor, grad: Callable[[Tensor], Tensor]) -> Tensor:
