@@ -1,9 +1,11 @@
 """Normalizing-flow priors for deepinv."""
 
 from .checkpoints import CheckpointError
-from .flows import Reversed, allinone_flow, as_flow, build_flow, glow_flow
-from .likelihood import BitsPerDim, FlowModel, FlowNLL, fit_patchnr
+from .contract import Reversed, as_flow
+from .flows import allinone_flow, build_flow, glow_flow
+from .likelihood import BitsPerDim, FlowModel, FlowNLL
 from .patchnr import PatchNR
+from .training import fit_patchnr
 
 __version__ = "0.1.0"
 __all__ = [

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .flows import glow_flow
+from .flows import build_flow, glow_flow
 
 METADATA_KEY = "deepinv_flows"
 LODOPAB = "PatchNR_lodopab_small2"
@@ -115,6 +115,36 @@ def load_into(module: nn.Module, state: dict[str, Tensor], strict: bool = True):
         raise CheckpointError(f"missing tensors: {missing[:3] or 'none'}; unexpected tensors: {extra[:3] or 'none'}")
     check_values(state)
     return nn.Module.load_state_dict(module, state, strict=strict)
+
+
+def build(weights: Weights, patch: dict[str, int], num_layers: int, sub_net_size: int) -> nn.Module:
+    """A new flow of the function that the weights are for, with the weights loaded.
+
+    Our files say their architecture; a file of another dialect has to be of the given sizes.
+    """
+    dim = patch["channels"] * patch["patch_size"] ** 2
+    config = weights.config
+    if config is None:
+        config = glow_flow(dim, num_layers, sub_net_size).config
+    elif not weights.patch:
+        split_len = config["split_len"] if config["dim"] == dim else None
+        config = {**config, "dim": dim, "num_layers": num_layers, "sub_net_size": sub_net_size, "split_len": split_len}
+    elif weights.patch != patch:
+        raise CheckpointError(f"expected weights for {patch}; found {weights.patch}")
+    flow = build_flow(config)
+    load_into(flow, weights.state)
+    return flow
+
+
+def rename_in_place(state: dict[str, Tensor], prefix: str, flow: nn.Module) -> None:
+    """Give deepinv's tensors below ``prefix`` the names that they have in ``flow``, if it is a :func:`glow_flow`."""
+    theirs = [key for key in state if key.startswith(prefix + "blocks.")]
+    if theirs and getattr(flow, "config", {}).get("builder") == "glow_flow":
+        for key in theirs:
+            state[prefix + deepinv_key(key.removeprefix(prefix))] = state.pop(key)
+        for key, value in flow.state_dict().items():
+            if key.endswith(".perm"):
+                state.setdefault(prefix + key, value)
 
 
 def check_values(state: dict[str, Tensor]) -> None:

@@ -8,7 +8,9 @@ from deepinv.optim import Prior
 from torch import Tensor, nn
 
 from . import checkpoints, patchwise, proximal
-from .flows import as_flow, build_flow, evaluate, glow_flow
+from .contract import as_flow, evaluate
+from .flows import glow_flow
+from .inputs import check_input, positive_int
 
 PAD_MODES = ("constant", "reflect", "replicate", "circular")
 
@@ -90,15 +92,15 @@ class PatchNR(Prior):
     ):
         super().__init__()
         self.explicit_prior = True
-        self.patch_size, self.channels = _positive_int(patch_size=patch_size), _positive_int(channels=channels)
+        self.patch_size, self.channels = positive_int(patch_size=patch_size), positive_int(channels=channels)
         self.pad = "reflect" if pad is True else pad
         if self.pad is not False and self.pad not in PAD_MODES:
             raise ValueError(f"expected pad to be a bool or one of {', '.join(PAD_MODES)}; got {pad!r}")
-        self.n_patches = n_patches if n_patches == -1 else _positive_int(n_patches=n_patches)
-        self.stride = _positive_int(stride=stride)
+        self.n_patches = n_patches if n_patches == -1 else positive_int(n_patches=n_patches)
+        self.stride = positive_int(stride=stride)
         if stride > patch_size:
             raise ValueError(f"expected stride <= patch_size = {patch_size}, else pixels are in no patch; got {stride}")
-        self.chunk_size = None if chunk_size is None else _positive_int(chunk_size=chunk_size)
+        self.chunk_size = None if chunk_size is None else positive_int(chunk_size=chunk_size)
         self.generator = torch.Generator() if generator is None else generator
         if normalizing_flow is not None:
             self.normalizing_flow = as_flow(normalizing_flow)
@@ -208,7 +210,7 @@ class PatchNR(Prior):
         """
         like = self._like()
         generator = self.generator if generator is None else generator
-        z = torch.randn(_positive_int(n=n), self.dim, generator=generator, device=generator.device, dtype=like.dtype)
+        z = torch.randn(positive_int(n=n), self.dim, generator=generator, device=generator.device, dtype=like.dtype)
         with torch.no_grad():
             patches, _ = evaluate(self.normalizing_flow, z.to(like.device), rev=True)
         return patches.view(n, self.channels, self.patch_size, self.patch_size)
@@ -276,14 +278,7 @@ class PatchNR(Prior):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # deepinv's names, also when the prior is part of a larger module
-        flow = prefix + "normalizing_flow."
-        theirs = [key for key in state_dict if key.startswith(flow + "blocks.")]
-        if theirs and getattr(self.normalizing_flow, "config", {}).get("builder") == "glow_flow":
-            for key in theirs:
-                state_dict[flow + checkpoints.deepinv_key(key.removeprefix(flow))] = state_dict.pop(key)
-            for key, value in self.normalizing_flow.state_dict().items():
-                if key.endswith(".perm"):
-                    state_dict.setdefault(flow + key, value)
+        checkpoints.rename_in_place(state_dict, prefix + "normalizing_flow.", self.normalizing_flow)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _load(self, weights: checkpoints.Weights, strict: bool = True):
@@ -296,21 +291,8 @@ class PatchNR(Prior):
         return incompatible
 
     def _flow_for(self, weights: checkpoints.Weights, num_layers: int, sub_net_size: int) -> nn.Module:
-        """A new flow of the function that the weights are for and of the sizes that were asked for, loaded."""
-        config = weights.config
-        if config is None:
-            config = glow_flow(self.dim, num_layers, sub_net_size).config
-        elif not weights.patch:
-            split_len = config["split_len"] if config["dim"] == self.dim else None
-            sizes = dict(dim=self.dim, num_layers=num_layers, sub_net_size=sub_net_size, split_len=split_len)
-            config = {**config, **sizes}
-        elif weights.patch != {"patch_size": self.patch_size, "channels": self.channels}:
-            raise checkpoints.CheckpointError(
-                f"expected weights for patch_size {self.patch_size} and channels {self.channels}; found {weights.patch}"
-            )
-        flow = build_flow(config)
-        checkpoints.load_into(flow, weights.state)
-        return flow
+        patch = {"patch_size": self.patch_size, "channels": self.channels}
+        return checkpoints.build(weights, patch, num_layers, sub_net_size)
 
     def _like(self) -> Tensor:
         """An empty tensor of the weights' dtype and device."""
@@ -330,16 +312,7 @@ class PatchNR(Prior):
                 ) from error
 
     def _check(self, x: Tensor, images_only: bool = False) -> None:
-        if not torch.is_tensor(x):
-            raise TypeError(f"expected a tensor; got {type(x).__name__}")
-        _check_shape(x, self.patch_size, self.channels, images_only)
-        like = self._like()
-        if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"expected dtype {like.dtype}, as the flow's weights; got {x.dtype} (prior.to(x) converts)")
-        if x.device != like.device:
-            raise ValueError(f"expected a tensor on {like.device}, as the flow's weights; got one on {x.device}")
-        if not bool(torch.isfinite(x.detach()).all()):
-            raise ValueError(f"the input of shape {tuple(x.shape)} holds NaN or infinite entries")
+        check_input(x, self._like(), self.patch_size, self.channels, images_only)
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, [self.patch_size - 1] * 4, mode=self.pad) if self.pad else x
@@ -373,33 +346,3 @@ def _transpose(padded: Tensor, x: Tensor, grad: Tensor) -> Tensor:
     if padded is x:
         return grad
     return torch.autograd.grad(padded, x, grad, create_graph=grad.requires_grad)[0]
-
-
-def _positive_int(**named: int) -> int:
-    ((name, value),) = named.items()
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"expected {name} to be an integer >= 1; got {value!r}")
-    return value
-
-
-def _check_shape(x: Tensor, patch_size: int, channels: int, images_only: bool) -> None:
-    shape, p = tuple(x.shape), patch_size
-    dim = channels * p**2
-    if not x.is_floating_point():
-        raise TypeError(f"expected a real floating-point tensor; got {x.dtype} of shape {shape}")
-    if x.ndim not in ((4,) if images_only else (3, 4, 5)):
-        patches = "" if images_only else f", or patches (B, n, {dim}) or (B, n, {channels}, {p}, {p})"
-        raise ValueError(f"expected images (B, {channels}, H, W){patches}; got shape {shape}")
-    if x.numel() == 0:
-        raise ValueError(f"expected a non-empty batch; got shape {shape}")
-    if x.ndim == 4 and shape[1] != channels:
-        raise ValueError(
-            f"expected {channels} channels (patch dimension {dim}); got image of shape {shape}. "
-            f"Patches are passed as (B, n, {channels}, {p}, {p})"
-        )
-    if x.ndim == 4 and min(shape[2:]) < p:
-        raise ValueError(f"expected an image of at least {p} x {p} pixels, the size of a patch; got shape {shape}")
-    if x.ndim == 3 and shape[2] != dim:
-        raise ValueError(f"expected patches (B, n, {dim}) of dimension {channels} * {p}^2; got shape {shape}")
-    if x.ndim == 5 and shape[2:] != (channels, p, p):
-        raise ValueError(f"expected patches (B, n, {channels}, {p}, {p}); got shape {shape}")

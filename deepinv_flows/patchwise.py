@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .flows import evaluate
+from .contract import evaluate
 
 
 class PatchIndex:

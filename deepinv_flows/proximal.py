@@ -104,7 +104,8 @@ def attach_implicit_gradient(u: Tensor, x: Tensor, gamma: Tensor, grad: Callable
     Give a minimiser u of F its derivatives in x, gamma and the weights, by the implicit function theorem.
 
     From :math:`u - x + \gamma \nabla g(u) = 0` follows
-    :math:`(I + \gamma H)\,du = dx - \nabla g\,d\gamma - \gamma\,d_\theta \nabla g` with the Hessian H of g at u; the system is solved by MINRES (H may be indefinite) when a gradient arrives.
+    :math:`(I + \gamma H)\,du = dx - \nabla g\,d\gamma - \gamma\,d_\theta \nabla g` with the Hessian H of g at u; the system
+    is solved by MINRES (H may be indefinite) when a gradient arrives.
 
     :param torch.Tensor u: minimiser, without a graph.
     :param torch.Tensor x: images, possibly asking for a gradient.

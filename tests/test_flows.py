@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepinv_flows import allinone_flow, as_flow, build_flow, glow_flow
-from deepinv_flows.flows import evaluate
+from deepinv_flows.contract import evaluate
 
 
 @pytest.mark.parametrize("dim", [2, 9, 12])
@@ -144,7 +144,7 @@ def test_zuko_flow_satisfies_the_contract():
 def test_as_flow_takes_modules_only_and_keeps_flows():
     flow = glow_flow(4, 1, 8)
     assert as_flow(flow) is flow
-    with pytest.raises(TypeError, match="expected a torch.nn.Module as normalizing flow; got function"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module as normalizing flow; got function"):
         as_flow(lambda x: x)
     network = make("freia_sequence", 4)
     network.force_tuple_output = True

@@ -40,7 +40,9 @@ def test_value_and_gradient_against_a_naive_loop(batch, channels, patch_size, ex
         channels, dim = 2, 2
     flow = make("glow_silu", dim)
     prior = PatchNR(flow, patch_size=patch_size, channels=channels, stride=stride, pad=pad, chunk_size=chunk_size)
-    x = torch.rand(batch, channels, patch_size + extra[0], patch_size + extra[1], dtype=torch.float64, requires_grad=True)
+    x = torch.rand(
+        batch, channels, patch_size + extra[0], patch_size + extra[1], dtype=torch.float64, requires_grad=True
+    )
 
     width, mode = patch_size - 1, "reflect" if pad is True else pad
     padded = torch.nn.functional.pad(x, [width] * 4, mode=mode) if pad else x

@@ -85,7 +85,9 @@ def test_one_gamma_a_sample_and_samples_do_not_mix():
     with torch.no_grad():
         both = prior.prox(x, gamma=torch.tensor([0.5, 3.0]), **TIGHT)
         for i, gamma in enumerate((0.5, 3.0)):
-            torch.testing.assert_close(both[i : i + 1], prior.prox(x[i : i + 1], gamma=gamma, **TIGHT), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                both[i : i + 1], prior.prox(x[i : i + 1], gamma=gamma, **TIGHT), atol=1e-6, rtol=0
+            )
         assert torch.equal(prior.prox(x, gamma=0.0), x)
 
 

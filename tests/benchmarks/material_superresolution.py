@@ -5,8 +5,8 @@ The PatchNR paper's superresolution of a material, with our PatchNR.
 
 Protocol (Altekrueger et al. 2023, section 4.2): y = S x + 0.01 n, S a 16x16 Gaussian kernel of standard deviation 2, circular
 at the bottom and right ends, stride 4. ``DIR/material`` holds ``learn.png``, ``val.png``, ``test.png`` and the paper's own
-``published_reconstruction.png``. Trains on ``learn.png`` (evaluated on ``val.png``) unless a checkpoint is given, and reconstructs
-``test.png``; ``--image val.png --lambda-reg A B C`` is how lambda_reg was chosen. The last line is one JSON object.
+``published_reconstruction.png``. Trains on ``learn.png`` (evaluated on ``val.png``) unless a checkpoint is given, and
+reconstructs ``test.png``; ``--image val.png --lambda-reg A B C`` is how lambda_reg was chosen. The last line is one JSON object.
 """
 
 import argparse
@@ -50,7 +50,9 @@ def reconstruct(prior, y, physics, lambda_reg, iterations, step) -> torch.Tensor
     """Adam on sum((Sx - y)^2) + lambda_reg * prior(x), as the paper's, with a cosine for its step."""
     x = bicubic(y).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=step)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.01 + 0.99 * math.cos(math.pi * i / iterations / 2) ** 2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: 0.01 + 0.99 * math.cos(math.pi * i / iterations / 2) ** 2
+    )
     for _ in range(iterations):
         optimizer.zero_grad()
         (((physics.A(x) - y) ** 2).sum() + lambda_reg * prior(x).sum()).backward()
@@ -98,7 +100,9 @@ def main():
     args = parser.parse_args()
 
     folder = args.data / "material"
-    prior, seconds_training = (PatchNR.from_checkpoint(args.checkpoint), None) if args.checkpoint else train(folder, args)
+    prior, seconds_training = (
+        (PatchNR.from_checkpoint(args.checkpoint), None) if args.checkpoint else train(folder, args)
+    )
     prior.requires_grad_(False)
     prior.n_patches = args.n_patches
     x = load(folder / args.image)

@@ -1,0 +1,107 @@
+"""
+What every prior of this package relies on: the flow contract, and adapters for modules that almost satisfy it.
+
+A **flow** is a :class:`torch.nn.Module` called as ``flow(x, rev=False)`` that returns ``(z, log_det)``: ``x`` has shape (N, D) or
+(N, C, H, W), ``z`` holds as many numbers, and ``log_det`` of shape (N,) is :math:`\\log|\\det J|` of the direction evaluated, so
+it changes sign with ``rev``. FrEIA's ``SequenceINN`` and ``GraphINN``, deepinv's ``NormalizingFlow`` and every builder in
+:mod:`deepinv_flows.flows` satisfy it; :func:`as_flow` adapts bare FrEIA modules and zuko flows.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Reversed(nn.Module):
+    """
+    The inverse of a flow as a flow: ``Reversed(flow)(x) == flow(x, rev=True)``.
+
+    :param torch.nn.Module flow: any flow.
+
+    >>> import torch
+    >>> from deepinv_flows import Reversed, glow_flow
+    >>> flow = glow_flow(4, num_layers=1, sub_net_size=8)
+    >>> x = torch.rand(3, 4)
+    >>> torch.equal(Reversed(flow)(x)[0], flow(x, rev=True)[0])
+    True
+    """
+
+    def __init__(self, flow: nn.Module):
+        super().__init__()
+        self.flow = flow
+
+    @property
+    def config(self) -> dict:
+        return {**self.flow.config, "reversed": True}
+
+    def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        return self.flow(x, rev=not rev)
+
+
+class _TupleFlow(nn.Module):
+    """A bare FrEIA ``InvertibleModule``: tuples in and out."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        out, log_det = self.module((x,), rev=rev, jac=True)
+        return out[0], _per_sample(log_det, out[0])
+
+
+class _ZukoFlow(nn.Module):
+    """A zuko flow over a standard normal base."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        transform = self.module().transform
+        return (transform.inv if rev else transform).call_and_ladj(x)
+
+
+def as_flow(module: nn.Module) -> nn.Module:
+    """
+    Make a module satisfy the flow contract: FrEIA and zuko modules are adapted, others returned as they are.
+
+    :param torch.nn.Module module: a flow, a bare FrEIA ``InvertibleModule`` (a block, or a network with
+        ``force_tuple_output``), or a zuko flow over a standard normal base.
+    :return: module called as ``flow(x, rev=False) -> (z, log_det)``.
+    :raises TypeError: when ``module`` is no :class:`torch.nn.Module`.
+
+    >>> import FrEIA.modules as Fm, torch
+    >>> from deepinv_flows import as_flow
+    >>> flow = as_flow(Fm.PermuteRandom([(6,)], seed=0))
+    >>> [tuple(out.shape) for out in flow(torch.rand(2, 6))]
+    [(2, 6), (2,)]
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module as normalizing flow; got {type(module).__name__}")
+    ancestors = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(module).__mro__}
+    if "zuko.LazyDistribution" in ancestors:
+        return _ZukoFlow(module)
+    if "FrEIA.InvertibleModule" in ancestors:
+        is_network = ancestors & {"FrEIA.SequenceINN", "FrEIA.GraphINN"}
+        if not is_network or module.force_tuple_output:
+            return _TupleFlow(module)
+    return module
+
+
+def evaluate(flow: nn.Module, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+    """``flow(x, rev=rev)`` with the contract checked and ``log_det`` as (N,)."""
+    out = flow(x, rev=rev)
+    if not (isinstance(out, tuple) and len(out) == 2 and torch.is_tensor(out[0])):
+        raise TypeError(f"expected the flow {type(flow).__name__} to return (z, log_det); got {type(out).__name__}")
+    z, log_det = out
+    if z.numel() != x.numel():
+        raise ValueError(f"expected a flow output of {x.numel()} numbers, as its input {tuple(x.shape)}; got {z.shape}")
+    return z, _per_sample(log_det, x)
+
+
+def _per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
+    if not torch.is_tensor(log_det) or log_det.ndim == 0:
+        return x.new_zeros(x.shape[0]) + log_det
+    if log_det.shape != x.shape[:1]:
+        raise ValueError(f"expected log_det of shape ({x.shape[0]},), one per sample; got {tuple(log_det.shape)}")
+    return log_det

@@ -1,0 +1,47 @@
+"""Checks at the boundary, with both sides in the message."""
+
+import torch
+from torch import Tensor
+
+
+def check_input(x: Tensor, like: Tensor, patch_size: int, channels: int, images_only: bool) -> None:
+    """Refuse what is no finite image batch (or, unless ``images_only``, patches) of the dtype and device of ``like``."""
+    if not torch.is_tensor(x):
+        raise TypeError(f"expected a tensor; got {type(x).__name__}")
+    _check_shape(x, patch_size, channels, images_only)
+    if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"expected dtype {like.dtype}, as the flow's weights; got {x.dtype} (prior.to(x) converts)")
+    if x.device != like.device:
+        raise ValueError(f"expected a tensor on {like.device}, as the flow's weights; got one on {x.device}")
+    if not bool(torch.isfinite(x.detach()).all()):
+        raise ValueError(f"the input of shape {tuple(x.shape)} holds NaN or infinite entries")
+
+
+def positive_int(**named: int) -> int:
+    ((name, value),) = named.items()
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"expected {name} to be an integer >= 1; got {value!r}")
+    return value
+
+
+def _check_shape(x: Tensor, patch_size: int, channels: int, images_only: bool) -> None:
+    shape, p = tuple(x.shape), patch_size
+    dim = channels * p**2
+    if not x.is_floating_point():
+        raise TypeError(f"expected a real floating-point tensor; got {x.dtype} of shape {shape}")
+    if x.ndim not in ((4,) if images_only else (3, 4, 5)):
+        patches = "" if images_only else f", or patches (B, n, {dim}) or (B, n, {channels}, {p}, {p})"
+        raise ValueError(f"expected images (B, {channels}, H, W){patches}; got shape {shape}")
+    if x.numel() == 0:
+        raise ValueError(f"expected a non-empty batch; got shape {shape}")
+    if x.ndim == 4 and shape[1] != channels:
+        raise ValueError(
+            f"expected {channels} channels (patch dimension {dim}); got image of shape {shape}. "
+            f"Patches are passed as (B, n, {channels}, {p}, {p})"
+        )
+    if x.ndim == 4 and min(shape[2:]) < p:
+        raise ValueError(f"expected an image of at least {p} x {p} pixels, the size of a patch; got shape {shape}")
+    if x.ndim == 3 and shape[2] != dim:
+        raise ValueError(f"expected patches (B, n, {dim}) of dimension {channels} * {p}^2; got shape {shape}")
+    if x.ndim == 5 and shape[2:] != (channels, p, p):
+        raise ValueError(f"expected patches (B, n, {channels}, {p}, {p}); got shape {shape}")

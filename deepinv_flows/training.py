@@ -1,0 +1,230 @@
+"""Images in, trained PatchNR out."""
+
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from . import checkpoints
+from .flows import glow_flow
+from .likelihood import FlowModel, FlowNLL
+from .patchnr import PatchNR
+from .patchwise import PatchIndex
+
+
+class PatchSamples(Dataset):
+    """
+    All overlapping patches of some images as training samples, gathered when asked for.
+
+    :param Sequence[torch.Tensor] images: of shape (C, H, W), possibly of different sizes.
+    :param int patch_size: side of a patch.
+    :param bool augment: show each eighth of a batch under another symmetry of the square.
+
+    >>> import torch
+    >>> from deepinv_flows.training import PatchSamples
+    >>> samples = PatchSamples([torch.rand(1, 8, 8), torch.rand(1, 6, 9)], patch_size=6)
+    >>> len(samples), samples[12]["x"].shape
+    (13, torch.Size([36]))
+    """
+
+    def __init__(self, images: Sequence[Tensor], patch_size: int, augment: bool = False):
+        self.shape = (images[0].shape[0], patch_size, patch_size)
+        self.augment = augment
+        self.flat = [image.reshape(-1) for image in images]
+        self.indices = [PatchIndex((1, *image.shape), patch_size) for image in images]
+        self.ends = torch.tensor([len(index) for index in self.indices]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {key: value[0] for key, value in self.__getitems__([i]).items()}
+
+    def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
+        numbers = torch.as_tensor(numbers)
+        image = torch.bucketize(numbers, self.ends, right=True)
+        patches = self.flat[0].new_empty(len(numbers), math.prod(self.shape))
+        for k in image.unique().tolist():
+            own = image == k
+            _, pixels = self.indices[k](numbers[own] - self.ends[k] + len(self.indices[k]))
+            patches[own] = self.flat[k][pixels]
+        if self.augment:
+            parts = patches.view(-1, *self.shape).chunk(8)
+            patches = torch.cat([_symmetry(part, k) for k, part in enumerate(parts)]).flatten(1)
+        return {"x": patches, "y": patches}
+
+
+def _symmetry(patches: Tensor, k: int) -> Tensor:
+    turned = torch.rot90(patches, k % 4, (2, 3))
+    return turned.flip(3) if k >= 4 else turned
+
+
+def fit_patchnr(
+    images: Tensor | Iterable[Tensor],
+    eval_images: Tensor | Iterable[Tensor] | None = None,
+    *,
+    prior: PatchNR | None = None,
+    patch_size: int = 6,
+    num_layers: int = 5,
+    sub_net_size: int = 256,
+    epochs: int = 40,
+    steps_per_epoch: int = 250,
+    batch_size: int = 1024,
+    lr: float = 1e-3,
+    dequantise: float = 1 / 255,
+    augment: bool = True,
+    early_stop: int | None = None,
+    save_path: str | Path | None = None,
+    resume: bool = False,
+    mixed_precision: bool | str = False,
+    device: str | torch.device = "cpu",
+    generator: torch.Generator | None = None,
+    verbose: bool = True,
+) -> PatchNR:
+    r"""
+    Train a :class:`PatchNR` on the patches of a few images, by :class:`deepinv.Trainer`.
+
+    An epoch is ``steps_per_epoch`` batches of random patches, however many images there are. Adam, with a rate that
+    rises over the first epochs and falls to zero along a cosine.
+
+    :param torch.Tensor images: (B, C, H, W), or a list of (C, H, W) of different sizes, in the range the prior will
+        see; 8-bit data in [0, 1] for the default ``dequantise``.
+    :param torch.Tensor eval_images: images for the evaluation loss; the weights of its best epoch are returned. ``None``
+        evaluates on patches of ``images`` and returns the last weights.
+    :param PatchNR prior: prior to train further, in place; ``None`` makes one with random permutations from
+        ``patch_size``, ``num_layers`` and ``sub_net_size``.
+    :param int epochs: number of epochs.
+    :param int steps_per_epoch: batches in an epoch.
+    :param int batch_size: patches in a batch.
+    :param float lr: largest learning rate.
+    :param float dequantise: width of the uniform noise added to the patches.
+    :param bool augment: also show the patches flipped and rotated.
+    :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
+    :param str save_path: folder for the Trainer's checkpoints, one an epoch; ``None`` keeps none.
+    :param bool resume: continue from the newest readable checkpoint under ``save_path``, if there is one.
+    :param bool, str mixed_precision: as in :class:`deepinv.Trainer`.
+    :param str device: where to train.
+    :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is one with a fixed seed.
+    :param bool verbose: progress bars and losses.
+    :return: the trained prior.
+    :raises ValueError: for images that are no finite floating-point tensors of a patch's size or more.
+
+    >>> import torch
+    >>> from deepinv_flows import fit_patchnr
+    >>> images = torch.rand(2, 1, 32, 32)
+    >>> prior = fit_patchnr(images, patch_size=3, sub_net_size=16, epochs=1, steps_per_epoch=5, verbose=False)
+    >>> prior(images).shape
+    torch.Size([2])
+    """
+    import deepinv as dinv
+
+    generator = torch.Generator() if generator is None else generator
+    images = _image_list(images, patch_size if prior is None else prior.patch_size)
+    if prior is None:
+        channels = images[0].shape[0]
+        flow = glow_flow(channels * patch_size**2, num_layers, sub_net_size, permute=True, generator=generator)
+        prior = PatchNR(flow.to(images[0].dtype), patch_size=patch_size, channels=channels)
+    held_out = images if eval_images is None else _image_list(eval_images, prior.patch_size)
+    model = FlowModel(prior.normalizing_flow.to(device), dequantise, generator)
+    weights = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    optimizer = torch.optim.Adam(weights, lr=lr, fused=torch.device(device).type in ("cpu", "cuda"))
+    batches = dict(batch_size=batch_size, collate_fn=_same)
+    samples = PatchSamples(images, prior.patch_size, augment)
+    sampler = RandomSampler(samples, True, steps_per_epoch * batch_size, generator)
+    with tempfile.TemporaryDirectory() as scratch, torch.enable_grad():
+        folder = Path(save_path or scratch)
+        trainer = dinv.Trainer(
+            model=model,
+            physics=dinv.physics.Denoising(),
+            optimizer=optimizer,
+            scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmCosine(epochs)),
+            train_dataloader=DataLoader(samples, sampler=sampler, generator=generator, **batches),
+            eval_dataloader=DataLoader(
+                _spread(PatchSamples(held_out, prior.patch_size)), generator=generator, **batches
+            ),
+            losses=FlowNLL(),
+            metrics=None,
+            compute_train_metrics=False,
+            compute_eval_losses=True,
+            early_stop=early_stop,
+            early_stop_on_losses=True,
+            epochs=epochs,
+            grad_clip=100.0,
+            check_grad=True,  # deepinv 0.5.0 clips only when it also checks
+            ckpt_pretrained=_newest(folder) if resume else None,
+            save_path=folder,
+            mixed_precision=mixed_precision,
+            device=device,
+            freq_update_progress_bar=25,
+            non_blocking_transfers=False,
+            verbose=verbose,
+            show_progress_bar=verbose,
+        )
+        trainer.train()
+        if eval_images is not None:
+            model.load_state_dict(_best(folder))
+    return prior.to(device)
+
+
+class _WarmCosine:
+    """Factor of the learning rate at an epoch: up over the first twentieth of the epochs, then down along a cosine."""
+
+    def __init__(self, epochs: int):
+        self.epochs, self.warm = epochs, epochs / 20
+
+    def __call__(self, epoch: int) -> float:
+        if epoch < self.warm:
+            return (epoch + 0.5) / (self.warm + 0.5)
+        return 0.5 + 0.5 * math.cos(math.pi * epoch / self.epochs)
+
+
+def _image_list(images: Tensor | Iterable[Tensor], patch_size: int) -> list[Tensor]:
+    images = [images] if torch.is_tensor(images) and images.ndim == 3 else list(images)
+    if not images:
+        raise ValueError("expected at least one image; got none")
+    for image in images:
+        shape = tuple(getattr(image, "shape", ()))
+        if len(shape) != 3 or shape[0] != images[0].shape[0] or min(shape[1:]) < patch_size:
+            raise ValueError(
+                f"expected images (C, H, W) of one number of channels and at least {patch_size} x {patch_size} pixels; "
+                f"got shape {shape}"
+            )
+        if not image.is_floating_point() or not bool(torch.isfinite(image).all()):
+            raise ValueError(f"expected finite floating-point images; got {image.dtype} of shape {shape}")
+    return [image.detach().cpu() for image in images]
+
+
+def _spread(samples: PatchSamples, size: int = 16384) -> Dataset:
+    """At most ``size`` samples, spread evenly."""
+    numbers = torch.linspace(0, len(samples) - 1, min(size, len(samples))).long()
+    return torch.utils.data.Subset(samples, numbers.tolist())
+
+
+def _same(batch: dict) -> dict:
+    return batch
+
+
+def _readable(folder: Path, pattern: str) -> list[tuple[dict, Path]]:
+    """Checkpoints of deepinv's Trainer below ``folder``; one cut short by an interruption is passed over."""
+    found = []
+    for path in folder.glob(f"*/{pattern}"):
+        try:
+            found.append((checkpoints.read_torch(path), path))
+        except checkpoints.CheckpointError:
+            continue
+    return found
+
+
+def _newest(folder: Path) -> Path | None:
+    # of two from one epoch, the numbered one was written after the scheduler's step
+    order = [(raw["epoch"], "best" not in path.name, path) for raw, path in _readable(folder, "ckp_*.pth.tar")]
+    return max(order)[2] if order else None
+
+
+def _best(folder: Path) -> dict[str, Tensor]:
+    best = min(_readable(folder, "ckp_best.pth.tar"), key=lambda found: found[0]["eval_loss"]["FlowNLL"][-1])
+    return best[0]["state_dict"]

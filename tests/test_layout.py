@@ -1,0 +1,73 @@
+"""Imports run one way, cost nothing, and change nothing in deepinv; what is public is documented."""
+
+import ast
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+import deepinv_flows
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "deepinv_flows"
+# each module may import those of the rooms before its own
+ROOMS = [
+    {"_freia", "contract", "inputs"},
+    {"flows"},
+    {"patchwise", "checkpoints", "proximal"},
+    {"likelihood", "patchnr"},
+    {"training"},
+    {"__init__"},
+]
+
+
+def local_imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+def test_imports_run_one_way():
+    modules = {path.stem: local_imports(path) for path in PACKAGE.glob("*.py")}
+    assert set(modules) == set().union(*ROOMS)
+    for level, room in enumerate(ROOMS):
+        earlier = set().union(*ROOMS[:level])
+        for name in room:
+            assert modules[name] <= earlier, f"{name} imports {modules[name] - earlier}"
+
+
+def test_import_changes_nothing():
+    code = """
+import sys, torch, numpy, deepinv
+before = {name: dict(vars(sys.modules[name])) for name in list(sys.modules) if name.startswith("deepinv.")}
+state, numpy_state = torch.get_rng_state(), numpy.random.get_state()[1].copy()
+import deepinv_flows
+after = {name: dict(vars(sys.modules[name])) for name in before}
+assert all(before[n].get(k) is v for n in before for k, v in after[n].items()), "deepinv changed"
+assert torch.equal(state, torch.get_rng_state()) and (numpy_state == numpy.random.get_state()[1]).all()
+assert not any(name.split(".")[0] in ("FrEIA", "zuko", "skimage") for name in sys.modules), "imported too early"
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_entry_points_name_public_objects():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    for name, target in groups["deepinv.priors"].items():
+        module, attribute = target.split(":")
+        assert module == "deepinv_flows" and attribute == name and hasattr(deepinv_flows, name)
+
+
+@pytest.mark.parametrize("name", deepinv_flows.__all__)
+def test_public_names_have_an_example(name):
+    assert doctest.DocTestParser().get_examples(getattr(deepinv_flows, name).__doc__)
+
+
+def test_all_is_sorted_and_complete():
+    public = {n for n, v in vars(deepinv_flows).items() if getattr(v, "__module__", "").startswith("deepinv_flows")}
+    assert deepinv_flows.__all__ == sorted(deepinv_flows.__all__) and set(deepinv_flows.__all__) == public
