@@ -100,7 +100,7 @@ class Permutation(Fm.InvertibleModule):
 
     def forward(self, x, c=(), rev=False, jac=True):
         perm = torch.argsort(self.perm) if rev else self.perm
-        return (x[0][:, perm],), x[0].new_zeros(x[0].shape[0])
+        return (x[0].index_select(1, perm),), x[0].new_zeros(x[0].shape[0])
 
     def output_dims(self, input_dims):
         return input_dims
