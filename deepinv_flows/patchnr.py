@@ -30,11 +30,12 @@ class PatchNR(Prior):
       as (B, n, p, p) patches: to pass such patches, write them as (B, n, 1, p, p));
     - patches (B, n, D) or (B, n, C, p, p) give (B, n), so ``deepinv.optim.PatchPrior(PatchNR(...))`` works.
 
-    **Choosing** ``lambda_reg``. g is a mean, of the order of D nats, while deepinv's ``L2(sigma)`` is a sum over the measurements
-    divided by :math:`2\sigma^2`. Summing over patches counts each pixel about :math:`p^2` times, so
-    :math:`-\log p(x) \approx \frac{HW}{p^2} g(x)`: beside ``L2(sigma=noise)`` start from :math:`0.1\, HW/p^2` (neighbouring patches are not
-    independent, hence 0.1) and tune by factors of 2; beside ``L2()``, whose sigma is 1, multiply by the variance of the
-    noise. Langevin sampling (``deepinv.sampling``) with ``L2(sigma=noise)`` takes the same factor as ``alpha``.
+    **Choosing** ``lambda_reg``. g is a mean, of the order of D nats, while deepinv's ``L2(sigma)`` is a sum over the
+    measurements divided by :math:`2\sigma^2`. A sum over patches counts each pixel about :math:`p^2` times, so
+    :math:`-\log p(x) \approx \frac{HW}{p^2} g(x)`. Beside ``L2(sigma=noise)`` start from :math:`0.1\,\frac{HW}{p^2}`
+    (neighbouring patches are not independent, hence 0.1) and tune by factors of 2; beside ``L2()``, whose sigma is 1,
+    multiply by the variance of the noise. Langevin sampling (``deepinv.sampling``) with ``L2(sigma=noise)`` takes the same
+    factor as ``alpha``.
 
     **Speed.** In a loop of your own, weights collect gradients too unless frozen: call ``prior.requires_grad_(False)`` first.
     deepinv's optimizers need only ``prior.grad``, which is fast either way.

@@ -71,3 +71,16 @@ def test_public_names_have_an_example(name):
 def test_all_is_sorted_and_complete():
     public = {n for n, v in vars(deepinv_flows).items() if getattr(v, "__module__", "").startswith("deepinv_flows")}
     assert deepinv_flows.__all__ == sorted(deepinv_flows.__all__) and set(deepinv_flows.__all__) == public
+
+
+def test_the_readme_script_runs():
+    script = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    namespace = {}
+    exec(compile(script, "README.md", "exec"), namespace)
+    x, y, x_net = (namespace[name] for name in ("x", "y", "x_net"))
+    assert x_net.shape == x.shape and x_net.isfinite().all() and not x_net.equal(y)
+
+
+def test_the_readme_names_everything_public():
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{name}" in readme for name in deepinv_flows.__all__)
