@@ -62,6 +62,11 @@ class AllInOneBlock(Fm.AllInOneBlock):
         finally:
             np.random.set_state(kept)
         self.global_scale_activation = GlobalScale(global_affine_type)
+        # FrEIA's are frozen parameters, which requires_grad_(True) on the flow would set free
+        for name in ("w_0",) if self.householder else ("w_perm", "w_perm_inv"):
+            rotation = getattr(self, name).data
+            delattr(self, name)
+            self.register_buffer(name, rotation)
 
     def _orthogonalise(self):
         """FrEIA rounds its rotation to float32: make it orthogonal to float64's precision again (Newton-Schulz)."""

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from . import checkpoints
 from .flows import glow_flow
+from .inputs import check_input
 from .likelihood import FlowModel, FlowNLL
 from .patchnr import PatchNR
 from .patchwise import PatchIndex
@@ -129,6 +130,7 @@ def fit_patchnr(
         flow = glow_flow(channels * patch_size**2, num_layers, sub_net_size, permute=True, generator=generator)
         prior = PatchNR(flow.to(images[0].dtype), patch_size=patch_size, channels=channels)
     held_out = images if eval_images is None else _image_list(eval_images, prior.patch_size)
+    _check_fit(prior, [*images, *held_out])
     model = FlowModel(prior.normalizing_flow.to(device), dequantise, generator)
     weights = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
     optimizer = torch.optim.Adam(weights, lr=lr, fused=torch.device(device).type in ("cpu", "cuda"))
@@ -196,6 +198,14 @@ def _image_list(images: Tensor | Iterable[Tensor], patch_size: int) -> list[Tens
         if not image.is_floating_point() or not bool(torch.isfinite(image).all()):
             raise ValueError(f"expected finite floating-point images; got {image.dtype} of shape {shape}")
     return [image.detach().cpu() for image in images]
+
+
+def _check_fit(prior: PatchNR, images: list[Tensor]) -> None:
+    if not any(p.requires_grad for p in prior.parameters()):
+        raise ValueError("the weights of the prior are frozen; prior.requires_grad_(True) makes them trainable")
+    like = next(p for p in prior.parameters() if p.requires_grad).cpu()
+    for image in images:
+        check_input(image[None], like, prior.patch_size, prior.channels, images_only=True)
 
 
 def _spread(samples: PatchSamples, size: int = 16384) -> Dataset:

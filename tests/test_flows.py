@@ -43,6 +43,14 @@ def test_copies_and_pickles_after_a_forward_pass(name, dtype):
 
 
 @pytest.mark.parametrize("name", BUILT)
+def test_freezing_and_thawing_sets_no_rotation_free(name):
+    flow = make(name, 6)
+    trainable = [key for key, p in flow.named_parameters() if p.requires_grad]
+    flow.requires_grad_(False).requires_grad_(True)
+    assert [key for key, p in flow.named_parameters() if p.requires_grad] == trainable
+
+
+@pytest.mark.parametrize("name", BUILT)
 def test_second_backward(name):
     flow = make(name, 6)
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)

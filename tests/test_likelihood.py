@@ -180,6 +180,20 @@ def test_bad_images(images, message):
         fit_patchnr(images, epochs=1, verbose=False)
 
 
+def test_prior_and_images_must_fit():
+    images = torch.rand(1, 1, 9, 9)
+    with pytest.raises(ValueError, match="frozen"):
+        fit_patchnr(images, prior=PatchNR(patch_size=3).requires_grad_(False))
+    with pytest.raises(
+        ValueError, match=r"expected 3 channels \(patch dimension 27\); got image of shape \(1, 1, 9, 9\)"
+    ):
+        fit_patchnr(images, prior=PatchNR(patch_size=3, channels=3))
+    with pytest.raises(TypeError, match=r"expected dtype torch.float32.*got torch.float64"):
+        fit_patchnr(images, images.double(), patch_size=3)
+    with pytest.raises(ValueError, match="one number of channels"):
+        fit_patchnr([images[0], torch.rand(3, 9, 9)], patch_size=3)
+
+
 TRAIN = """
     import torch
     from deepinv_flows import fit_patchnr

@@ -287,6 +287,34 @@ def test_nan_is_refused():
         ours(patches)
 
 
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Number of entries of the largest tensor that any operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if torch.is_tensor(tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_memory_is_bounded(frozen):
+    theirs, ours = theirs_and_ours()
+    ours.chunk_size = 256
+    if frozen:
+        ours.requires_grad_(False)
+    x = torch.rand(1, 1, 64, 64)
+    with LargestTensor() as seen:
+        ours(x.clone().requires_grad_()).sum().backward()
+    assert seen.entries <= 256 * 16  # a hidden layer of one chunk, or the image itself
+    with LargestTensor() as seen:
+        dinv.optim.PatchPrior(theirs, patch_size=3)(x.clone().requires_grad_()).sum().backward()
+    assert seen.entries >= 62 * 62 * 16  # a hidden layer of all patches
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_device_is_named(device):
     if device == "cpu":
