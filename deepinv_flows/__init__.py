@@ -1,7 +1,7 @@
 """Normalizing-flow priors for deepinv."""
 
-from .checkpoints import CheckpointError
 from .contract import Reversed, as_flow
+from .dialects import CheckpointError
 from .flows import allinone_flow, build_flow, glow_flow
 from .likelihood import BitsPerDim, FlowModel, FlowNLL
 from .patchnr import PatchNR

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .contract import KnowsItsConfig
+
 
 class Clamp:
     r"""Soft clamp :math:`u \mapsto a \cdot h(b\,u)`, which couplings multiply by their ``clamp``."""
@@ -21,8 +23,8 @@ class Clamp:
         self.function, self.outer, self.inner = function, outer, inner
 
     def __call__(self, u: Tensor) -> Tensor:
-        if u.dtype in (torch.bfloat16, torch.float16):
-            u = u.float()  # under autocast: the log-determinant is a sum of many of these
+        if u.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(u.device.type):
+            u = u.float()  # the log-determinant is a sum of many of these
         return self.outer * getattr(torch, self.function)(self.inner * u)
 
     @classmethod
@@ -111,7 +113,7 @@ class Permutation(Fm.InvertibleModule):
         return input_dims
 
 
-class SequenceFlow(Ff.SequenceINN):
+class SequenceFlow(KnowsItsConfig, Ff.SequenceINN):
     """A ``SequenceINN`` that knows the builder call it came from and always returns ``log_det`` as (N,)."""
 
     def __init__(self, *dims: int, config: dict):

@@ -7,11 +7,45 @@ it changes sign with ``rev``. FrEIA's ``SequenceINN`` and ``GraphINN``, deepinv'
 :mod:`deepinv_flows.flows` satisfy it; :func:`as_flow` adapts bare FrEIA modules and zuko flows.
 """
 
+import json
+
 import torch
 from torch import Tensor, nn
 
+SIZES = ("dim", "num_layers", "sub_net_size", "split_len")
 
-class Reversed(nn.Module):
+
+def encode_config(config: dict) -> Tensor:
+    """A builder's ``config`` as a tensor, to travel in a state dict."""
+    return torch.tensor(list(json.dumps(config, sort_keys=True).encode()), dtype=torch.uint8)
+
+
+def decode_config(code: Tensor) -> dict:
+    """Inverse of :func:`encode_config`."""
+    return json.loads(bytes(code.tolist()))
+
+
+def same_function(a: dict, b: dict) -> bool:
+    """Whether flows of these configs compute the same function when sizes and weights are equal."""
+    a, b = ({"reversed": False, **{key: c[key] for key in c if key not in SIZES}} for c in (a, b))
+    return a == b
+
+
+class KnowsItsConfig:
+    """Mixin: the state dict says which function the weights are for, and loading another function's is refused."""
+
+    config: dict
+
+    def get_extra_state(self) -> Tensor:
+        return encode_config(self.config)
+
+    def set_extra_state(self, code: Tensor) -> None:
+        found = decode_config(code)
+        if not same_function(found, self.config):
+            raise ValueError(f"expected weights of a flow {self.config}; found weights of {found}")
+
+
+class Reversed(KnowsItsConfig, nn.Module):
     """
     The inverse of a flow as a flow: ``Reversed(flow)(x) == flow(x, rev=True)``.
 
@@ -27,6 +61,8 @@ class Reversed(nn.Module):
 
     def __init__(self, flow: nn.Module):
         super().__init__()
+        if isinstance(flow, Reversed):
+            raise ValueError("a flow reversed twice is the flow itself: use its .flow")
         self.flow = flow
 
     @property
@@ -80,12 +116,23 @@ def as_flow(module: nn.Module) -> nn.Module:
         raise TypeError(f"expected a torch.nn.Module as normalizing flow; got {type(module).__name__}")
     ancestors = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(module).__mro__}
     if "zuko.LazyDistribution" in ancestors:
+        _check_standard_normal(module)
         return _ZukoFlow(module)
     if "FrEIA.InvertibleModule" in ancestors:
         is_network = ancestors & {"FrEIA.SequenceINN", "FrEIA.GraphINN"}
         if not is_network or module.force_tuple_output:
             return _TupleFlow(module)
     return module
+
+
+def _check_standard_normal(module: nn.Module) -> None:
+    try:
+        base = module().base
+        standard = type(base).__name__ == "DiagNormal" and bool((base.mean == 0).all() and (base.stddev == 1).all())
+    except Exception as error:
+        raise TypeError(f"expected an unconditional zuko flow; this {type(module).__name__} fails: {error}") from error
+    if not standard:
+        raise TypeError(f"expected a zuko flow over a standard normal base; {type(module).__name__} has {base}")
 
 
 def evaluate(flow: nn.Module, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Checks at the boundary, with both sides in the message."""
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,9 @@ def check_input(x: Tensor, like: Tensor, patch_size: int, channels: int, images_
 
 def positive_int(**named: int) -> int:
     ((name, value),) = named.items()
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"expected {name} to be an integer >= 1; got {value!r}")
-    return value
+    return operator.index(value)
 
 
 def _check_shape(x: Tensor, patch_size: int, channels: int, images_only: bool) -> None:

@@ -17,6 +17,7 @@ from deepinv.loss.metric import Metric
 from deepinv.models.base import Reconstructor
 from torch import Tensor, nn
 
+from .contract import as_flow
 from .patchwise import patch_nll
 
 
@@ -24,7 +25,7 @@ class FlowModel(Reconstructor):
     r"""
     A flow as a model that :class:`deepinv.Trainer` trains: maps samples to their negative log-likelihoods.
 
-    :param torch.nn.Module flow: any flow, on patches or on images.
+    :param torch.nn.Module flow: any flow, on patches or on images, or a prior that has one.
     :param float dequantise: width of the uniform noise added to the samples, in their own unit; 1/255 for 8-bit images
         in [0, 1], 0 for none.
     :param torch.Generator generator: source of the noise; ``None`` is one of its own, with a fixed seed.
@@ -45,7 +46,7 @@ class FlowModel(Reconstructor):
         super().__init__()
         if dequantise < 0:
             raise ValueError(f"expected a width of the dequantisation noise >= 0; got {dequantise}")
-        self.flow, self.dequantise = flow, dequantise
+        self.flow, self.dequantise = as_flow(getattr(flow, "normalizing_flow", flow)), dequantise
         self.generator = torch.Generator() if generator is None else generator
 
     def forward(self, y: Tensor, physics=None, **kwargs) -> Tensor:
@@ -55,6 +56,8 @@ class FlowModel(Reconstructor):
         :param torch.Tensor y: samples (N, D) or (N, C, H, W).
         :return: (N,) in nats, with the constant D/2 log(2 pi).
         """
+        if not y.is_floating_point() or not bool(torch.isfinite(y.detach()).all()):
+            raise ValueError(f"expected finite floating-point samples; got {y.dtype} of shape {tuple(y.shape)}")
         if self.dequantise:
             noise = torch.rand(y.shape, generator=self.generator, device=self.generator.device, dtype=y.dtype)
             y = y + self.dequantise * (noise.to(y.device) - 0.5)
@@ -77,11 +80,7 @@ class FlowNLL(Loss):
         :return: the same.
         :raises ValueError: for anything else, such as the images of a reconstruction network.
         """
-        if x_net.ndim != 1:
-            raise ValueError(
-                f"expected the (N,) negative log-likelihoods of a FlowModel; got shape {tuple(x_net.shape)}"
-            )
-        return x_net
+        return _check_nll(x_net)
 
 
 class BitsPerDim(Metric):
@@ -107,4 +106,10 @@ class BitsPerDim(Metric):
         :param torch.Tensor x: the samples, (N, D) or (N, C, H, W).
         :return: (N,)
         """
-        return x_net / (x[0].numel() * math.log(2)) - math.log2(self.bin_width)
+        return _check_nll(x_net) / (x[0].numel() * math.log(2)) - math.log2(self.bin_width)
+
+
+def _check_nll(x_net: Tensor) -> Tensor:
+    if x_net.ndim != 1:
+        raise ValueError(f"expected the (N,) negative log-likelihoods of a FlowModel; got shape {tuple(x_net.shape)}")
+    return x_net

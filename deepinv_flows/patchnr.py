@@ -1,5 +1,6 @@
 """PatchNR: negative log-likelihood of image patches under a normalizing flow, as a deepinv prior."""
 
+import copy
 import os
 
 import torch
@@ -7,8 +8,9 @@ import torch.nn.functional as F
 from deepinv.optim import Prior
 from torch import Tensor, nn
 
-from . import checkpoints, patchwise, proximal
-from .contract import as_flow, evaluate
+from . import checkpoints, dialects, patchwise, proximal
+from .contract import as_flow, evaluate, same_function
+from .dialects import CheckpointError
 from .flows import glow_flow
 from .inputs import check_input, positive_int
 
@@ -105,13 +107,15 @@ class PatchNR(Prior):
         self.generator = torch.Generator() if generator is None else generator
         if normalizing_flow is not None:
             self.normalizing_flow = as_flow(normalizing_flow)
-            if pretrained:
-                self._load(checkpoints.find(pretrained))
-        elif pretrained:
-            weights = checkpoints.find(pretrained)
-            self.normalizing_flow = self._flow_for(weights, num_layers, sub_net_size).to(device)
-        else:
+        elif not pretrained:
             self.normalizing_flow = glow_flow(self.dim, num_layers, sub_net_size).to(device)
+        if pretrained:
+            with checkpoints.guarded(pretrained):
+                weights = checkpoints.find(pretrained)
+                if normalizing_flow is None:
+                    self.normalizing_flow = self._flow_for(weights, num_layers, sub_net_size).to(device)
+                else:
+                    self._load(weights)
         self._probe()
 
     @property
@@ -150,6 +154,7 @@ class PatchNR(Prior):
         :return: tensor like x.
         """
         self._check(x)
+        self._check_autograd()
         if x.ndim != 4:
             return self._patch_grad(x)
         return self._image_grad(x, self._index(self._padded(x)))
@@ -180,6 +185,7 @@ class PatchNR(Prior):
         :raises ValueError: for a negative or non-finite gamma, and as :meth:`fn`.
         """
         self._check(x, images_only=True)
+        self._check_autograd()
         gamma = proximal.gamma_like(gamma, x)
         index = self._index(self._padded(x))
 
@@ -245,14 +251,15 @@ class PatchNR(Prior):
         >>> torch.equal(again(x), prior(x))
         True
         """
-        weights = checkpoints.find(path)
-        if weights.config is None:
-            raise checkpoints.CheckpointError(f"{path}: holds weights without their architecture; load_state_dict them")
-        dim = weights.config["dim"]
-        channels = kwargs.setdefault("channels", weights.patch.get("channels", 1))
-        kwargs.setdefault("patch_size", weights.patch.get("patch_size", round((dim / channels) ** 0.5)))
-        sizes = {key: weights.config[key] for key in ("num_layers", "sub_net_size")}
-        return cls(pretrained=str(path), **sizes, **kwargs)
+        with checkpoints.guarded(path):
+            weights = checkpoints.find(path)
+            if weights.config is None:
+                raise CheckpointError(f"not the weights of a PatchNR: tensors named {sorted(weights.state)[:3]}")
+            channels = kwargs.setdefault("channels", weights.patch.get("channels", 1))
+            side = round((weights.config["dim"] / channels) ** 0.5)
+            kwargs.setdefault("patch_size", weights.patch.get("patch_size", side))
+            sizes = {key: weights.config[key] for key in ("num_layers", "sub_net_size")}
+        return cls(pretrained=path, **{**sizes, **kwargs})
 
     def to_deepinv_state_dict(self) -> dict[str, Tensor]:
         """
@@ -260,7 +267,7 @@ class PatchNR(Prior):
 
         :raises ValueError: when deepinv has no flow of this function, as with permutations.
         """
-        return checkpoints.to_deepinv(self.normalizing_flow)
+        return dialects.to_deepinv(self.normalizing_flow)
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """
@@ -270,28 +277,40 @@ class PatchNR(Prior):
         ``normalizing_flow`` becomes a new module, so make optimizers afterwards.
 
         :param dict state_dict: of this class, of deepinv's PatchNR of any version, or of the paper's.
-        :param bool strict: whether all tensors must be there.
+        :param bool strict: whether all tensors must be there; if not, only names of this class and deepinv >= 0.4.1.
+        :param bool assign: as in :meth:`torch.nn.Module.load_state_dict`.
         :raises CheckpointError: naming the tensor, the shape expected and the shape found.
         """
-        if state_dict.keys() <= self.state_dict().keys() or not hasattr(self.normalizing_flow, "config"):
-            return checkpoints.load_into(self, dict(state_dict), strict)
-        return self._load(checkpoints.convert(state_dict), strict)
+        with checkpoints.guarded("state dict"):
+            if strict:
+                return self._load(dialects.convert(state_dict), assign)
+            state = dict(state_dict)
+            dialects.rename_in_place(state, "normalizing_flow.", self.normalizing_flow)
+            return checkpoints.load_into(self, state, False, assign)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # deepinv's names, also when the prior is part of a larger module
-        checkpoints.rename_in_place(state_dict, prefix + "normalizing_flow.", self.normalizing_flow)
+        dialects.rename_in_place(state_dict, prefix + "normalizing_flow.", self.normalizing_flow)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _load(self, weights: checkpoints.Weights, strict: bool = True):
-        config = getattr(self.normalizing_flow, "config", None)
-        if config is None or weights.config is None or checkpoints.same_function(weights.config, config):
-            return checkpoints.load_into(self.normalizing_flow, weights.state, strict)
-        flow = self._flow_for(weights, config["num_layers"], config["sub_net_size"])
-        incompatible = checkpoints.load_into(flow, flow.state_dict())
-        self.normalizing_flow = flow.to(self._like())
-        return incompatible
+    def _load(self, weights: dialects.Weights, assign: bool = False):
+        flow = self.normalizing_flow
+        ours, theirs = getattr(flow, "config", None), weights.config
+        if ours is not None and theirs is not None and not same_function(ours, theirs):
+            new = (
+                self._flow_for(weights, ours["num_layers"], ours["sub_net_size"]).to(self._like()).train(flow.training)
+            )
+            if not any(p.requires_grad for p in flow.parameters()):
+                new.requires_grad_(False)
+            self.normalizing_flow = new
+            return checkpoints.load_into(new, new.state_dict())
+        state = weights.state
+        for spelling in weights.spellings if ours is None else []:
+            if spelling.keys() == flow.state_dict().keys():
+                state = spelling
+        return checkpoints.load_into(flow, state, assign=assign)
 
-    def _flow_for(self, weights: checkpoints.Weights, num_layers: int, sub_net_size: int) -> nn.Module:
+    def _flow_for(self, weights: dialects.Weights, num_layers: int, sub_net_size: int) -> nn.Module:
         patch = {"patch_size": self.patch_size, "channels": self.channels}
         return checkpoints.build(weights, patch, num_layers, sub_net_size)
 
@@ -303,17 +322,30 @@ class PatchNR(Prior):
         return torch.empty(0)
 
     def _probe(self) -> None:
+        try:
+            # a copy, for flows that initialise themselves on their first batch
+            flow = copy.deepcopy(self.normalizing_flow).eval()
+        except Exception:  # not every module of a user's copies
+            return
+        like = self._like()
+        x = torch.linspace(0, 1, 4 * self.dim, dtype=like.dtype, device=like.device).view(4, self.dim)
         with torch.no_grad():
             try:
-                evaluate(self.normalizing_flow, self._like().new_zeros(2, self.dim))
+                evaluate(flow, x)
             except Exception as error:
                 raise ValueError(
                     f"expected a flow on patches of dimension {self.dim} (patch_size {self.patch_size}, channels "
-                    f"{self.channels}); the one given fails on a tensor of shape (2, {self.dim}): {error}"
+                    f"{self.channels}); the one given fails on a tensor of shape (4, {self.dim}): {error}"
                 ) from error
 
     def _check(self, x: Tensor, images_only: bool = False) -> None:
         check_input(x, self._like(), self.patch_size, self.channels, images_only)
+
+    def _check_autograd(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "the gradient of PatchNR needs autograd, which torch.inference_mode rules out: use torch.no_grad"
+            )
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, [self.patch_size - 1] * 4, mode=self.pad) if self.pad else x

@@ -162,10 +162,7 @@ def _checkpointed_sum(chunk, flat: Tensor, index: PatchIndex, chunk_size: int) -
     """Sum of ``chunk(flat, number)``; what several chunks need for their backward pass is recomputed there."""
     if len(index) <= chunk_size:
         return sum(chunk(flat, number) for number in index.chunks(chunk_size))
-    return sum(
-        checkpoint(chunk, flat, number, use_reentrant=False, preserve_rng_state=False)
-        for number in index.chunks(chunk_size)
-    )
+    return sum(checkpoint(chunk, flat, number, use_reentrant=False) for number in index.chunks(chunk_size))
 
 
 def _accumulate(index: PatchIndex, chunk_size: int, x: Tensor, evaluate_chunk, with_pixels: bool = False) -> Tensor:

@@ -1,5 +1,6 @@
 """Images in, trained PatchNR out."""
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from . import checkpoints
 from .flows import glow_flow
-from .inputs import check_input
+from .inputs import check_input, positive_int
 from .likelihood import FlowModel, FlowNLL
 from .patchnr import PatchNR
 from .patchwise import PatchIndex
@@ -105,8 +106,9 @@ def fit_patchnr(
     :param float dequantise: width of the uniform noise added to the patches.
     :param bool augment: also show the patches flipped and rotated.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
-    :param str save_path: folder for the Trainer's checkpoints, one an epoch; ``None`` keeps none.
-    :param bool resume: continue from the newest readable checkpoint under ``save_path``, if there is one.
+    :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch; ``None`` keeps none.
+    :param bool resume: continue from the newest readable checkpoint under ``save_path``, if there is one; otherwise a
+        new run starts beside those found there.
     :param bool, str mixed_precision: as in :class:`deepinv.Trainer`.
     :param str device: where to train.
     :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is one with a fixed seed.
@@ -123,6 +125,8 @@ def fit_patchnr(
     """
     import deepinv as dinv
 
+    for name, value in dict(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size).items():
+        positive_int(**{name: value})
     generator = torch.Generator() if generator is None else generator
     images = _image_list(images, patch_size if prior is None else prior.patch_size)
     if prior is None:
@@ -139,6 +143,8 @@ def fit_patchnr(
     sampler = RandomSampler(samples, True, steps_per_epoch * batch_size, generator)
     with tempfile.TemporaryDirectory() as scratch, torch.enable_grad():
         folder = Path(save_path or scratch)
+        earlier = sorted(folder.glob("run_*")) if resume else []
+        run = folder / f"run_{len(list(folder.glob('run_*')))}"
         trainer = dinv.Trainer(
             model=model,
             physics=dinv.physics.Denoising(),
@@ -157,8 +163,8 @@ def fit_patchnr(
             epochs=epochs,
             grad_clip=100.0,
             check_grad=True,  # deepinv 0.5.0 clips only when it also checks
-            ckpt_pretrained=_newest(folder) if resume else None,
-            save_path=folder,
+            ckpt_pretrained=_newest(earlier),
+            save_path=run,
             mixed_precision=mixed_precision,
             device=device,
             freq_update_progress_bar=25,
@@ -168,7 +174,11 @@ def fit_patchnr(
         )
         trainer.train()
         if eval_images is not None:
-            model.load_state_dict(_best(folder))
+            model.load_state_dict(_best([*earlier, run]))
+    if not all(bool(torch.isfinite(p).all()) for p in weights):
+        raise ValueError(
+            f"the training diverged: weights are not finite (lr {lr}, images up to {_largest(images):.3g})"
+        )
     return prior.to(device)
 
 
@@ -189,6 +199,8 @@ def _image_list(images: Tensor | Iterable[Tensor], patch_size: int) -> list[Tens
     if not images:
         raise ValueError("expected at least one image; got none")
     for image in images:
+        if not torch.is_tensor(image):
+            raise TypeError(f"expected images as tensors (C, H, W); got {type(image).__name__}")
         shape = tuple(getattr(image, "shape", ()))
         if len(shape) != 3 or shape[0] != images[0].shape[0] or min(shape[1:]) < patch_size:
             raise ValueError(
@@ -208,6 +220,10 @@ def _check_fit(prior: PatchNR, images: list[Tensor]) -> None:
         check_input(image[None], like, prior.patch_size, prior.channels, images_only=True)
 
 
+def _largest(images: list[Tensor]) -> float:
+    return max(float(image.abs().max()) for image in images)
+
+
 def _spread(samples: PatchSamples, size: int = 16384) -> Dataset:
     """At most ``size`` samples, spread evenly."""
     numbers = torch.linspace(0, len(samples) - 1, min(size, len(samples))).long()
@@ -218,23 +234,24 @@ def _same(batch: dict) -> dict:
     return batch
 
 
-def _readable(folder: Path, pattern: str) -> list[tuple[dict, Path]]:
-    """Checkpoints of deepinv's Trainer below ``folder``; one cut short by an interruption is passed over."""
+def _readable(runs: list[Path], pattern: str) -> list[tuple[dict, Path]]:
+    """Checkpoints of deepinv's Trainer in some runs; one cut short by an interruption is passed over."""
     found = []
-    for path in folder.glob(f"*/{pattern}"):
-        try:
+    for path in (path for run in runs for path in run.glob(f"*/{pattern}")):
+        with contextlib.suppress(checkpoints.CheckpointError):
             found.append((checkpoints.read_torch(path), path))
-        except checkpoints.CheckpointError:
-            continue
     return found
 
 
-def _newest(folder: Path) -> Path | None:
+def _newest(runs: list[Path]) -> Path | None:
     # of two from one epoch, the numbered one was written after the scheduler's step
-    order = [(raw["epoch"], "best" not in path.name, path) for raw, path in _readable(folder, "ckp_*.pth.tar")]
+    order = [(raw["epoch"], "best" not in path.name, path) for raw, path in _readable(runs, "ckp_*.pth.tar")]
     return max(order)[2] if order else None
 
 
-def _best(folder: Path) -> dict[str, Tensor]:
-    best = min(_readable(folder, "ckp_best.pth.tar"), key=lambda found: found[0]["eval_loss"]["FlowNLL"][-1])
-    return best[0]["state_dict"]
+def _best(runs: list[Path]) -> dict[str, Tensor]:
+    scored = [(raw["eval_loss"]["FlowNLL"][-1], raw["state_dict"]) for raw, _ in _readable(runs, "ckp_best.pth.tar")]
+    scored = [(loss, state) for loss, state in scored if math.isfinite(loss)]
+    if not scored:
+        raise ValueError("the training diverged: no evaluation loss is finite")
+    return min(scored, key=lambda pair: pair[0])[1]

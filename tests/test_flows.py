@@ -12,7 +12,7 @@ from cases import BUILT, FLOWS, make, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepinv_flows import allinone_flow, as_flow, build_flow, glow_flow
+from deepinv_flows import Reversed, allinone_flow, as_flow, build_flow, glow_flow
 from deepinv_flows.contract import evaluate
 
 
@@ -120,6 +120,8 @@ def test_refusals(builder):
         allinone_flow(4, global_affine_type="SIGMOID", global_affine_init=10.0)
     with pytest.raises(ValueError, match="0 < split_len < dim = 4; got 4"):
         glow_flow(4, split_len=4)
+    with pytest.raises(ValueError, match="reversed twice is the flow itself"):
+        Reversed(Reversed(glow_flow(4)))
     with pytest.raises(ValueError, match="expected builder"):
         build_flow({"dim": 4})
     with pytest.raises(ValueError, match="not an architecture that glow_flow builds"):
@@ -147,6 +149,12 @@ def test_zuko_flow_satisfies_the_contract():
     torch.testing.assert_close(evaluate(flow, z, rev=True)[0], x)
     nll = 0.5 * (z**2).sum(1) - log_det + 2 * np.log(2 * np.pi)
     torch.testing.assert_close(nll, -flow.module().log_prob(x))
+
+
+def test_zuko_flows_over_another_base_are_refused():
+    zuko = pytest.importorskip("zuko")
+    with pytest.raises(TypeError, match="over a standard normal base; NCSF has"):
+        as_flow(zuko.flows.NCSF(features=4))
 
 
 def test_as_flow_takes_modules_only_and_keeps_flows():

@@ -9,10 +9,11 @@ import textwrap
 import time
 
 import deepinv as dinv
+import FrEIA.modules as Fm
 import numpy as np
 import pytest
 import torch
-from cases import make
+from cases import make, mlp
 
 from deepinv_flows import BitsPerDim, FlowModel, FlowNLL, PatchNR, allinone_flow, fit_patchnr, glow_flow
 from deepinv_flows.training import PatchSamples, _newest
@@ -160,7 +161,7 @@ def test_early_stopping(tmp_path):
         lr=3e-3,
         **options,
     )
-    epochs = [int(p.name.split("_")[1].split(".")[0]) for p in tmp_path.glob("*/ckp_[0-9]*")]
+    epochs = [int(p.name.split("_")[1].split(".")[0]) for p in tmp_path.glob("*/*/ckp_[0-9]*")]
     assert max(epochs) < 59
 
 
@@ -194,6 +195,41 @@ def test_prior_and_images_must_fit():
         fit_patchnr([images[0], torch.rand(3, 9, 9)], patch_size=3)
 
 
+def test_runs_in_one_folder_do_not_mix(tmp_path):
+    options = dict(patch_size=3, sub_net_size=8, steps_per_epoch=20, batch_size=64, verbose=False, save_path=tmp_path)
+    image, other = torch.rand(1, 1, 20, 20), torch.zeros(1, 1, 20, 20)
+    first = fit_patchnr(image, image, epochs=4, **options)
+    second = fit_patchnr(image, image, epochs=1, **options)
+    third = fit_patchnr(other, other, epochs=2, num_layers=2, **options)
+    with torch.no_grad():
+        assert first(image) < second(image) < third(image)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_0", "run_1", "run_2"]
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_divergence_is_reported(held_out):
+    image = 1e3 * torch.rand(1, 1, 12, 12)
+    options = dict(patch_size=3, sub_net_size=8, epochs=3, steps_per_epoch=20, batch_size=32, verbose=False)
+    with pytest.raises(ValueError, match="diverged"):
+        fit_patchnr(image, image if held_out else None, lr=1e30, **options)
+
+
+def test_models_adapt_flows_and_refuse_bad_samples():
+    block = Fm.GLOWCouplingBlock([(4,)], subnet_constructor=mlp)
+    prior = PatchNR(patch_size=2, num_layers=1)
+    for flow in (block, prior):
+        assert FlowModel(flow)(torch.rand(3, 4)).shape == (3,)
+    for x in (torch.full((3, 4), math.nan), torch.ones(3, 4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"finite floating-point samples; got .* of shape \(3, 4\)"):
+            FlowModel(block)(x)
+    with pytest.raises(ValueError, match="log-likelihoods of a FlowModel"):
+        BitsPerDim()(torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4))
+    with pytest.raises(ValueError, match="expected epochs to be an integer >= 1; got 0"):
+        fit_patchnr(torch.rand(1, 1, 9, 9), epochs=0)
+    with pytest.raises(TypeError, match=r"images as tensors .* got ndarray"):
+        fit_patchnr([np.ones((1, 9, 9))])
+
+
 TRAIN = """
     import torch
     from deepinv_flows import fit_patchnr
@@ -216,21 +252,21 @@ def test_killed_and_resumed(tmp_path):
     expected = float(whole.communicate()[0])
     broken = run(tmp_path / "broken", steps=60)
     deadline = time.time() + 120
-    while not list(tmp_path.glob("broken/*/ckp_2.pth.tar")) and time.time() < deadline:
+    while not list(tmp_path.glob("broken/*/*/ckp_2.pth.tar")) and time.time() < deadline:
         time.sleep(0.01)
     os.kill(broken.pid, signal.SIGKILL)
     broken.wait()
-    newest = _newest(tmp_path / "broken")
+    newest = _newest([tmp_path / "broken" / "run_0"])
     reached = torch.load(newest, weights_only=False)["epoch"]
     assert 1 <= reached < 5
     # a checkpoint cut short by the kill is passed over
     (newest.parent / "ckp_99.pth.tar").write_bytes(newest.read_bytes()[:1000])
-    time.sleep(1.1)  # deepinv names a run's folder by the second
     resumed = float(run(tmp_path / "broken").communicate()[0])
-    runs = sorted((tmp_path / "broken").iterdir(), key=lambda p: p.stat().st_mtime)
-    assert len(runs) == 2
-    again = [int(p.name.split("_")[1].split(".")[0]) for p in runs[1].glob("ckp_[0-9]*")]
+    runs = sorted((tmp_path / "broken").iterdir())
+    assert [path.name for path in runs] == ["run_0", "run_1"]
+    last = next(runs[1].iterdir())
+    again = [int(p.name.split("_")[1].split(".")[0]) for p in last.glob("ckp_[0-9]*")]
     assert min(again) == reached + 1 and max(again) == 5  # no finished epoch is repeated
-    state = torch.load(runs[1] / f"ckp_{max(again)}.pth.tar", weights_only=False)["optimizer"]["state"]
+    state = torch.load(last / f"ckp_{max(again)}.pth.tar", weights_only=False)["optimizer"]["state"]
     assert state[0]["step"] == 6 * 60  # the optimizer went on counting
     assert abs(resumed - expected) < 0.05 * abs(expected)

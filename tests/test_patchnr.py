@@ -382,6 +382,47 @@ def test_flow_of_another_dimension():
         PatchNR(glow_flow(36), patch_size=3, channels=3)
 
 
+def test_inference_mode_is_named():
+    prior = PatchNR(patch_size=3, num_layers=1)
+    with torch.inference_mode():
+        x = torch.rand(1, 1, 6, 6)
+        assert prior(x).isfinite().all()
+        for method in (prior.grad, prior.prox):
+            with pytest.raises(RuntimeError, match="use torch.no_grad"):
+                method(x)
+
+
+def test_flows_that_initialise_themselves_are_not_touched_by_the_constructor():
+    flow = make("freia_sequence", 9, torch.float32)
+    flow.append(Fm.ActNorm)
+    prior = PatchNR(flow, patch_size=3)
+    patches = torch.randn(1, 50, 9)
+    assert prior(patches).isfinite().all()
+
+
+def test_dropout_gradients_are_those_of_the_value():
+    """A chunk is recomputed with the random numbers of its first evaluation."""
+    flow = glow_flow(9, 1, 16).double()
+    for block in (flow[1].subnet1, flow[1].subnet2):
+        block.append(torch.nn.Dropout(0.5))
+    x = torch.rand(1, 1, 9, 9, dtype=torch.float64)
+    prior = PatchNR(flow, patch_size=3, chunk_size=10)
+    weight = next(p for p in prior.parameters() if p.requires_grad)
+    direction, step = torch.randn_like(weight), 1e-6
+
+    def value(seed=4):
+        torch.manual_seed(seed)
+        return prior(x).sum()
+
+    (gradient,) = torch.autograd.grad(value(), weight)
+    with torch.no_grad():
+        weight.add_(step * direction)
+        up = value()
+        weight.sub_(2 * step * direction)
+        difference = (up - value()) / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-5, atol=1e-7)
+
+
 # --- options ---
 
 
@@ -436,6 +477,8 @@ def test_float64_and_autocast():
     x = torch.rand(1, 1, 20, 20)
     exact = copy.deepcopy(prior).double()(x.double())
     torch.testing.assert_close(prior(x).double(), exact, rtol=1e-4, atol=1e-4)
+    half = copy.deepcopy(prior).bfloat16()(x.bfloat16())
+    torch.testing.assert_close(half.double(), exact, rtol=5e-2, atol=5e-2)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(prior(x).double(), exact, rtol=1e-2, atol=1e-2)
 

@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=125, help="epochs of 250 batches of 1024 patches")
     parser.add_argument("--image", default="test.png")
-    parser.add_argument("--lambda-reg", type=float, nargs="+", default=[0.15], help="for the whole image")
+    parser.add_argument("--lambda-reg", type=float, nargs="+", default=[0.2], help="for the whole image")
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--step", type=float, default=0.03)
     parser.add_argument("--n-patches", type=int, default=90_000, help="random patches an iteration")
