@@ -123,8 +123,6 @@ def fit_patchnr(
     >>> prior(images).shape
     torch.Size([2])
     """
-    import deepinv as dinv
-
     for name, value in dict(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size).items():
         positive_int(**{name: value})
     generator = torch.Generator() if generator is None else generator
@@ -136,50 +134,55 @@ def fit_patchnr(
     held_out = images if eval_images is None else _image_list(eval_images, prior.patch_size)
     _check_fit(prior, [*images, *held_out])
     model = FlowModel(prior.normalizing_flow.to(device), dequantise, generator)
-    weights = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
-    optimizer = torch.optim.Adam(weights, lr=lr, fused=torch.device(device).type in ("cpu", "cuda"))
-    batches = dict(batch_size=batch_size, collate_fn=_same)
-    samples = PatchSamples(images, prior.patch_size, augment)
+    samples, eval_samples = PatchSamples(images, prior.patch_size, augment), PatchSamples(held_out, prior.patch_size)
+    batches = dict(batch_size=batch_size, collate_fn=_same, generator=generator)
     sampler = RandomSampler(samples, True, steps_per_epoch * batch_size, generator)
+    loaders = {
+        "train_dataloader": DataLoader(samples, sampler=sampler, **batches),
+        "eval_dataloader": DataLoader(_spread(eval_samples), **batches),
+    }
+    options = dict(
+        epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device, verbose=verbose
+    )
     with tempfile.TemporaryDirectory() as scratch, torch.enable_grad():
-        folder = Path(save_path or scratch)
-        earlier = sorted(folder.glob("run_*")) if resume else []
-        run = folder / f"run_{len(list(folder.glob('run_*')))}"
-        trainer = dinv.Trainer(
-            model=model,
-            physics=dinv.physics.Denoising(),
-            optimizer=optimizer,
-            scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmCosine(epochs)),
-            train_dataloader=DataLoader(samples, sampler=sampler, generator=generator, **batches),
-            eval_dataloader=DataLoader(
-                _spread(PatchSamples(held_out, prior.patch_size)), generator=generator, **batches
-            ),
-            losses=FlowNLL(),
-            metrics=None,
-            compute_train_metrics=False,
-            compute_eval_losses=True,
-            early_stop=early_stop,
-            early_stop_on_losses=True,
-            epochs=epochs,
-            grad_clip=100.0,
-            check_grad=True,  # deepinv 0.5.0 clips only when it also checks
-            ckpt_pretrained=_newest(earlier),
-            save_path=run,
-            mixed_precision=mixed_precision,
-            device=device,
-            freq_update_progress_bar=25,
-            non_blocking_transfers=False,
-            verbose=verbose,
-            show_progress_bar=verbose,
-        )
-        trainer.train()
+        runs = _train(model, lr, Path(save_path or scratch), resume, **loaders, **options)
         if eval_images is not None:
-            model.load_state_dict(_best([*earlier, run]))
-    if not all(bool(torch.isfinite(p).all()) for p in weights):
-        raise ValueError(
-            f"the training diverged: weights are not finite (lr {lr}, images up to {_largest(images):.3g})"
-        )
+            model.load_state_dict(_best(runs))
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        largest = max(float(image.abs().max()) for image in images)
+        raise ValueError(f"the training diverged: weights are not finite (lr {lr}, images up to {largest:.3g})")
     return prior.to(device)
+
+
+def _train(model: FlowModel, lr: float, folder: Path, resume: bool, **options) -> list[Path]:
+    """Train by deepinv's Trainer in a new run folder; returns that folder and those of the runs it continues."""
+    import deepinv as dinv
+
+    runs = sorted(folder.glob("run_*"), key=lambda path: int(path.name[4:]))
+    run = folder / f"run_{len(runs)}"
+    earlier = runs if resume else []
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=lr, fused=weights[0].device.type in ("cpu", "cuda"))
+    dinv.Trainer(
+        model=model,
+        physics=dinv.physics.Denoising(),
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmCosine(options["epochs"])),
+        losses=FlowNLL(),
+        metrics=None,
+        compute_train_metrics=False,
+        compute_eval_losses=True,
+        early_stop_on_losses=True,
+        grad_clip=100.0,
+        check_grad=True,  # deepinv 0.5.0 clips only when it also checks
+        ckpt_pretrained=_newest(earlier),
+        save_path=run,
+        freq_update_progress_bar=25,
+        non_blocking_transfers=False,
+        show_progress_bar=options["verbose"],
+        **options,
+    ).train()
+    return [*earlier, run]
 
 
 class _WarmCosine:
@@ -218,10 +221,6 @@ def _check_fit(prior: PatchNR, images: list[Tensor]) -> None:
     like = next(p for p in prior.parameters() if p.requires_grad).cpu()
     for image in images:
         check_input(image[None], like, prior.patch_size, prior.channels, images_only=True)
-
-
-def _largest(images: list[Tensor]) -> float:
-    return max(float(image.abs().max()) for image in images)
 
 
 def _spread(samples: PatchSamples, size: int = 16384) -> Dataset:

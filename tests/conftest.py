@@ -10,4 +10,4 @@ def _seeded():
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
     # the networks here are small: more threads only wait for one another
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(1)
