@@ -110,7 +110,13 @@ def build(weights: Weights, patch: dict[str, int], num_layers: int, sub_net_size
     if weights.dialect:
         config = {**config, "num_layers": num_layers, "sub_net_size": sub_net_size}
     flow = build_flow(config)
-    load_into(flow, weights.state)
+    try:
+        load_into(flow, weights.state)
+    except CheckpointError as error:
+        sizes = {key: weights.config[key] for key in ("num_layers", "sub_net_size")}
+        asked = {"num_layers": num_layers, "sub_net_size": sub_net_size}
+        hint = f" (the file has {sizes}, asked for was {asked}; PatchNR.from_checkpoint takes the file's)"
+        raise CheckpointError(f"{error}{hint if weights.dialect and sizes != asked else ''}") from None
     return flow
 
 

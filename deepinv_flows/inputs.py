@@ -12,11 +12,16 @@ def check_input(x: Tensor, like: Tensor, patch_size: int, channels: int, images_
         raise TypeError(f"expected a tensor; got {type(x).__name__}")
     _check_shape(x, patch_size, channels, images_only)
     if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"expected dtype {like.dtype}, as the flow's weights; got {x.dtype} (prior.to(x) converts)")
+        raise TypeError(
+            f"expected dtype {like.dtype}, as the flow's weights; got {x.dtype} (x.float(), or prior.double())"
+        )
     if x.device != like.device:
         raise ValueError(f"expected a tensor on {like.device}, as the flow's weights; got one on {x.device}")
     if not bool(torch.isfinite(x.detach()).all()):
-        raise ValueError(f"the input of shape {tuple(x.shape)} holds NaN or infinite entries")
+        raise ValueError(
+            f"the input of shape {tuple(x.shape)} holds NaN or infinite entries; "
+            "if an optimizer passed it, its step size is too large"
+        )
 
 
 def positive_int(**named: int) -> int:
@@ -44,6 +49,9 @@ def _check_shape(x: Tensor, patch_size: int, channels: int, images_only: bool) -
     if x.ndim == 4 and min(shape[2:]) < p:
         raise ValueError(f"expected an image of at least {p} x {p} pixels, the size of a patch; got shape {shape}")
     if x.ndim == 3 and shape[2] != dim:
-        raise ValueError(f"expected patches (B, n, {dim}) of dimension {channels} * {p}^2; got shape {shape}")
+        raise ValueError(
+            f"expected patches (B, n, {dim}) of dimension {channels} * {p}^2; got shape {shape}. "
+            "One image (C, H, W) is passed as x[None]"
+        )
     if x.ndim == 5 and shape[2:] != (channels, p, p):
         raise ValueError(f"expected patches (B, n, {channels}, {p}, {p}); got shape {shape}")

@@ -34,8 +34,8 @@ class PatchNR(Prior):
 
     **Choosing** ``lambda_reg``. g is a mean, of the order of D nats, while deepinv's ``L2(sigma)`` is a sum over the
     measurements divided by :math:`2\sigma^2`. A sum over patches counts each pixel about :math:`p^2` times, so
-    :math:`-\log p(x) \approx \frac{HW}{p^2} g(x)`. Beside ``L2(sigma=noise)`` start from :math:`0.1\,\frac{HW}{p^2}`
-    (neighbouring patches are not independent, hence 0.1) and tune by factors of 2; beside ``L2()``, whose sigma is 1,
+    :math:`-\log p(x) \approx \frac{HW}{p^2} g(x)`. Beside ``L2(sigma=noise)`` start from :math:`0.2\,\frac{HW}{p^2}`
+    (neighbouring patches are not independent, hence 0.2) and tune by factors of 2; beside ``L2()``, whose sigma is 1,
     multiply by the variance of the noise. Langevin sampling (``deepinv.sampling``) with ``L2(sigma=noise)`` takes the same
     factor as ``alpha``.
 

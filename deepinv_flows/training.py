@@ -3,6 +3,7 @@
 import contextlib
 import math
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -107,8 +108,8 @@ def fit_patchnr(
     :param bool augment: also show the patches flipped and rotated.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch; ``None`` keeps none.
-    :param bool resume: continue from the newest readable checkpoint under ``save_path``, if there is one; otherwise a
-        new run starts beside those found there.
+    :param bool resume: continue from the newest readable checkpoint under ``save_path``, if there is one; give the same
+        ``eval_images``, as the best epoch of all runs there is returned. ``False`` starts a new run beside them.
     :param bool, str mixed_precision: as in :class:`deepinv.Trainer`.
     :param str device: where to train.
     :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is one with a fixed seed.
@@ -133,6 +134,11 @@ def fit_patchnr(
         prior = PatchNR(flow.to(images[0].dtype), patch_size=patch_size, channels=channels)
     held_out = images if eval_images is None else _image_list(eval_images, prior.patch_size)
     _check_fit(prior, [*images, *held_out])
+    if 0 < dequantise < 1 and max(float(image.abs().max()) for image in images) > 10:
+        warnings.warn(
+            f"dequantise={dequantise:.4g} is for images in [0, 1]; divide by their range, or pass their grey-level step",
+            stacklevel=2,
+        )
     model = FlowModel(prior.normalizing_flow.to(device), dequantise, generator)
     samples, eval_samples = PatchSamples(images, prior.patch_size, augment), PatchSamples(held_out, prior.patch_size)
     batches = dict(batch_size=batch_size, collate_fn=_same, generator=generator)
@@ -161,6 +167,10 @@ def _train(model: FlowModel, lr: float, folder: Path, resume: bool, **options) -
     runs = sorted(folder.glob("run_*"), key=lambda path: int(path.name[4:]))
     run = folder / f"run_{len(runs)}"
     earlier = runs if resume else []
+    newest = _newest(earlier)
+    if newest is not None:
+        with checkpoints.guarded(newest):  # of another architecture?
+            checkpoints.load_into(model, checkpoints.read_torch(newest)["state_dict"])
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=lr, fused=weights[0].device.type in ("cpu", "cuda"))
     dinv.Trainer(
@@ -175,7 +185,7 @@ def _train(model: FlowModel, lr: float, folder: Path, resume: bool, **options) -
         early_stop_on_losses=True,
         grad_clip=100.0,
         check_grad=True,  # deepinv 0.5.0 clips only when it also checks
-        ckpt_pretrained=_newest(earlier),
+        ckpt_pretrained=newest,
         save_path=run,
         freq_update_progress_bar=25,
         non_blocking_transfers=False,
@@ -198,7 +208,12 @@ class _WarmCosine:
 
 
 def _image_list(images: Tensor | Iterable[Tensor], patch_size: int) -> list[Tensor]:
-    images = [images] if torch.is_tensor(images) and images.ndim == 3 else list(images)
+    if torch.is_tensor(images) and images.ndim != 4:
+        raise ValueError(
+            f"expected a tensor (B, C, H, W) or a list of (C, H, W); got a tensor of shape {tuple(images.shape)}. "
+            "Grey images (B, H, W) are passed as images[:, None], one image (C, H, W) as images[None]"
+        )
+    images = list(images)
     if not images:
         raise ValueError("expected at least one image; got none")
     for image in images:

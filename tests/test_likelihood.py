@@ -171,7 +171,8 @@ def test_early_stopping(tmp_path):
         ([], "at least one image"),
         ([torch.rand(1, 8, 8), torch.rand(3, 8, 8)], r"one number of channels.*got shape \(3, 8, 8\)"),
         (torch.rand(1, 1, 4, 9), "at least 6 x 6 pixels"),
-        (torch.rand(8, 8), "got shape"),
+        (torch.rand(8, 8), r"got a tensor of shape \(8, 8\)"),
+        (torch.rand(5, 64, 64), r"Grey images .* as images\[:, None\]"),
         (torch.ones(1, 1, 9, 9, dtype=torch.uint8), "finite floating-point images; got torch.uint8"),
         (torch.full((1, 1, 9, 9), math.nan), "finite floating-point"),
     ],
@@ -204,6 +205,18 @@ def test_runs_in_one_folder_do_not_mix(tmp_path):
     with torch.no_grad():
         assert first(image) < second(image) < third(image)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run_0", "run_1", "run_2"]
+
+
+def test_resuming_another_architecture_names_the_file(tmp_path):
+    options = dict(patch_size=3, epochs=1, steps_per_epoch=2, verbose=False, save_path=tmp_path)
+    fit_patchnr(torch.rand(1, 1, 20, 20), sub_net_size=8, **options)
+    with pytest.raises(ValueError, match="ckp_0.pth.tar: .*expected shape"):
+        fit_patchnr(torch.rand(1, 1, 20, 20), sub_net_size=16, resume=True, **options)
+
+
+def test_a_range_of_255_is_noticed():
+    with pytest.warns(UserWarning, match="is for images in"):
+        fit_patchnr(255 * torch.rand(1, 1, 20, 20), patch_size=3, epochs=1, steps_per_epoch=1, verbose=False)
 
 
 @pytest.mark.parametrize("held_out", [True, False])
