@@ -73,3 +73,14 @@ def make(name: str, dim: int, dtype=torch.float64, spread: float = 0.3, seed: in
                 if p.requires_grad:
                     p.add_(spread * torch.randn_like(p))
     return flow
+
+
+@torch.no_grad()
+def central_difference(loss, variable, direction, step=1e-5):
+    """Derivative of ``loss()`` when ``variable`` moves along ``direction``."""
+    variable.add_(step * direction)
+    up = loss()
+    variable.sub_(2 * step * direction)
+    down = loss()
+    variable.add_(step * direction)
+    return (up - down) / (2 * step)

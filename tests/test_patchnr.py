@@ -7,7 +7,7 @@ import deepinv as dinv
 import FrEIA.modules as Fm
 import pytest
 import torch
-from cases import FLOWS, make, mlp
+from cases import FLOWS, central_difference, make, mlp
 
 from deepinv_flows import PatchNR, glow_flow
 
@@ -143,16 +143,10 @@ def test_unfolded_gradients_against_finite_differences(name, problem):
     variables = [*model.params_algo["lambda"], *model.params_algo["stepsize"]]
     variables += [p for p in prior.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss(), variables)
-    step = 1e-5
     for variable, gradient in zip(variables, gradients):
         direction = torch.randn_like(variable)
-        with torch.no_grad():
-            variable.add_(step * direction)
-            up = loss()
-            variable.sub_(2 * step * direction)
-            down = loss()
-            variable.add_(step * direction)
-        torch.testing.assert_close((gradient * direction).sum(), (up - down) / (2 * step), rtol=1e-3, atol=1e-6)
+        difference = central_difference(loss, variable, direction)
+        torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("jacobian_free", [True, False])
@@ -408,18 +402,14 @@ def test_dropout_gradients_are_those_of_the_value():
     x = torch.rand(1, 1, 9, 9, dtype=torch.float64)
     prior = PatchNR(flow, patch_size=3, chunk_size=10)
     weight = next(p for p in prior.parameters() if p.requires_grad)
-    direction, step = torch.randn_like(weight), 1e-6
+    direction = torch.randn_like(weight)
 
-    def value(seed=4):
-        torch.manual_seed(seed)
+    def value():
+        torch.manual_seed(4)
         return prior(x).sum()
 
     (gradient,) = torch.autograd.grad(value(), weight)
-    with torch.no_grad():
-        weight.add_(step * direction)
-        up = value()
-        weight.sub_(2 * step * direction)
-        difference = (up - value()) / (2 * step)
+    difference = central_difference(value, weight, direction, step=1e-6)
     torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-5, atol=1e-7)
 
 
