@@ -109,7 +109,7 @@ def build(weights: Weights, patch: dict[str, int], num_layers: int, sub_net_size
         )
     if weights.dialect:
         config = {**config, "num_layers": num_layers, "sub_net_size": sub_net_size}
-    flow = build_flow(config)
+    flow = build_flow(config, torch.Generator())  # every weight is loaded: the user's random stream stands still
     try:
         load_into(flow, weights.state)
     except CheckpointError as error:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from .contract import decode_config, same_function
-from .flows import glow_flow
 
 EXTRA = "_extra_state"
 
@@ -76,7 +75,8 @@ def deepinv_key(key: str) -> str:
 def to_deepinv(flow: nn.Module) -> dict[str, Tensor]:
     """State dict of ``deepinv.optim.PatchNR`` with the same function; refused where deepinv has no such flow."""
     config = getattr(flow, "config", {})
-    theirs = glow_flow(config.get("dim", 2), 1, 1).config | {"num_layers": None, "sub_net_size": None}
+    dim = config.get("dim", 2)
+    theirs = _glow_config(dim=dim, num_layers=None, sub_net_size=None, split_len=dim - dim // 2)
     differ = {key: value for key, value in config.items() if theirs.get(key, False) not in (None, value)}
     if differ or not config:
         raise ValueError(
@@ -129,18 +129,24 @@ def _convert_glow(state: dict[str, Tensor], clamp_activation: str) -> Weights:
     if clamp_activation == "ATAN":
         state["module_list.0.perm"] = torch.arange(dim)
         state[f"module_list.{1 + _last_index(state)}.perm"] = torch.arange(dim)
-    config = {
-        "builder": "glow_flow",
-        "dim": dim,
-        "num_layers": sum(key.endswith("subnet1.0.weight") for key in state),
-        "sub_net_size": _width(state, "module_list.1.subnet1.0.weight", 0),
-        **dict(clamp=1.6, coupling="glow", clamp_activation=clamp_activation, activation="relu", permute=permute),
-        "split_len": split_len,
-    }
+    config = _glow_config(
+        dim=dim,
+        num_layers=sum(key.endswith("subnet1.0.weight") for key in state),
+        sub_net_size=_width(state, "module_list.1.subnet1.0.weight", 0),
+        split_len=split_len,
+        clamp_activation=clamp_activation,
+        permute=permute,
+    )
     if permute:  # the paper evaluates the density with rev=True
         state = {f"flow.{key}": value for key, value in state.items()}
         return Weights(state, {**config, "reversed": True}, dialect=True)
     return Weights(state, config, dialect=True)
+
+
+def _glow_config(**differ) -> dict:
+    """The config of deepinv's flow (its function if no more is given) or of another dialect's."""
+    function = dict(clamp=1.6, coupling="glow", clamp_activation="deepinv", activation="relu", permute=False)
+    return {"builder": "glow_flow", **function, **differ}
 
 
 def _width(state: dict[str, Tensor], key: str, axis: int) -> int:
@@ -156,7 +162,7 @@ def _last_index(state: dict[str, Tensor]) -> int:
 def rename_in_place(state: dict[str, Tensor], prefix: str, flow: nn.Module) -> None:
     """Give deepinv's tensors below ``prefix`` the names that they have in ``flow``, if it is of the same function."""
     theirs = [key for key in state if key.startswith(prefix + "blocks.")]
-    if theirs and same_function(getattr(flow, "config", {}), glow_flow(2, 1, 1).config):
+    if theirs and same_function(getattr(flow, "config", {}), _glow_config()):
         for key in theirs:
             state[prefix + deepinv_key(key.removeprefix(prefix))] = state.pop(key)
         for key, value in flow.state_dict().items():

@@ -195,11 +195,12 @@ def allinone_flow(
     return flow
 
 
-def build_flow(config: dict) -> nn.Module:
+def build_flow(config: dict, generator: torch.Generator | None = None) -> nn.Module:
     """
     Build the flow that a builder's ``config`` describes (weights are new, to be loaded).
 
     :param dict config: as found in ``flow.config`` of a flow made by a builder.
+    :param torch.Generator generator: source of the new weights, as in the builders.
     :return: flow of the same architecture.
     :raises ValueError: for a description that is no builder's.
 
@@ -212,7 +213,7 @@ def build_flow(config: dict) -> nn.Module:
     name, reverse = config.pop("builder", None), config.pop("reversed", False)
     _check_choice("builder", name, builders)
     try:
-        flow = builders[name](**config)
+        flow = builders[name](**config, generator=generator)
     except TypeError as error:
         raise ValueError(f"not an architecture that {name} builds: {error}") from None
     return Reversed(flow) if reverse else flow

@@ -413,3 +413,16 @@ def test_saved_files_have_the_users_permissions(tmp_path):
     ours(3, 1).save(tmp_path / "weights")
     (tmp_path / "other").write_bytes(b"")
     assert (tmp_path / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_loading_draws_no_random_numbers(dialect, tmp_path):
+    raw, _ = DIALECTS[dialect](3, 1)
+    prior = ours(3, 1)
+    torch.save(raw, tmp_path / "weights.pt")
+    state = torch.get_rng_state()
+    prior.load_state_dict(raw)
+    PatchNR.from_checkpoint(tmp_path / "weights.pt")
+    if dialect in ("deepinv", "trainer"):
+        prior.to_deepinv_state_dict()
+    assert torch.equal(state, torch.get_rng_state())
