@@ -13,6 +13,7 @@ from .contract import as_flow, evaluate, same_function
 from .dialects import CheckpointError
 from .flows import glow_flow
 from .inputs import check_input, positive_int
+from .patches import PatchIndex
 
 PAD_MODES = ("constant", "reflect", "replicate", "circular")
 
@@ -136,11 +137,11 @@ class PatchNR(Prior):
         self._check(x)
         if x.ndim == 4:
             padded = self._padded(x)
-            return patchwise.image_nll(self.normalizing_flow, padded, self._index(padded), self._chunk_size(x))
+            return patchwise.image_nll(self.normalizing_flow, padded, self._index(padded), self.chunk_size)
         # a patch is an image of D channels and one pixel
         columns = x.reshape(-1, self.dim, 1, 1)
-        index = patchwise.PatchIndex(columns.shape, 1, device=x.device)
-        nll = patchwise.image_nll(self.normalizing_flow, columns, index, self._chunk_size(x))
+        index = PatchIndex(columns.shape, 1, device=x.device)
+        nll = patchwise.image_nll(self.normalizing_flow, columns, index, self.chunk_size)
         return nll.view(x.shape[:2])
 
     def grad(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -193,7 +194,7 @@ class PatchNR(Prior):
             with torch.enable_grad():
                 leaf = u.detach().requires_grad_()
                 padded = self._padded(leaf)
-            value, grad = patchwise.value_and_grad(self.normalizing_flow, padded.detach(), index, self._chunk_size(x))
+            value, grad = patchwise.value_and_grad(self.normalizing_flow, padded.detach(), index, self.chunk_size)
             return value, _transpose(padded, leaf, grad)
 
         u = proximal.minimise(
@@ -350,20 +351,15 @@ class PatchNR(Prior):
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, [self.patch_size - 1] * 4, mode=self.pad) if self.pad else x
 
-    def _index(self, padded: Tensor) -> patchwise.PatchIndex:
-        return patchwise.PatchIndex(
-            padded.shape, self.patch_size, self.stride, self.n_patches, self.generator, padded.device
-        )
+    def _index(self, padded: Tensor) -> PatchIndex:
+        return PatchIndex(padded.shape, self.patch_size, self.stride, self.n_patches, self.generator, padded.device)
 
-    def _chunk_size(self, x: Tensor) -> int:
-        return self.chunk_size or (4096 if x.device.type == "cpu" else 65536)
-
-    def _image_grad(self, x: Tensor, index: patchwise.PatchIndex) -> Tensor:
+    def _image_grad(self, x: Tensor, index: PatchIndex) -> Tensor:
         recorded = torch.is_grad_enabled() and (x.requires_grad or patchwise.weights_need_grad(self.normalizing_flow))
         with torch.enable_grad():
             leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
             padded = self._padded(leaf)
-        call = self.normalizing_flow, padded if recorded else padded.detach(), index, self._chunk_size(x)
+        call = self.normalizing_flow, padded if recorded else padded.detach(), index, self.chunk_size
         grad = patchwise.differentiable_grad(*call) if recorded else patchwise.value_and_grad(*call)[1]
         return _transpose(padded, leaf, grad)
 

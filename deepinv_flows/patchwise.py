@@ -8,64 +8,19 @@ For an image :math:`x` with patches :math:`P_1 x, \dots, P_n x` the potential is
     g(x) = \frac{1}{n} \sum_{i=1}^n h(P_i x), \qquad h(p) = \tfrac12 \|z\|^2 - \log|\det J(p)|, \quad (z, \log|\det J|) = f(p)
 
 of a flow :math:`f` (without the constant :math:`\tfrac D2 \log 2\pi`). Patches are taken in raster order, a chunk at a
-time, so that memory does not grow with the image: without a graph only the gradient image is kept, with one each
-chunk is recomputed in the backward pass.
+time, so that memory does not grow with the image. Flows whose every part is known (:mod:`deepinv_flows.recognise`) are
+evaluated by derivatives written out (:mod:`deepinv_flows.sweep`), others by autograd inside each chunk. Second
+derivatives are autograd's, each chunk recomputed in the backward pass.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .contract import evaluate
-
-
-class PatchIndex:
-    """
-    The patches of an image batch, addressed by a running number: image by image, in raster order.
-
-    :param tuple shape: (B, C, H, W).
-    :param int patch_size: side p of a patch.
-    :param int stride: step between patches; the last row and column are always included, so every pixel is covered.
-    :param int n_patches: size of a random subset, the same for all images, drawn without replacement; -1 for all.
-    :param torch.Generator generator: source of the subset.
-    """
-
-    def __init__(self, shape, patch_size, stride=1, n_patches=-1, generator=None, device="cpu"):
-        self.batch, channels, height, width = shape
-        self.numel = channels * height * width
-        self.width, self.device = width, device
-        self.rows, self.cols = (self._grid(side, patch_size, stride) for side in (height, width))
-        c, i, j = (torch.arange(n, device=device) for n in (channels, patch_size, patch_size))
-        self.offsets = (c[:, None, None] * height * width + i[:, None] * width + j).reshape(-1)
-        total = len(self.rows) * len(self.cols)
-        self.subset = None
-        if 0 < n_patches < total:
-            draw_on = generator.device if generator is not None else "cpu"
-            self.subset = torch.randperm(total, generator=generator, device=draw_on)[:n_patches].to(device)
-        self.per_image = total if self.subset is None else n_patches
-
-    def _grid(self, side: int, patch_size: int, stride: int) -> Tensor:
-        last = side - patch_size
-        starts = torch.arange(0, last + 1, stride, device=self.device)
-        return starts if last % stride == 0 else torch.cat([starts, starts.new_tensor([last])])
-
-    def __len__(self) -> int:
-        return self.batch * self.per_image
-
-    def chunks(self, size: int) -> Iterator[Tensor]:
-        """The numbers of all patches, at most ``size`` at a time."""
-        for start in range(0, len(self), size):
-            yield torch.arange(start, min(start + size, len(self)), device=self.device)
-
-    def __call__(self, number: Tensor) -> tuple[Tensor, Tensor]:
-        """Image number (k,) and flat pixel index (k, D) of the patches with these numbers (k,)."""
-        image, position = number // self.per_image, number % self.per_image
-        if self.subset is not None:
-            position = self.subset[position]
-        corner = self.rows[position // len(self.cols)] * self.width + self.cols[position % len(self.cols)]
-        return image, (image * self.numel + corner)[:, None] + self.offsets
+from .patches import PatchIndex
+from .recognise import steps_of
+from .sweep import sweep
 
 
 def patch_nll(flow: nn.Module, patches: Tensor) -> Tensor:
@@ -79,48 +34,74 @@ def weights_need_grad(flow: nn.Module) -> bool:
     return torch.is_grad_enabled() and any(p.requires_grad for p in flow.parameters())
 
 
-def image_nll(flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int) -> Tensor:
-    """Mean negative log-likelihood (B,) over the patches of each image, differentiable in all that asks for it."""
-    if weights_need_grad(flow):
+def image_nll(
+    flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """
+    Mean negative log-likelihood (B,) over the patches of each image, differentiable in all that asks for it.
+
+    :param torch.nn.Module flow: flow on (N, D).
+    :param torch.Tensor x: images (B, C, H, W).
+    :param PatchIndex index: the patches to take.
+    :param int chunk_size: patches at a time; ``None`` chooses.
+    :param torch.dtype dtype: of matrix products, where only the image needs a gradient; ``None`` for the dtype of x.
+    """
+    weights = [p for p in flow.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    if weights and (index.per_image == 1 or torch.is_autocast_enabled(x.device.type) or steps_of(flow) is None):
         return _checkpointed_nll(flow, x, index, chunk_size)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _FrozenNLL.apply(x, flow, index, chunk_size)
+    if weights or (x.requires_grad and torch.is_grad_enabled()):
+        return _ImageNLL.apply(x, flow, index, chunk_size, dtype, *weights)
     with torch.no_grad():
-        return _accumulate(index, chunk_size, x, lambda patches: patch_nll(flow, patches))
+        steps = steps_of(flow)
+        if steps is None:
+            return _autograd_sums(flow, x, index, chunk_size, image=False)[0]
+        value = sweep(steps, x, index, _fused_chunk(chunk_size, x), dtype, image=False).value
+    return (value * index.weight).to(x.dtype)
 
 
-def value_and_grad(flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int) -> tuple[Tensor, Tensor]:
+def value_and_grad(
+    flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """:func:`image_nll` and its gradient in the image, together and without a graph; the weights are constants."""
-    grad = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
-
-    def chunk(patches, pixels):
-        with torch.enable_grad():
-            leaf = patches.detach().requires_grad_()
-            nll = patch_nll(flow, leaf)
-            (patch_grad,) = torch.autograd.grad(nll.sum(), leaf)
-        grad.index_add_(0, pixels.reshape(-1), patch_grad.reshape(-1))
-        return nll.detach()
-
     with torch.no_grad():
-        value = _accumulate(index, chunk_size, x, chunk, with_pixels=True)
-    return value, grad.view_as(x) / index.per_image
+        steps = steps_of(flow)
+        if steps is None:
+            return _autograd_sums(flow, x, index, chunk_size, image=True)
+        sums = sweep(steps, x, index, _fused_chunk(chunk_size, x), dtype)
+    return (sums.value * index.weight).to(x.dtype), sums.grad.mul_(index.weight).view_as(x)
 
 
-def differentiable_grad(flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int) -> Tensor:
-    """Gradient of :func:`image_nll` in the image, itself differentiable in the image and in the weights."""
+def differentiable_grad(
+    flow: nn.Module,
+    x: Tensor,
+    index: PatchIndex,
+    chunk_size: int | None = None,
+    scale: Tensor | None = None,
+    weights=(),
+) -> Tensor | list[Tensor]:
+    """
+    Gradient of :func:`image_nll` in the image, itself differentiable in the image and in the weights.
 
-    def chunk(flat, number):
-        _, pixels = index(number)
+    :param torch.Tensor scale: factors (B,) of the images' values, in which the result is differentiable as well.
+    :param list weights: if not empty, return the gradients in these too, as a list after the one in the image.
+    """
+    scale = x.new_ones(index.batch) if scale is None else scale
+    weights = list(weights)
+
+    def chunk(flat, number, scale):
+        image, pixels = index(number)
         patches = flat.index_select(0, pixels.reshape(-1)).view_as(pixels)
         if not patches.requires_grad:
             patches.requires_grad_()
-        nll = patch_nll(flow, patches)
-        (patch_grad,) = torch.autograd.grad(nll.sum(), patches, create_graph=True)
-        return torch.zeros_like(flat).index_add(0, pixels.reshape(-1), patch_grad.reshape(-1))
+        value = (patch_nll(flow, patches) * scale[image]).sum()
+        unused = {"allow_unused": True, "materialize_grads": True}
+        patch_grad, *rest = torch.autograd.grad(value, [patches, *weights], create_graph=True, **unused)
+        return torch.zeros_like(flat).index_add(0, pixels.reshape(-1), patch_grad.reshape(-1)), *rest
 
     with torch.enable_grad():
-        grad = _checkpointed_sum(chunk, x.reshape(-1), index, chunk_size)
-    return grad.view_as(x) / index.per_image
+        grad, *rest = _checkpointed_sum(chunk, index, chunk_size, x.reshape(-1), scale)
+    grad = grad.view_as(x) * index.weight
+    return [grad, *(g * index.weight for g in rest)] if weights else grad
 
 
 def reference_nll(flow: nn.Module, x: Tensor, patch_size: int) -> Tensor:
@@ -129,50 +110,93 @@ def reference_nll(flow: nn.Module, x: Tensor, patch_size: int) -> Tensor:
     return patch_nll(flow, patches.reshape(-1, patches.shape[-1])).view(patches.shape[:2]).mean(1)
 
 
-class _FrozenNLL(torch.autograd.Function):
-    """:func:`image_nll` for constant weights: the gradient is computed with the value, and recomputed with a graph
-    only when the backward pass asks for one."""
+class _ImageNLL(torch.autograd.Function):
+    """
+    :func:`image_nll` with its gradients computed at once, and recomputed with a graph only when the backward pass asks
+    for one. What a caller will weigh the images of a batch by is not known yet: gradients in the weights are kept for each.
+    """
 
     @staticmethod
-    def forward(ctx, x, flow, index, chunk_size):
-        value, grad = value_and_grad(flow, x, index, chunk_size)
-        ctx.save_for_backward(x, grad)
+    def forward(ctx, x, flow, index, chunk_size, dtype, *weights):
+        if weights:
+            images = [_all_grads(flow, image[None], index.single(), chunk_size, weights) for image in x]
+            value, grad, *weight_grads = (torch.stack(parts) for parts in zip(*images))
+        else:
+            value, grad = value_and_grad(flow, x, index, chunk_size, dtype)
+            weight_grads = []
+        ctx.save_for_backward(x, *weights, grad, *weight_grads)
         ctx.call = flow, index, chunk_size
         return value
 
     @staticmethod
-    def backward(ctx, grad_value):
-        x, grad = ctx.saved_tensors
+    def backward(ctx, scale):
+        flow, index, chunk_size = ctx.call
+        half = len(ctx.saved_tensors) // 2
+        (x, *weights), grads = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
         if torch.is_grad_enabled():
-            flow, index, chunk_size = ctx.call
-            grad = differentiable_grad(flow, x, index, chunk_size)
-        return grad_value.view(-1, *[1] * (x.ndim - 1)) * grad, None, None, None
+            grads = differentiable_grad(flow, x, index, chunk_size, scale, weights)
+            grad, weight_grads = (grads[0], grads[1:]) if weights else (grads, [])
+        else:
+            per_image = [scale.view(-1, *[1] * (g.ndim - 1)) * g for g in grads]
+            grad, weight_grads = per_image[0], [g.sum(0) for g in per_image[1:]]
+        return grad, None, None, None, None, *weight_grads
 
 
-def _checkpointed_nll(flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int) -> Tensor:
+def _all_grads(flow, x: Tensor, index: PatchIndex, chunk_size: int | None, weights) -> list[Tensor]:
+    """Value (), gradient (C, H, W) and gradients in the weights, of one image."""
+    with torch.enable_grad():
+        steps = steps_of(flow)
+    sums = sweep(steps, x, index, _fused_chunk(chunk_size, x), weights=True)
+    packed = [w for step in steps for w in step.packed]
+    pairs = [(w, g) for w, g in zip(packed, (g for grads in sums.grads for g in grads)) if w.requires_grad]
+    outputs, packed_grads = zip(*pairs)
+    unused = {"allow_unused": True, "materialize_grads": True}
+    grads = torch.autograd.grad(outputs, weights, packed_grads, **unused)
+    value = (sums.value * index.weight).to(x.dtype)
+    return [value[0], sums.grad.mul_(index.weight).view(x.shape[1:]), *(g * index.weight for g in grads)]
+
+
+def _checkpointed_nll(flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None) -> Tensor:
     def chunk(flat, number):
         image, pixels = index(number)
         nll = patch_nll(flow, flat.index_select(0, pixels.reshape(-1)).view_as(pixels))
-        return nll.new_zeros(index.batch).index_add(0, image, nll)
+        return (nll.new_zeros(index.batch).index_add(0, image, nll),)
 
-    return _checkpointed_sum(chunk, x.reshape(-1), index, chunk_size) / index.per_image
-
-
-def _checkpointed_sum(chunk, flat: Tensor, index: PatchIndex, chunk_size: int) -> Tensor:
-    """Sum of ``chunk(flat, number)``; what several chunks need for their backward pass is recomputed there."""
-    if len(index) <= chunk_size:
-        return sum(chunk(flat, number) for number in index.chunks(chunk_size))
-    return sum(checkpoint(chunk, flat, number, use_reentrant=False) for number in index.chunks(chunk_size))
+    return _checkpointed_sum(chunk, index, chunk_size, x.reshape(-1))[0] * index.weight
 
 
-def _accumulate(index: PatchIndex, chunk_size: int, x: Tensor, evaluate_chunk, with_pixels: bool = False) -> Tensor:
-    """Mean of ``evaluate_chunk(patches)`` over the patches of each image, added up in float64 where there is one."""
-    dtype = torch.float64 if x.device.type != "mps" else x.dtype
-    total = torch.zeros(index.batch, dtype=dtype, device=x.device)
-    flat = x.reshape(-1)
-    for number in index.chunks(chunk_size):
-        image, pixels = index(number)
-        patches = flat.index_select(0, pixels.reshape(-1)).view_as(pixels)
-        nll = evaluate_chunk(patches, pixels) if with_pixels else evaluate_chunk(patches)
-        total.index_add_(0, image, nll.to(dtype))
-    return (total / index.per_image).to(x.dtype)
+def _checkpointed_sum(chunk, index: PatchIndex, chunk_size: int | None, flat: Tensor, *args) -> list[Tensor]:
+    """Sums of ``chunk(flat, number, *args)``; what several chunks need for their backward pass is recomputed there."""
+    size = _autograd_chunk(chunk_size, flat)
+    if len(index) <= size:
+        return chunk(flat, next(index.chunks(size)), *args)
+    total = None
+    for number in index.chunks(size):
+        parts = checkpoint(chunk, flat, number, *args, use_reentrant=False)
+        total = parts if total is None else [a + b for a, b in zip(total, parts)]
+    return total
+
+
+def _autograd_sums(flow, x: Tensor, index: PatchIndex, chunk_size: int | None, image: bool):
+    """Value (B,) and, if asked for, gradient of :func:`image_nll`, by autograd inside each chunk."""
+    flat = x.detach().reshape(-1)
+    total = torch.zeros(index.batch, dtype=torch.float64 if x.device.type != "mps" else x.dtype, device=x.device)
+    grad = torch.zeros_like(flat) if image else None
+    for numbers in index.chunks(_autograd_chunk(chunk_size, x)):
+        number, pixels = index(numbers)
+        with torch.set_grad_enabled(image):
+            patches = flat[pixels].requires_grad_(image)
+            nll = patch_nll(flow, patches)
+        if image:
+            (patch_grad,) = torch.autograd.grad(nll.sum(), patches)
+            grad.index_add_(0, pixels.reshape(-1), patch_grad.reshape(-1))
+        total.index_add_(0, number, nll.detach().to(total.dtype))
+    return (total * index.weight).to(x.dtype), grad.mul_(index.weight).view_as(x) if image else None
+
+
+def _fused_chunk(chunk_size: int | None, x: Tensor) -> int:
+    return chunk_size or (1024 if x.device.type == "cpu" else 32768)
+
+
+def _autograd_chunk(chunk_size: int | None, x: Tensor) -> int:
+    return chunk_size or (4096 if x.device.type == "cpu" else 65536)

@@ -145,10 +145,8 @@ def _all_in_one(module, like: Tensor) -> list:
     _require(not module.conditional and module.input_rank == 0 and min(module.splits) > 0)
     rotation = (module._construct_householder_permutation() if module.householder else module.w_perm).to(like.dtype)
     back = rotation.t() if module.householder else module.w_perm_inv
-    if module.GIN:
-        scale = torch.ones_like(module.global_scale)
-    else:
-        scale = module.global_scale_activation(module.global_scale)
+    raw = module.global_scale
+    scale = torch.ones_like(raw) if module.GIN else module.global_scale_activation(raw)
     offset, zero = module.global_offset.t(), like.new_zeros(module.in_channels, 1)
     log_scale = scale.log().sum()
     after = Affine(

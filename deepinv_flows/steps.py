@@ -283,14 +283,14 @@ class Program:
 
     :param list steps: as :func:`deepinv_flows.recognise.steps_of` gives them.
     :param Workspace space: buffers.
-    :param bool weights: whether to add up the gradients in the packed weights.
+    :param list grads: where to add the gradients in the packed weights of each step; ``None`` for nowhere.
     """
 
-    def __init__(self, steps: list, space: Workspace, weights: bool = False):
+    def __init__(self, steps: list, space: Workspace, grads: list[list[Tensor]] | None = None):
         self.steps, self.space = steps, space
         self.tapes = [step.prepare(space) for step in steps]
         self.log_det = space.new(1)[0]
-        self.grads = [[torch.zeros_like(w) for w in step.packed] for step in steps] if weights else [None] * len(steps)
+        self.grads = [None] * len(steps) if grads is None else grads
 
     def nll(self, x: Tensor) -> Tensor:
         """Negative log-likelihood (n,) of the columns of x (D, n), which is overwritten."""
@@ -298,10 +298,11 @@ class Program:
         for step, tape in zip(self.steps, self.tapes):
             x = step.forward(x, log_det, tape)
         self.z = x
-        return x.square().sum(0).mul_(0.5).sub_(log_det)
+        square = torch.mul(x, x, out=self.space.shared("gradient", len(x)))
+        return square.sum(0).mul_(0.5).sub_(log_det)
 
     def grad(self, weight: Tensor) -> Tensor:
-        """Gradient (D, n) of the sum of the last call's values times ``weight`` (n,), or (1,) for all alike."""
+        """Gradient (D, n) of the sum of the last call's values times ``weight`` (n,)."""
         g = torch.mul(self.z, weight, out=self.space.shared("gradient", len(self.z)))
         for step, tape, grads in zip(self.steps[::-1], self.tapes[::-1], self.grads[::-1]):
             g = step.backward(g, weight, tape, grads)

@@ -15,8 +15,8 @@ from . import checkpoints
 from .flows import glow_flow
 from .inputs import check_input, positive_int
 from .likelihood import FlowModel, FlowNLL
+from .patches import PatchIndex
 from .patchnr import PatchNR
-from .patchwise import PatchIndex
 
 
 class PatchSamples(Dataset):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "deepinv_flows"
 # each module may import those of the rooms before its own
 ROOMS = [
-    {"contract", "inputs"},
+    {"contract", "inputs", "patches", "steps"},
+    {"recognise", "sweep"},
     {"_freia"},
     {"flows"},
     {"dialects", "patchwise", "proximal"},

@@ -1,0 +1,90 @@
+"""Which patches of an image batch are evaluated, and where their pixels lie."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+SUBSETS = ("uniform", "grid")
+
+
+class PatchIndex:
+    r"""
+    The patches of an image batch, addressed by a running number: image by image, in raster order.
+
+    A subset is the same for all images. Every position is equally likely to be in it, borders included, and ``weight``, what
+    a patch counts in the mean over an image, makes the estimate unbiased.
+
+    :param tuple shape: (B, C, H, W).
+    :param int patch_size: side p of a patch.
+    :param int stride: step between patches; the last row and column are always included, so every pixel is covered.
+    :param int n_patches: size of a random subset; -1 for all.
+    :param str subset: ``"uniform"``, drawn without replacement, or ``"grid"``: every s-th row and r-th column from a random
+        offset, with s r as near to the ratio of all to ``n_patches`` as whole numbers come.
+    :param torch.Generator generator: source of the subset.
+    """
+
+    def __init__(self, shape, patch_size, stride=1, n_patches=-1, generator=None, device="cpu", subset="uniform"):
+        self.batch, channels, height, width = shape
+        self.numel = channels * height * width
+        self.width, self.device = width, device
+        self.rows, self.cols = (self._starts(side, patch_size, stride) for side in (height, width))
+        c, i, j = (torch.arange(n, device=device) for n in (channels, patch_size, patch_size))
+        self.offsets = (c[:, None, None] * height * width + i[:, None] * width + j).reshape(-1)
+        self.positions = None
+        self.weight = 1 / (len(self.rows) * len(self.cols))
+        if 0 < n_patches < len(self.rows) * len(self.cols):
+            (self._draw_grid if subset == "grid" else self._draw_uniform)(n_patches, generator)
+        self.per_image = len(self.rows) * len(self.cols) if self.positions is None else len(self.positions)
+
+    def _starts(self, side: int, patch_size: int, stride: int) -> Tensor:
+        last = side - patch_size
+        starts = torch.arange(0, last + 1, stride, device=self.device)
+        return starts if last % stride == 0 else torch.cat([starts, starts.new_tensor([last])])
+
+    def _draw_uniform(self, n_patches: int, generator: torch.Generator | None) -> None:
+        draw_on = generator.device if generator is not None else "cpu"
+        total = len(self.rows) * len(self.cols)
+        self.positions = torch.randperm(total, generator=generator, device=draw_on)[:n_patches].to(self.device)
+        self.weight = 1 / n_patches
+
+    def _draw_grid(self, n_patches: int, generator: torch.Generator | None) -> None:
+        ratio = len(self.rows) * len(self.cols) / n_patches
+        down = min(max(round(ratio**0.5), 1), len(self.rows))
+        across = min(max(round(ratio / down), 1), len(self.cols))
+        draw_on = generator.device if generator is not None else "cpu"
+        i, j = (int(torch.randint(step, (), generator=generator, device=draw_on)) for step in (down, across))
+        self.weight *= down * across  # of a known share of all offsets, not of the patches that this one has
+        self.rows, self.cols = self.rows[i::down], self.cols[j::across]
+
+    def __len__(self) -> int:
+        return self.batch * self.per_image
+
+    def single(self) -> "PatchIndex":
+        """The same patches of a batch of one image."""
+        index = object.__new__(PatchIndex)
+        index.__dict__.update(self.__dict__, batch=1)
+        return index
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """The numbers of all patches, at most ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield torch.arange(start, min(start + size, len(self)), device=self.device)
+
+    def locate(self, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Image number and flat index of the first pixel, both (k,), of the patches with these numbers (k,)."""
+        image, position = number // self.per_image, number % self.per_image
+        if self.positions is not None:
+            position = self.positions[position]
+        corner = self.rows[position // len(self.cols)] * self.width + self.cols[position % len(self.cols)]
+        return image, image * self.numel + corner
+
+    def __call__(self, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Image number (k,) and flat pixel index (k, D) of the patches with these numbers (k,)."""
+        image, corner = self.locate(number)
+        return image, corner[:, None] + self.offsets
+
+    def columns(self, number: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call, with the pixel indices as columns (D, k), written to ``out``."""
+        image, corner = self.locate(number)
+        return image, torch.add(self.offsets[:, None], corner, out=out)

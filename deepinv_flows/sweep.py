@@ -1,0 +1,119 @@
+"""A flow's :mod:`deepinv_flows.steps` over the patches of an image batch, chunk by chunk, shared out to threads."""
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .patches import PatchIndex
+from .steps import Program, Workspace
+
+LEAST_SHARE = 256  # patches that are worth a thread
+
+
+@dataclass
+class Sums:
+    """
+    What is added up over patches.
+
+    :param torch.Tensor value: negative log-likelihoods of each image (B,).
+    :param torch.Tensor grad: gradient in the image, flat; ``None`` if not wanted.
+    :param list grads: gradients in the packed weights of each step; ``None`` if not wanted.
+    """
+
+    value: Tensor
+    grad: Tensor | None
+    grads: list[list[Tensor]] | None
+
+    def add_(self, other: "Sums") -> "Sums":
+        self.value += other.value
+        if self.grad is not None:
+            self.grad += other.grad
+        if self.grads is not None:
+            for mine, its in zip(self.grads, other.grads):
+                for a, b in zip(mine, its):
+                    a += b
+        return self
+
+
+def sweep(
+    steps: list, x: Tensor, index: PatchIndex, chunk_size: int, dtype=None, image: bool = True, weights: bool = False
+) -> Sums:
+    """
+    Sums over all patches of an index.
+
+    :param list steps: as :func:`deepinv_flows.recognise.steps_of` gives them.
+    :param torch.Tensor x: images (B, C, H, W).
+    :param int chunk_size: patches at a time, in each thread.
+    :param torch.dtype dtype: of matrix products; ``None`` for the dtype of x.
+    :param bool image: whether to compute the gradient in the image.
+    :param bool weights: whether to compute the gradients in the packed weights.
+    :return: sums, the same at each call with as many threads: shares and the order of additions are fixed.
+    """
+    flat = x.detach().reshape(-1)
+
+    def share(start: int, stop: int) -> Sums:
+        sums = _zeros(steps, flat, index.batch, image, weights)
+        program = None
+        for numbers in torch.arange(start, stop, device=flat.device).split(chunk_size):
+            if program is None or program.space.n != len(numbers):
+                program = Program(steps, Workspace(len(numbers), flat.dtype, flat.device, dtype), sums.grads)
+                ones = flat.new_ones(len(numbers))
+                patches = program.space.new(len(index.offsets))
+                pixels = program.space.new(len(index.offsets), torch.int64)
+            number, pixels = index.columns(numbers, pixels.view(-1, len(numbers)))
+            pixels = pixels.view(-1)
+            torch.index_select(flat, 0, pixels, out=patches.view(-1))
+            sums.value.index_add_(0, number, program.nll(patches).to(sums.value.dtype))
+            if image or weights:
+                grad = program.grad(ones)
+            if image:
+                sums.grad.index_add_(0, pixels, grad.view(-1))
+        return sums
+
+    shares = _in_threads(share, _split(len(index), _thread_count(flat, len(index))))
+    total = shares[0]
+    for other in shares[1:]:
+        total.add_(other)
+    return total
+
+
+def _zeros(steps: list, flat: Tensor, batch: int, image: bool, weights: bool) -> Sums:
+    value = torch.zeros(batch, dtype=torch.float64 if flat.device.type != "mps" else flat.dtype, device=flat.device)
+    grads = [[torch.zeros_like(w, requires_grad=False) for w in step.packed] for step in steps] if weights else None
+    return Sums(value, torch.zeros_like(flat) if image else None, grads)
+
+
+def _thread_count(flat: Tensor, patches: int) -> int:
+    return min(torch.get_num_threads(), max(patches // LEAST_SHARE, 1)) if flat.device.type == "cpu" else 1
+
+
+def _split(total: int, parts: int) -> list[tuple[int, int]]:
+    ends = [total * k // parts for k in range(parts + 1)]
+    return list(itertools.pairwise(ends))
+
+
+def _in_threads(work: Callable, shares: list[tuple[int, int]]) -> list:
+    """
+    ``work(*share)`` for each share, each in a thread of its own that computes alone.
+
+    Chunk by chunk in its own cache, a core is faster than two that share out each operation of a larger chunk.
+    """
+    if len(shares) == 1:
+        with torch.no_grad():
+            return [work(*shares[0])]
+
+    def run(share):
+        with torch.no_grad():
+            return work(*share)
+
+    threads = torch.get_num_threads()
+    try:
+        # also tells MKL, for the whole process: so it stays until all are done
+        with ThreadPoolExecutor(len(shares), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(run, shares))
+    finally:
+        torch.set_num_threads(threads)
