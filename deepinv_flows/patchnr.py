@@ -13,7 +13,7 @@ from .contract import as_flow, evaluate, same_function
 from .dialects import CheckpointError
 from .flows import glow_flow
 from .inputs import check_input, positive_int
-from .patches import PatchIndex
+from .patches import SUBSETS, PatchIndex
 
 PAD_MODES = ("constant", "reflect", "replicate", "circular")
 
@@ -40,8 +40,9 @@ class PatchNR(Prior):
     multiply by the variance of the noise. Langevin sampling (``deepinv.sampling``) with ``L2(sigma=noise)`` takes the same
     factor as ``alpha``.
 
-    **Speed.** In a loop of your own, weights collect gradients too unless frozen: call ``prior.requires_grad_(False)`` first.
-    deepinv's optimizers need only ``prior.grad``, which is fast either way.
+    **Speed.** Flows whose parts are all known (those of our builders, FrEIA chains of the same blocks, deepinv's) are
+    evaluated without a graph, on all of torch's threads, in memory that does not grow with the image. In a loop of your
+    own, weights collect gradients too unless frozen: ``prior.requires_grad_(False)`` saves a third of the time.
 
     :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
         D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds
@@ -55,11 +56,17 @@ class PatchNR(Prior):
     :param str device: device of the flow.
     :param bool, str pad: pad images by ``patch_size - 1`` on each side, so that border pixels are in as many patches as the
         others; a padding mode of :func:`torch.nn.functional.pad`, or ``True`` for ``"reflect"``.
-    :param int n_patches: evaluate on this many random patches, drawn anew at each call; -1 for all.
+    :param int n_patches: evaluate on this many random patches, drawn anew at each call; -1 for all. Every position is
+        equally likely, and the result an unbiased estimate of the one on all.
     :param int stride: step between patches, at most ``patch_size``; the last row and column are always included.
     :param torch.Generator generator: source of random patches and samples; ``None`` is one of its own, with a fixed seed.
         torch's global random state is never used.
-    :param int chunk_size: patches evaluated at a time; ``None`` chooses by device.
+    :param int chunk_size: patches evaluated at a time, by each thread; ``None`` chooses.
+    :param str subset: ``"uniform"`` draws ``n_patches`` without replacement, ``"grid"`` about as many on a regular grid
+        with a random offset, which covers the image evenly.
+    :param str precision: ``"bfloat16"`` allows matrix products in it, as does :func:`torch.autocast`, where the hardware has
+        them (AVX512-BF16, AMX, CUDA) and only the image needs a gradient; elsewhere nothing changes. ``None`` is the
+        weights' dtype.
     :raises ValueError: for sizes that do not fit together, or a checkpoint that cannot be used.
 
     Source: Altekrueger et al., "PatchNR: learning from very few images by patch normalizing flow regularization",
@@ -93,6 +100,8 @@ class PatchNR(Prior):
         stride: int = 1,
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
+        subset: str = "uniform",
+        precision: str | None = None,
     ):
         super().__init__()
         self.explicit_prior = True
@@ -105,6 +114,11 @@ class PatchNR(Prior):
         if stride > patch_size:
             raise ValueError(f"expected stride <= patch_size = {patch_size}, else pixels are in no patch; got {stride}")
         self.chunk_size = None if chunk_size is None else positive_int(chunk_size=chunk_size)
+        if subset not in SUBSETS:
+            raise ValueError(f"expected subset to be one of {', '.join(SUBSETS)}; got {subset!r}")
+        if precision not in (None, "bfloat16"):
+            raise ValueError(f"expected precision to be None or 'bfloat16'; got {precision!r}")
+        self.subset, self.precision = subset, precision
         self.generator = torch.Generator() if generator is None else generator
         if normalizing_flow is not None:
             self.normalizing_flow = as_flow(normalizing_flow)
@@ -137,11 +151,11 @@ class PatchNR(Prior):
         self._check(x)
         if x.ndim == 4:
             padded = self._padded(x)
-            return patchwise.image_nll(self.normalizing_flow, padded, self._index(padded), self.chunk_size)
+            return patchwise.image_nll(self.normalizing_flow, padded, self._index(padded), *self._options)
         # a patch is an image of D channels and one pixel
         columns = x.reshape(-1, self.dim, 1, 1)
         index = PatchIndex(columns.shape, 1, device=x.device)
-        nll = patchwise.image_nll(self.normalizing_flow, columns, index, self.chunk_size)
+        nll = patchwise.image_nll(self.normalizing_flow, columns, index, *self._options)
         return nll.view(x.shape[:2])
 
     def grad(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -194,7 +208,7 @@ class PatchNR(Prior):
             with torch.enable_grad():
                 leaf = u.detach().requires_grad_()
                 padded = self._padded(leaf)
-            value, grad = patchwise.value_and_grad(self.normalizing_flow, padded.detach(), index, self.chunk_size)
+            value, grad = patchwise.value_and_grad(self.normalizing_flow, padded.detach(), index, *self._options)
             return value, _transpose(padded, leaf, grad)
 
         u = proximal.minimise(
@@ -351,6 +365,10 @@ class PatchNR(Prior):
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, [self.patch_size - 1] * 4, mode=self.pad) if self.pad else x
 
+    @property
+    def _options(self) -> tuple:
+        return self.chunk_size, self.precision
+
     def _index(self, padded: Tensor) -> PatchIndex:
         return PatchIndex(padded.shape, self.patch_size, self.stride, self.n_patches, self.generator, padded.device)
 
@@ -359,8 +377,10 @@ class PatchNR(Prior):
         with torch.enable_grad():
             leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
             padded = self._padded(leaf)
-        call = self.normalizing_flow, padded if recorded else padded.detach(), index, self.chunk_size
-        grad = patchwise.differentiable_grad(*call) if recorded else patchwise.value_and_grad(*call)[1]
+        if recorded:
+            grad = patchwise.differentiable_grad(self.normalizing_flow, padded, index, self.chunk_size)
+        else:
+            _, grad = patchwise.value_and_grad(self.normalizing_flow, padded.detach(), index, *self._options)
         return _transpose(padded, leaf, grad)
 
     def _patch_grad(self, x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def weights_need_grad(flow: nn.Module) -> bool:
 
 
 def image_nll(
-    flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None = None, dtype: torch.dtype | None = None
+    flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None = None, precision: str | None = None
 ) -> Tensor:
     """
     Mean negative log-likelihood (B,) over the patches of each image, differentiable in all that asks for it.
@@ -44,31 +44,32 @@ def image_nll(
     :param torch.Tensor x: images (B, C, H, W).
     :param PatchIndex index: the patches to take.
     :param int chunk_size: patches at a time; ``None`` chooses.
-    :param torch.dtype dtype: of matrix products, where only the image needs a gradient; ``None`` for the dtype of x.
+    :param str precision: ``"bfloat16"`` for matrix products in it, where only the image needs a gradient and the
+        hardware has them; so does autocast. ``None`` for the dtype of the weights.
     """
     weights = [p for p in flow.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     if weights and (index.per_image == 1 or torch.is_autocast_enabled(x.device.type) or steps_of(flow) is None):
         return _checkpointed_nll(flow, x, index, chunk_size)
     if weights or (x.requires_grad and torch.is_grad_enabled()):
-        return _ImageNLL.apply(x, flow, index, chunk_size, dtype, *weights)
+        return _ImageNLL.apply(x, flow, index, chunk_size, precision, *weights)
     with torch.no_grad():
         steps = steps_of(flow)
         if steps is None:
             return _autograd_sums(flow, x, index, chunk_size, image=False)[0]
-        value = sweep(steps, x, index, _fused_chunk(chunk_size, x), dtype, image=False).value
+        value = sweep(steps, x, index, _fused_chunk(chunk_size, x), _product_dtype(x, precision), False).value
     return (value * index.weight).to(x.dtype)
 
 
 def value_and_grad(
-    flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None = None, dtype: torch.dtype | None = None
+    flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`image_nll` and its gradient in the image, together and without a graph; the weights are constants."""
     with torch.no_grad():
         steps = steps_of(flow)
         if steps is None:
             return _autograd_sums(flow, x, index, chunk_size, image=True)
-        sums = sweep(steps, x, index, _fused_chunk(chunk_size, x), dtype)
-    return (sums.value * index.weight).to(x.dtype), sums.grad.mul_(index.weight).view_as(x)
+        sums = sweep(steps, x, index, _fused_chunk(chunk_size, x), _product_dtype(x, precision))
+    return (sums.value * index.weight).to(x.dtype), sums.grad.mul_(index.weight).view_as(x).to(x.dtype)
 
 
 def differentiable_grad(
@@ -117,12 +118,12 @@ class _ImageNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, flow, index, chunk_size, dtype, *weights):
+    def forward(ctx, x, flow, index, chunk_size, precision, *weights):
         if weights:
             images = [_all_grads(flow, image[None], index.single(), chunk_size, weights) for image in x]
             value, grad, *weight_grads = (torch.stack(parts) for parts in zip(*images))
         else:
-            value, grad = value_and_grad(flow, x, index, chunk_size, dtype)
+            value, grad = value_and_grad(flow, x, index, chunk_size, precision)
             weight_grads = []
         ctx.save_for_backward(x, *weights, grad, *weight_grads)
         ctx.call = flow, index, chunk_size
@@ -192,6 +193,18 @@ def _autograd_sums(flow, x: Tensor, index: PatchIndex, chunk_size: int | None, i
             grad.index_add_(0, pixels.reshape(-1), patch_grad.reshape(-1))
         total.index_add_(0, number, nll.detach().to(total.dtype))
     return (total * index.weight).to(x.dtype), grad.mul_(index.weight).view_as(x) if image else None
+
+
+def _product_dtype(x: Tensor, precision: str | None) -> torch.dtype | None:
+    """The dtype of matrix products that autocast or the user allow, if it is fast here: else ``None``."""
+    device, wanted = x.device.type, None if precision is None else getattr(torch, precision)
+    if torch.is_autocast_enabled(device):
+        wanted = torch.get_autocast_dtype(device)
+    if device == "cpu":
+        has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = wanted == torch.bfloat16 and (has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
+        return wanted if fast and x.dtype != torch.float64 else None
+    return wanted if x.dtype != torch.float64 else None
 
 
 def _fused_chunk(chunk_size: int | None, x: Tensor) -> int:

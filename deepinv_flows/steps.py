@@ -25,21 +25,37 @@ aten = torch.ops.aten
 
 
 class Workspace:
-    """Buffers for chunks of ``n`` patches; ``dtype`` is the one of matrix products, ``state_dtype`` of all else."""
+    """
+    Buffers for chunks of at most ``capacity`` patches, handed out anew, in the same order, for each size of chunk.
 
-    def __init__(self, n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype | None = None):
-        self.n, self.state_dtype, self.device, self.dtype = n, state_dtype, device, dtype or state_dtype
-        self.pool = {}
+    :param int capacity: largest number n of columns.
+    :param torch.dtype state_dtype: of all but matrix products.
+    :param torch.dtype dtype: of matrix products; ``None`` for the same.
+    """
+
+    def __init__(self, capacity: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype | None = None):
+        self.capacity, self.state_dtype, self.dtype, self.device = capacity, state_dtype, dtype or state_dtype, device
+        self.memory = []
+        self.start(capacity)
+
+    def start(self, n: int) -> "Workspace":
+        """Take all buffers back, to be handed out with n columns."""
+        self.n, self.handed_out, self.by_name = n, 0, {}
+        return self
 
     def new(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(rows, self.n, dtype=dtype or self.state_dtype, device=self.device)
+        if self.handed_out == len(self.memory):
+            self.memory.append(torch.empty(rows * self.capacity, dtype=dtype or self.state_dtype, device=self.device))
+        flat = self.memory[self.handed_out]
+        self.handed_out += 1
+        return flat[: rows * self.n].view(rows, self.n)
 
     def shared(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer whose content no one relies on later: the same memory for all steps, which stays in cache."""
         key = name, rows, dtype
-        if key not in self.pool:
-            self.pool[key] = self.new(rows, dtype)
-        return self.pool[key]
+        if key not in self.by_name:
+            self.by_name[key] = self.new(rows, dtype)
+        return self.by_name[key]
 
 
 @dataclass

@@ -53,25 +53,26 @@ def sweep(
     :param bool weights: whether to compute the gradients in the packed weights.
     :return: sums, the same at each call with as many threads: shares and the order of additions are fixed.
     """
-    flat = x.detach().reshape(-1)
+    flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another
 
     def share(start: int, stop: int) -> Sums:
         sums = _zeros(steps, flat, index.batch, image, weights)
+        space = Workspace(min(chunk_size, stop - start), flat.dtype, flat.device, dtype)
         program = None
         for numbers in torch.arange(start, stop, device=flat.device).split(chunk_size):
-            if program is None or program.space.n != len(numbers):
-                program = Program(steps, Workspace(len(numbers), flat.dtype, flat.device, dtype), sums.grads)
+            if program is None or space.n != len(numbers):
+                program = Program(steps, space.start(len(numbers)), sums.grads)
+                patches = space.new(len(index.offsets))
+                pixels = space.new(len(index.offsets), torch.int64)
                 ones = flat.new_ones(len(numbers))
-                patches = program.space.new(len(index.offsets))
-                pixels = program.space.new(len(index.offsets), torch.int64)
-            number, pixels = index.columns(numbers, pixels.view(-1, len(numbers)))
-            pixels = pixels.view(-1)
-            torch.index_select(flat, 0, pixels, out=patches.view(-1))
+            number, flat_pixels = index.columns(numbers, pixels)
+            flat_pixels = flat_pixels.view(-1)
+            torch.index_select(flat, 0, flat_pixels, out=patches.view(-1))
             sums.value.index_add_(0, number, program.nll(patches).to(sums.value.dtype))
             if image or weights:
                 grad = program.grad(ones)
             if image:
-                sums.grad.index_add_(0, pixels, grad.view(-1))
+                sums.grad.index_add_(0, flat_pixels, grad.view(-1))
         return sums
 
     shares = _in_threads(share, _split(len(index), _thread_count(flat, len(index))))
