@@ -22,6 +22,8 @@ from .patches import PatchIndex
 from .recognise import steps_of
 from .sweep import sweep
 
+_UNUSED = {"allow_unused": True, "materialize_grads": True}  # the global scale of a GIN block
+
 
 def patch_nll(flow: nn.Module, patches: Tensor) -> Tensor:
     """Negative log-likelihood (N,) of patches (N, D), in nats, without the constant D/2 log(2 pi)."""
@@ -95,8 +97,7 @@ def differentiable_grad(
         if not patches.requires_grad:
             patches.requires_grad_()
         value = (patch_nll(flow, patches) * scale[image]).sum()
-        unused = {"allow_unused": True, "materialize_grads": True}
-        patch_grad, *rest = torch.autograd.grad(value, [patches, *weights], create_graph=True, **unused)
+        patch_grad, *rest = torch.autograd.grad(value, [patches, *weights], create_graph=True, **_UNUSED)
         return torch.zeros_like(flat).index_add(0, pixels.reshape(-1), patch_grad.reshape(-1)), *rest
 
     with torch.enable_grad():
@@ -148,13 +149,16 @@ def _all_grads(flow, x: Tensor, index: PatchIndex, chunk_size: int | None, weigh
     with torch.enable_grad():
         steps = steps_of(flow)
     sums = sweep(steps, x, index, _fused_chunk(chunk_size, x), weights=True)
-    packed = [w for step in steps for w in step.packed]
-    pairs = [(w, g) for w, g in zip(packed, (g for grads in sums.grads for g in grads)) if w.requires_grad]
-    outputs, packed_grads = zip(*pairs)
-    unused = {"allow_unused": True, "materialize_grads": True}
-    grads = torch.autograd.grad(outputs, weights, packed_grads, **unused)
+    grads = _in_parameters(steps, sums.grads, weights)
     value = (sums.value * index.weight).to(x.dtype)
     return [value[0], sums.grad.mul_(index.weight).view(x.shape[1:]), *(g * index.weight for g in grads)]
+
+
+def _in_parameters(steps: list, grads: list[list[Tensor]], weights) -> tuple[Tensor, ...]:
+    """Gradients in the flow's parameters from those in the packed weights."""
+    pairs = [(w, g) for step, own in zip(steps, grads) for w, g in zip(step.packed, own) if w.requires_grad]
+    packed, packed_grads = zip(*pairs)
+    return torch.autograd.grad(packed, weights, packed_grads, **_UNUSED)
 
 
 def _checkpointed_nll(flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None) -> Tensor:

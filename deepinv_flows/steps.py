@@ -18,15 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+SLAB = 2**23  # bytes
 
 
 class Workspace:
     """
-    Buffers for chunks of at most ``capacity`` patches, handed out anew, in the same order, for each size of chunk.
+    Buffers for chunks of at most ``capacity`` patches, handed out anew for each size of chunk.
 
     :param int capacity: largest number n of columns.
     :param torch.dtype state_dtype: of all but matrix products.
@@ -35,20 +37,24 @@ class Workspace:
 
     def __init__(self, capacity: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype | None = None):
         self.capacity, self.state_dtype, self.dtype, self.device = capacity, state_dtype, dtype or state_dtype, device
-        self.memory = []
+        self.slabs = []
         self.start(capacity)
 
     def start(self, n: int) -> "Workspace":
-        """Take all buffers back, to be handed out with n columns."""
-        self.n, self.handed_out, self.by_name = n, 0, {}
+        """Take all buffers back, to be handed out with n <= capacity columns."""
+        self.n, self.slab, self.taken, self.by_name = n, 0, 0, {}
         return self
 
     def new(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        if self.handed_out == len(self.memory):
-            self.memory.append(torch.empty(rows * self.capacity, dtype=dtype or self.state_dtype, device=self.device))
-        flat = self.memory[self.handed_out]
-        self.handed_out += 1
-        return flat[: rows * self.n].view(rows, self.n)
+        dtype = dtype or self.state_dtype
+        size = rows * self.n * dtype.itemsize
+        while self.slab < len(self.slabs) and self.taken + size > len(self.slabs[self.slab]):
+            self.slab, self.taken = self.slab + 1, 0
+        if self.slab == len(self.slabs):
+            self.slabs.append(_memory(max(size, SLAB), self.device))
+        flat = self.slabs[self.slab][self.taken : self.taken + size].view(dtype)
+        self.taken += -(-size // 64) * 64
+        return flat.view(rows, self.n)
 
     def shared(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer whose content no one relies on later: the same memory for all steps, which stays in cache."""
@@ -58,10 +64,17 @@ class Workspace:
         return self.by_name[key]
 
 
+def _memory(size: int, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    # numpy asks for huge pages: the first touch of small ones takes longer than the work on a small image
+    return torch.from_numpy(np.empty(size, dtype=np.uint8))
+
+
 @dataclass
 class Activation:
-    """``apply(a, h)`` writes h = f(a); ``backward(g, kept)`` multiplies g by f'(a) in place, ``kept`` being h if f works in
-    place and a if not."""
+    """``apply(a, h)`` writes h = f(a); ``backward(g, kept)`` multiplies g by f'(a) in place, ``kept`` (lost) being h if f works
+    in place and a if not."""
 
     in_place: bool
     apply: Callable[[Tensor, Tensor], Tensor]
@@ -72,7 +85,7 @@ def relu() -> Activation:
     return Activation(
         True,
         lambda a, h: a.relu_(),
-        lambda g, h: aten.threshold_backward.grad_input(g, h, 0, grad_input=g),
+        lambda g, h: g.mul_(h.gt_(0)),
     )
 
 

@@ -1,6 +1,8 @@
 """A flow's :mod:`deepinv_flows.steps` over the patches of an image batch, chunk by chunk, shared out to threads."""
 
+import functools
 import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,8 +115,13 @@ def _in_threads(work: Callable, shares: list[tuple[int, int]]) -> list:
 
     threads = torch.get_num_threads()
     try:
-        # also tells MKL, for the whole process: so it stays until all are done
-        with ThreadPoolExecutor(len(shares), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(run, shares))
+        torch.set_num_threads(1)  # MKL's count is one for all threads
+        return list(_pool(len(shares), os.getpid()).map(run, shares))
     finally:
         torch.set_num_threads(threads)
+
+
+@functools.lru_cache(maxsize=2)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Kept, as a new thread's first products take milliseconds; a forked process, which has no threads, gets its own."""
+    return ThreadPoolExecutor(threads, "deepinv_flows", torch.set_num_threads, (1,))
