@@ -126,8 +126,30 @@ def test_subset_is_part_of_the_grid_without_repetition():
     assert [c - 72 for c in corners[10:]] == corners[:10]
 
 
-def test_random_subsets_are_unbiased():
-    prior = PatchNR(make("glow", 9), patch_size=3, n_patches=8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("n_patches", [1, 5, 11, 30])
+@pytest.mark.parametrize("subset", ["uniform", "grid"])
+def test_every_position_is_equally_likely(subset, n_patches, stride):
+    generator = torch.Generator().manual_seed(0)
+    index = PatchIndex((1, 1, 9, 10), 3, stride)
+    everything = index(torch.arange(len(index)))[1][:, 0]
+    seen = torch.zeros(90, dtype=torch.float64)
+    draws = 4000
+    for _ in range(draws):
+        drawn = PatchIndex((1, 1, 9, 10), 3, stride, n_patches, generator, subset=subset)
+        seen[drawn(torch.arange(len(drawn)))[1][:, 0]] += drawn.weight
+    # each draw adds weight or nothing, with mean 1 / (number of positions)
+    share, mean = seen[everything] / draws, 1 / len(everything)
+    deviation = (mean * (drawn.weight - mean) / draws) ** 0.5
+    assert ((share - mean).abs() <= 4.5 * deviation + 1e-12).all()
+    assert seen.sum() == pytest.approx(float(seen[everything].sum()))
+
+
+@pytest.mark.parametrize("subset", ["uniform", "grid"])
+def test_random_subsets_are_unbiased(subset):
+    prior = PatchNR(
+        make("glow", 9), patch_size=3, n_patches=8, subset=subset, generator=torch.Generator().manual_seed(0)
+    )
     whole = PatchNR(prior.normalizing_flow, patch_size=3)
     x = torch.rand(1, 1, 8, 9, dtype=torch.float64)
     with torch.no_grad():
