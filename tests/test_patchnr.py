@@ -282,14 +282,14 @@ def test_nan_is_refused():
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Number of entries of the largest tensor that any operation returns."""
+    """Number of entries of the largest floating-point tensor that any operation returns (buffers are cut from slabs of bytes)."""
 
     entries = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if torch.is_tensor(tensor):
+            if torch.is_tensor(tensor) and tensor.is_floating_point():
                 self.entries = max(self.entries, tensor.numel())
         return out
 

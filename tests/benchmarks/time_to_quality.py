@@ -88,10 +88,11 @@ def epll(learn, y, physics, watch, components=100):
 
 def flows(args, folder):
     learn, val = load(folder / "learn.png"), load(folder / "val.png")
-    if args.same:
-        same = PatchNR.from_checkpoint(args.same)
-    else:
-        same = fit_patchnr(learn, val, prior=PatchNR(), epochs=args.epochs)
+    same = (
+        PatchNR.from_checkpoint(args.same)
+        if args.same
+        else fit_patchnr(learn, val, prior=PatchNR(), epochs=args.epochs)
+    )
     if args.recommended:
         recommended = PatchNR.from_checkpoint(args.recommended)
     else:
