@@ -109,16 +109,9 @@ class PatchNR(Prior):
         self.pad = "reflect" if pad is True else pad
         if self.pad is not False and self.pad not in PAD_MODES:
             raise ValueError(f"expected pad to be a bool or one of {', '.join(PAD_MODES)}; got {pad!r}")
-        self.n_patches = n_patches if n_patches == -1 else positive_int(n_patches=n_patches)
-        self.stride = positive_int(stride=stride)
-        if stride > patch_size:
-            raise ValueError(f"expected stride <= patch_size = {patch_size}, else pixels are in no patch; got {stride}")
-        self.chunk_size = None if chunk_size is None else positive_int(chunk_size=chunk_size)
-        if subset not in SUBSETS:
-            raise ValueError(f"expected subset to be one of {', '.join(SUBSETS)}; got {subset!r}")
-        if precision not in (None, "bfloat16"):
-            raise ValueError(f"expected precision to be None or 'bfloat16'; got {precision!r}")
+        self.n_patches, self.stride, self.chunk_size = n_patches, stride, chunk_size
         self.subset, self.precision = subset, precision
+        self._check_options()
         self.generator = torch.Generator() if generator is None else generator
         if normalizing_flow is not None:
             self.normalizing_flow = as_flow(normalizing_flow)
@@ -353,7 +346,23 @@ class PatchNR(Prior):
                     f"{self.channels}); the one given fails on a tensor of shape (4, {self.dim}): {error}"
                 ) from error
 
+    def _check_options(self) -> None:
+        # at each call too: they are attributes that a user may set
+        if self.n_patches != -1:
+            positive_int(n_patches=self.n_patches)
+        if positive_int(stride=self.stride) > self.patch_size:
+            raise ValueError(
+                f"expected stride <= patch_size = {self.patch_size}, else pixels are in no patch; got {self.stride}"
+            )
+        if self.chunk_size is not None:
+            positive_int(chunk_size=self.chunk_size)
+        if self.subset not in SUBSETS:
+            raise ValueError(f"expected subset to be one of {', '.join(SUBSETS)}; got {self.subset!r}")
+        if self.precision not in (None, "bfloat16"):
+            raise ValueError(f"expected precision to be None or 'bfloat16'; got {self.precision!r}")
+
     def _check(self, x: Tensor, images_only: bool = False) -> None:
+        self._check_options()
         check_input(x, self._like(), self.patch_size, self.channels, images_only)
 
     def _check_autograd(self) -> None:
@@ -370,7 +379,8 @@ class PatchNR(Prior):
         return self.chunk_size, self.precision
 
     def _index(self, padded: Tensor) -> PatchIndex:
-        return PatchIndex(padded.shape, self.patch_size, self.stride, self.n_patches, self.generator, padded.device)
+        subset = self.stride, self.n_patches, self.generator, padded.device, self.subset
+        return PatchIndex(padded.shape, self.patch_size, *subset)
 
     def _image_grad(self, x: Tensor, index: PatchIndex) -> Tensor:
         recorded = torch.is_grad_enabled() and (x.requires_grad or patchwise.weights_need_grad(self.normalizing_flow))

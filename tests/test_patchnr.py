@@ -355,6 +355,8 @@ def test_bad_inputs(fault, method):
     [
         ({"n_patches": 0}, "expected n_patches to be an integer >= 1; got 0"),
         ({"n_patches": -2}, "n_patches"),
+        ({"subset": "random"}, "expected subset to be one of uniform, grid; got 'random'"),
+        ({"precision": "float16"}, "expected precision to be None or 'bfloat16'; got 'float16'"),
         ({"patch_size": 0}, "expected patch_size to be an integer >= 1; got 0"),
         ({"channels": 1.5}, "expected channels to be an integer >= 1; got 1.5"),
         ({"chunk_size": 0}, "chunk_size"),
