@@ -1,24 +1,23 @@
 """PatchNR: negative log-likelihood of image patches under a normalizing flow, as a deepinv prior."""
 
 import copy
-import os
 
 import torch
 import torch.nn.functional as F
 from deepinv.optim import Prior
 from torch import Tensor, nn
 
-from . import checkpoints, dialects, patchwise, proximal
-from .contract import as_flow, evaluate, same_function
-from .dialects import CheckpointError
+from . import patchwise, proximal
+from .contract import as_flow, evaluate
 from .flows import glow_flow
 from .inputs import check_input, positive_int
 from .patches import SUBSETS, PatchIndex
+from .weights_io import PatchWeights
 
 PAD_MODES = ("constant", "reflect", "replicate", "circular")
 
 
-class PatchNR(Prior):
+class PatchNR(PatchWeights, Prior):
     r"""
     Patch prior by a normalizing flow; drop-in for :class:`deepinv.optim.PatchNR` that also takes images.
 
@@ -118,12 +117,8 @@ class PatchNR(Prior):
         elif not pretrained:
             self.normalizing_flow = glow_flow(self.dim, num_layers, sub_net_size).to(device)
         if pretrained:
-            with checkpoints.guarded(pretrained):
-                weights = checkpoints.find(pretrained)
-                if normalizing_flow is None:
-                    self.normalizing_flow = self._flow_for(weights, num_layers, sub_net_size).to(device)
-                else:
-                    self._load(weights)
+            sizes = None if normalizing_flow is not None else {"num_layers": num_layers, "sub_net_size": sub_net_size}
+            self._load_pretrained(pretrained, sizes, device)
         self._probe()
 
     @property
@@ -229,98 +224,6 @@ class PatchNR(Prior):
         with torch.no_grad():
             patches, _ = evaluate(self.normalizing_flow, z.to(like.device), rev=True)
         return patches.view(n, self.channels, self.patch_size, self.patch_size)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """
-        Write weights, architecture and patch shape as safetensors, for :meth:`from_checkpoint`.
-
-        :param str path: file to write; left as it was if writing is interrupted.
-        :raises ValueError: when the flow is not one of our builders'.
-        """
-        checkpoints.write(path, self.normalizing_flow, patch_size=self.patch_size, channels=self.channels)
-
-    @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike, **kwargs) -> "PatchNR":
-        """
-        PatchNR with the architecture and weights of a checkpoint of any dialect.
-
-        :param str path: file, or name of shipped weights.
-        :param kwargs: further arguments of :class:`PatchNR`. Only our own files know ``patch_size`` and ``channels``: for the
-            others ``channels`` is 1 unless given, and ``patch_size`` follows.
-        :raises CheckpointError: when the file cannot be read or used.
-
-        >>> import tempfile, torch
-        >>> from deepinv_flows import PatchNR
-        >>> prior = PatchNR(patch_size=3, channels=2, num_layers=1, sub_net_size=8)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     prior.save(f"{folder}/weights.safetensors")
-        ...     again = PatchNR.from_checkpoint(f"{folder}/weights.safetensors")
-        >>> x = torch.rand(1, 2, 8, 8)
-        >>> torch.equal(again(x), prior(x))
-        True
-        """
-        with checkpoints.guarded(path):
-            weights = checkpoints.find(path)
-            if weights.config is None:
-                raise CheckpointError(f"not the weights of a PatchNR: tensors named {sorted(weights.state)[:3]}")
-            channels = kwargs.setdefault("channels", weights.patch.get("channels", 1))
-            side = round((weights.config["dim"] / channels) ** 0.5)
-            kwargs.setdefault("patch_size", weights.patch.get("patch_size", side))
-            sizes = {key: weights.config[key] for key in ("num_layers", "sub_net_size")}
-        return cls(pretrained=path, **{**sizes, **kwargs})
-
-    def to_deepinv_state_dict(self) -> dict[str, Tensor]:
-        """
-        State dict that ``deepinv.optim.PatchNR(...).load_state_dict`` takes.
-
-        :raises ValueError: when deepinv has no flow of this function, as with permutations.
-        """
-        return dialects.to_deepinv(self.normalizing_flow)
-
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """
-        Load weights of any dialect; on a misfit nothing is loaded.
-
-        The two dialects written with FrEIA are other functions of equal shapes (clamp, order, permutations): for these
-        ``normalizing_flow`` becomes a new module, so make optimizers afterwards.
-
-        :param dict state_dict: of this class, of deepinv's PatchNR of any version, or of the paper's.
-        :param bool strict: whether all tensors must be there; if not, only names of this class and deepinv >= 0.4.1.
-        :param bool assign: as in :meth:`torch.nn.Module.load_state_dict`.
-        :raises CheckpointError: naming the tensor, the shape expected and the shape found.
-        """
-        with checkpoints.guarded("state dict"):
-            if strict:
-                return self._load(dialects.convert(state_dict), assign)
-            state = dict(state_dict)
-            dialects.rename_in_place(state, "normalizing_flow.", self.normalizing_flow)
-            return checkpoints.load_into(self, state, False, assign)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # deepinv's names, also when the prior is part of a larger module
-        dialects.rename_in_place(state_dict, prefix + "normalizing_flow.", self.normalizing_flow)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _load(self, weights: dialects.Weights, assign: bool = False):
-        flow = self.normalizing_flow
-        ours, theirs = getattr(flow, "config", None), weights.config
-        if ours is not None and theirs is not None and not same_function(ours, theirs):
-            new = (
-                self._flow_for(weights, ours["num_layers"], ours["sub_net_size"]).to(self._like()).train(flow.training)
-            )
-            if not any(p.requires_grad for p in flow.parameters()):
-                new.requires_grad_(False)
-            self.normalizing_flow = new
-            return checkpoints.load_into(new, new.state_dict())
-        state = weights.state
-        for spelling in weights.spellings if ours is None else []:
-            if spelling.keys() == flow.state_dict().keys():
-                state = spelling
-        return checkpoints.load_into(flow, state, assign=assign)
-
-    def _flow_for(self, weights: dialects.Weights, num_layers: int, sub_net_size: int) -> nn.Module:
-        patch = {"patch_size": self.patch_size, "channels": self.channels}
-        return checkpoints.build(weights, patch, num_layers, sub_net_size)
 
     def _like(self) -> Tensor:
         """An empty tensor of the weights' dtype and device."""

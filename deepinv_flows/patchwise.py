@@ -216,4 +216,4 @@ def _fused_chunk(chunk_size: int | None, x: Tensor) -> int:
 
 
 def _autograd_chunk(chunk_size: int | None, x: Tensor) -> int:
-    return chunk_size or (4096 if x.device.type == "cpu" else 65536)
+    return chunk_size or (2048 if x.device.type == "cpu" else 65536)

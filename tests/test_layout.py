@@ -19,8 +19,9 @@ ROOMS = [
     {"_freia"},
     {"flows"},
     {"dialects", "patchwise", "proximal"},
-    {"checkpoints"},
-    {"likelihood", "patchnr"},
+    {"checkpoints", "likelihood"},
+    {"weights_io"},
+    {"patchnr"},
     {"training"},
     {"__init__"},
 ]

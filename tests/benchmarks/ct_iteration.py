@@ -47,7 +47,7 @@ def main():
     print(f"an iteration: deepinv {iteration['deepinv']:.2f} s, ours {iteration['ours']:.2f} s")
     result = {f"ms {name}": round(value * 1e3, 1) for name, value in best.items()}
     result["ratio_iteration"] = round(iteration["deepinv"] / iteration["ours"], 2)
-    print(json.dumps({**result, **versions()}))
+    print(json.dumps({**result, "versions": versions()}))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from deepinv_flows import PatchNR, fit_patchnr
+from deepinv_flows import PatchNR, fit_patchnr, patchwise
 
 NOISE = 0.01
 
@@ -96,6 +96,8 @@ def main():
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--step", type=float, default=0.03)
     parser.add_argument("--n-patches", type=int, default=90_000, help="random patches an iteration")
+    parser.add_argument("--subset", default="uniform", choices=("uniform", "grid"), help="how they are drawn")
+    parser.add_argument("--precision", choices=("bfloat16",), help="of matrix products, emulated if need be")
     parser.add_argument("--crop", type=int, help="side of a central piece to reconstruct instead, for tuning")
     args = parser.parse_args()
 
@@ -104,7 +106,9 @@ def main():
         (PatchNR.from_checkpoint(args.checkpoint), None) if args.checkpoint else train(folder, args)
     )
     prior.requires_grad_(False)
-    prior.n_patches = args.n_patches
+    prior.n_patches, prior.subset = args.n_patches, args.subset
+    if args.precision:  # PatchNR itself would not: without the hardware it is slower than float32
+        patchwise._product_dtype = lambda x, precision: getattr(torch, args.precision)
     x = load(folder / args.image)
     share = 1.0 if args.crop is None else (args.crop / x.shape[-1]) ** 2  # the data term is a sum, the prior a mean
     if args.crop:

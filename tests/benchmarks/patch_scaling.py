@@ -76,7 +76,7 @@ def main():
     if {1024, 2048} <= set(rows["ours"]):
         large, small = rows["ours"][2048], rows["ours"][1024]
         result["time_2048_over_four_1024"] = round(large["seconds"] / (4 * small["seconds"]), 3)
-    print(json.dumps({**result, **versions()}))
+    print(json.dumps({**result, "versions": versions()}))
 
 
 if __name__ == "__main__":

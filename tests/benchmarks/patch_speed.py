@@ -53,7 +53,13 @@ def measure_memory(who: str, size: int) -> None:
     theirs, ours = pair()
     prior = theirs if who == "deepinv" else ours.requires_grad_(False)
     small, large = torch.rand(1, 1, SMALL, SMALL), torch.rand(1, 1, size, size)
-    print(json.dumps(peak_over(lambda: backward(prior, small), lambda: backward(prior, large))))
+    call = second_derivatives if who == "second derivatives" else backward
+    print(json.dumps(peak_over(lambda: call(prior, small), lambda: call(prior, large))))
+
+
+def second_derivatives(prior, x):
+    leaf = x.requires_grad_()
+    prior.grad(leaf).square().sum().backward()
 
 
 def main():
@@ -90,13 +96,15 @@ def main():
         achieved = flop_per_patch(ours) * (size - 5) ** 2 / own
         print(f"\nmatrix products: ours {achieved / 1e9:.0f} GFLOP/s, best measured {limit / 1e9:.0f} GFLOP/s,")
         print(f"in bfloat16 {best_sgemm(torch.bfloat16) / 1e9:.0f} GFLOP/s")
-        memory = {who: memory_of(__file__, "--memory", who, str(size)) for who in ("deepinv", "ours")}
-        print(f"memory over the image: deepinv {memory['deepinv']:.0f} MB, ours {memory['ours']:.0f} MB")
+        whose = ("deepinv", "ours", "second derivatives")
+        memory = {who: memory_of(__file__, "--memory", who, str(size)) for who in whose[: 2 if args.quick else 3]}
+        print("MB over the image:", {who: round(mb) for who, mb in memory.items()})
         result |= {
             f"limit_fraction_{size}": round(achieved / limit, 3),
             f"memory_ratio_{size}": round(memory["deepinv"] / memory["ours"], 1),
+            f"memory_mb_{size}": {who: round(mb) for who, mb in memory.items()},
         }
-    print(json.dumps({**result, "device": args.device, **versions()}))
+    print(json.dumps({**result, "device": args.device, "versions": versions()}))
 
 
 if __name__ == "__main__":

@@ -88,15 +88,16 @@ def epll(learn, y, physics, watch, components=100):
 
 def flows(args, folder):
     learn, val = load(folder / "learn.png"), load(folder / "val.png")
-    same = (
-        PatchNR.from_checkpoint(args.same)
-        if args.same
-        else fit_patchnr(learn, val, prior=PatchNR(), epochs=args.epochs)
-    )
-    if args.recommended:
-        recommended = PatchNR.from_checkpoint(args.recommended)
-    else:
-        recommended = fit_patchnr(learn, val, num_layers=8, sub_net_size=128, epochs=args.epochs)
+
+    def trained(path, **sizes):
+        return (
+            PatchNR.from_checkpoint(path)
+            if path
+            else fit_patchnr(learn, val, epochs=args.epochs, dequantise=4 / 255, **sizes)
+        )
+
+    same = trained(args.same, prior=PatchNR())
+    recommended = trained(args.recommended, num_layers=8, sub_net_size=128)
     theirs = dinv.optim.PatchNR(patch_size=6, channels=1)
     theirs.load_state_dict(same.to_deepinv_state_dict())
     recommended.subset = "grid"
@@ -153,7 +154,7 @@ def main():
     for name, watch in watches.items():
         result[name] = {"best": watch.best, **{key: watch.seconds_to(level) for key, level in levels.items()}}
         print(name, result[name])
-    print(json.dumps({**result, **versions()}))
+    print(json.dumps({**result, "versions": versions()}))
 
 
 if __name__ == "__main__":

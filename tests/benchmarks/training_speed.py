@@ -73,7 +73,7 @@ def main():
         result[f"patches_per_s_{batch}"] = rates
         best = max(rates["ours"], rates["ours, compiled"])
         result[f"training_ratio_{batch}"] = round(best / rates["deepinv"], 2)
-    print(json.dumps({**result, "device": args.device, **versions()}))
+    print(json.dumps({**result, "device": args.device, "versions": versions()}))
 
 
 if __name__ == "__main__":
