@@ -13,9 +13,11 @@ evaluated by derivatives written out (:mod:`deepinv_flows.sweep`), others by aut
 derivatives are autograd's, each chunk recomputed in the backward pass.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from .contract import evaluate
 from .patches import PatchIndex
@@ -89,21 +91,25 @@ def differentiable_grad(
     :param list weights: if not empty, return the gradients in these too, as a list after the one in the image.
     """
     scale = x.new_ones(index.batch) if scale is None else scale
-    weights = list(weights)
-
-    def chunk(flat, number, scale):
-        image, pixels = index(number)
-        patches = flat.index_select(0, pixels.reshape(-1)).view_as(pixels)
-        if not patches.requires_grad:
-            patches.requires_grad_()
-        value = (patch_nll(flow, patches) * scale[image]).sum()
-        patch_grad, *rest = torch.autograd.grad(value, [patches, *weights], create_graph=True, **_UNUSED)
-        return torch.zeros_like(flat).index_add(0, pixels.reshape(-1), patch_grad.reshape(-1)), *rest
-
+    if len(index) > _autograd_chunk(chunk_size, x):
+        chosen = list(weights) or [p for p in flow.parameters() if p.requires_grad]
+        grads = _Gradient.apply(x, scale, flow, index, chunk_size, bool(weights), *chosen)
+        return list(grads) if weights else grads[0]
     with torch.enable_grad():
-        grad, *rest = _checkpointed_sum(chunk, index, chunk_size, x.reshape(-1), scale)
-    grad = grad.view_as(x) * index.weight
-    return [grad, *(g * index.weight for g in rest)] if weights else grad
+        grads = _recorded_grads(flow, x, scale, index, torch.arange(len(index), device=x.device), weights)
+    return list(grads) if weights else grads[0]
+
+
+def _recorded_grads(flow, x: Tensor, scale: Tensor, index: PatchIndex, number: Tensor, weights) -> tuple[Tensor, ...]:
+    """What the patches of these numbers contribute to :func:`differentiable_grad`, as a graph of any order."""
+    image, pixels = index(number)
+    patches = x.reshape(-1)[pixels]
+    if not patches.requires_grad:
+        patches.requires_grad_()
+    value = (patch_nll(flow, patches) * scale[image]).sum() * index.weight
+    patch_grad, *rest = torch.autograd.grad(value, [patches, *weights], create_graph=True, **_UNUSED)
+    grad = x.new_zeros(x.numel()).index_add(0, pixels.reshape(-1), patch_grad.reshape(-1))
+    return grad.view_as(x), *rest
 
 
 def reference_nll(flow: nn.Module, x: Tensor, patch_size: int) -> Tensor:
@@ -144,6 +150,57 @@ class _ImageNLL(torch.autograd.Function):
         return grad, None, None, None, None, *weight_grads
 
 
+class _Gradient(torch.autograd.Function):
+    """
+    Gradient of sum_b scale_b g(x_b) in the image and, if ``outer``, those in the weights. Its backward pass is a
+    Hessian-vector product, each chunk with a graph of its own: torch's checkpoints, which it takes for still higher
+    derivatives, keep what they recompute until all chunks are done.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, flow, index, chunk_size, outer, *weights):
+        ctx.save_for_backward(x, scale, *weights)
+        ctx.call = flow, index, _autograd_chunk(chunk_size, x)
+        ctx.random = torch.get_rng_state(), *get_device_states(x)
+        if outer:
+            images = [_all_grads(flow, image[None], index.single(), chunk_size, weights)[1:] for image in x]
+            grads = [torch.stack(parts) for parts in zip(*images)]
+        else:
+            grads = [value_and_grad(flow, x, index, chunk_size)[1]]
+        grad, *weight_grads = (g * scale.view(-1, *[1] * (g.ndim - 1)) for g in grads)
+        return grad, *(g.sum(0) for g in weight_grads)
+
+    @staticmethod
+    def backward(ctx, *directions):
+        flow, index, size = ctx.call
+        again = torch.is_grad_enabled()
+        x, scale, *weights = ctx.saved_tensors
+        x, scale = (t if again and t.requires_grad else t.detach().requires_grad_() for t in (x, scale))
+        outer = weights[: len(directions) - 1]
+
+        def chunk(x, scale, number, *directions):
+            grads = _recorded_grads(flow, x, scale, index, number, outer)
+            return torch.autograd.grad(grads, [x, scale, *weights], directions, create_graph=again, **_UNUSED)
+
+        total = None
+        with torch.enable_grad(), _replayed(x, *ctx.random):
+            for number in index.chunks(size):
+                args = x, scale, number, *directions
+                parts = checkpoint(chunk, *args, use_reentrant=False) if again else chunk(*args)
+                total = parts if total is None else [a + b for a, b in zip(total, parts)]
+        grad, scale_grad, *weight_grads = total
+        return grad, scale_grad, None, None, None, None, *weight_grads
+
+
+@contextlib.contextmanager
+def _replayed(x: Tensor, state: Tensor, devices: list, states: list):
+    """What is random in a flow, as dropout, is drawn as it was."""
+    with torch.random.fork_rng(devices, device_type=x.device.type if devices else "cuda"):
+        torch.set_rng_state(state)
+        set_device_states(devices, states)
+        yield
+
+
 def _all_grads(flow, x: Tensor, index: PatchIndex, chunk_size: int | None, weights) -> list[Tensor]:
     """Value (), gradient (C, H, W) and gradients in the weights, of one image."""
     with torch.enable_grad():
@@ -165,21 +222,12 @@ def _checkpointed_nll(flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size:
     def chunk(flat, number):
         image, pixels = index(number)
         nll = patch_nll(flow, flat.index_select(0, pixels.reshape(-1)).view_as(pixels))
-        return (nll.new_zeros(index.batch).index_add(0, image, nll),)
+        return nll.new_zeros(index.batch).index_add(0, image, nll)
 
-    return _checkpointed_sum(chunk, index, chunk_size, x.reshape(-1))[0] * index.weight
-
-
-def _checkpointed_sum(chunk, index: PatchIndex, chunk_size: int | None, flat: Tensor, *args) -> list[Tensor]:
-    """Sums of ``chunk(flat, number, *args)``; what several chunks need for their backward pass is recomputed there."""
-    size = _autograd_chunk(chunk_size, flat)
+    flat, size = x.reshape(-1), _autograd_chunk(chunk_size, x)
     if len(index) <= size:
-        return chunk(flat, next(index.chunks(size)), *args)
-    total = None
-    for number in index.chunks(size):
-        parts = checkpoint(chunk, flat, number, *args, use_reentrant=False)
-        total = parts if total is None else [a + b for a, b in zip(total, parts)]
-    return total
+        return chunk(flat, next(index.chunks(size))) * index.weight
+    return sum(checkpoint(chunk, flat, number, use_reentrant=False) for number in index.chunks(size)) * index.weight
 
 
 def _autograd_sums(flow, x: Tensor, index: PatchIndex, chunk_size: int | None, image: bool):
