@@ -60,7 +60,7 @@ def image_nll(
         steps = steps_of(flow)
         if steps is None:
             return _autograd_sums(flow, x, index, chunk_size, image=False)[0]
-        value = sweep(steps, x, index, _fused_chunk(chunk_size, x), _product_dtype(x, precision), False).value
+        value = sweep(steps, x, index, _fused_chunk(chunk_size, x, steps), _product_dtype(x, precision), False).value
     return (value * index.weight).to(x.dtype)
 
 
@@ -72,7 +72,7 @@ def value_and_grad(
         steps = steps_of(flow)
         if steps is None:
             return _autograd_sums(flow, x, index, chunk_size, image=True)
-        sums = sweep(steps, x, index, _fused_chunk(chunk_size, x), _product_dtype(x, precision))
+        sums = sweep(steps, x, index, _fused_chunk(chunk_size, x, steps), _product_dtype(x, precision))
     return (sums.value * index.weight).to(x.dtype), sums.grad.mul_(index.weight).view_as(x).to(x.dtype)
 
 
@@ -205,7 +205,7 @@ def _all_grads(flow, x: Tensor, index: PatchIndex, chunk_size: int | None, weigh
     """Value (), gradient (C, H, W) and gradients in the weights, of one image."""
     with torch.enable_grad():
         steps = steps_of(flow)
-    sums = sweep(steps, x, index, _fused_chunk(chunk_size, x), weights=True)
+    sums = sweep(steps, x, index, _fused_chunk(chunk_size, x, steps), weights=True)
     grads = _in_parameters(steps, sums.grads, weights)
     value = (sums.value * index.weight).to(x.dtype)
     return [value[0], sums.grad.mul_(index.weight).view(x.shape[1:]), *(g * index.weight for g in grads)]
@@ -259,8 +259,10 @@ def _product_dtype(x: Tensor, precision: str | None) -> torch.dtype | None:
     return wanted if x.dtype != torch.float64 else None
 
 
-def _fused_chunk(chunk_size: int | None, x: Tensor) -> int:
-    return chunk_size or (1024 if x.device.type == "cpu" else 32768)
+def _fused_chunk(chunk_size: int | None, x: Tensor, steps: list) -> int:
+    width = max((len(w) for step in steps for w in step.packed if w.ndim == 2), default=1)
+    # hidden layers that fit into a core's cache, products that outlast the call to them
+    return chunk_size or (min(max(2**18 // width, 1024), 4096) if x.device.type == "cpu" else 32768)
 
 
 def _autograd_chunk(chunk_size: int | None, x: Tensor) -> int:

@@ -14,6 +14,7 @@ Each step has ``packed`` weights, which are functions of the flow's parameters (
 """
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -28,21 +29,20 @@ SLAB = 2**23  # bytes
 
 class Workspace:
     """
-    Buffers for chunks of at most ``capacity`` patches, handed out anew for each size of chunk.
+    Buffers for chunks of n patches.
 
-    :param int capacity: largest number n of columns.
     :param torch.dtype state_dtype: of all but matrix products.
-    :param torch.dtype dtype: of matrix products; ``None`` for the same.
+    :param torch.dtype dtype: of matrix products.
     """
 
-    def __init__(self, capacity: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype | None = None):
-        self.capacity, self.state_dtype, self.dtype, self.device = capacity, state_dtype, dtype or state_dtype, device
+    def __init__(self, n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype):
+        self.n, self.state_dtype, self.dtype, self.device = n, state_dtype, dtype, device
         self.slabs = []
-        self.start(capacity)
+        self.start()
 
-    def start(self, n: int) -> "Workspace":
-        """Take all buffers back, to be handed out with n <= capacity columns."""
-        self.n, self.slab, self.taken, self.by_name = n, 0, 0, {}
+    def start(self) -> "Workspace":
+        """Take all buffers back."""
+        self.slab, self.taken, self.by_name = 0, 0, {}
         return self
 
     def new(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -62,6 +62,17 @@ class Workspace:
         if key not in self.by_name:
             self.by_name[key] = self.new(rows, dtype)
         return self.by_name[key]
+
+
+_kept = threading.local()
+
+
+def workspace(n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> Workspace:
+    """This thread's workspace: the one of its last call if that was for the same, as the first touch of memory is slow."""
+    key = n, state_dtype, device, dtype
+    if getattr(_kept, "key", None) != key:
+        _kept.key, _kept.space = key, Workspace(*key)
+    return _kept.space.start()
 
 
 def _memory(size: int, device: torch.device) -> Tensor:
@@ -126,7 +137,9 @@ class Network:
 
     def prepare(self, space: Workspace) -> SimpleNamespace:
         weights = [w.detach().to(space.dtype) for w in self.packed]
-        inputs = [space.new(w.shape[1], space.dtype).fill_(1) for w in weights]
+        inputs = [space.new(w.shape[1], space.dtype) for w in weights]
+        for h in inputs:
+            h[-1].fill_(1)
         kept = [
             h[:-1] if act.in_place else space.new(len(h) - 1, space.dtype)
             for h, act in zip(inputs[1:], self.activations)

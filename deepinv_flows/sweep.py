@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .patches import PatchIndex
-from .steps import Program, Workspace
+from .steps import Program, workspace
 
 LEAST_SHARE = 256  # patches that are worth a thread
 
@@ -59,20 +60,21 @@ def sweep(
 
     def share(start: int, stop: int) -> Sums:
         sums = _zeros(steps, flat, index.batch, image, weights)
-        space = Workspace(min(chunk_size, stop - start), flat.dtype, flat.device, dtype)
-        program = None
-        for numbers in torch.arange(start, stop, device=flat.device).split(chunk_size):
-            if program is None or space.n != len(numbers):
-                program = Program(steps, space.start(len(numbers)), sums.grads)
-                patches = space.new(len(index.offsets))
-                pixels = space.new(len(index.offsets), torch.int64)
-                ones = flat.new_ones(len(numbers))
-            number, flat_pixels = index.columns(numbers, pixels)
+        # as many equal chunks as it takes; what the last lacks is filled with patches that count nothing
+        size = math.ceil((stop - start) / math.ceil((stop - start) / chunk_size))
+        space = workspace(size, flat.dtype, flat.device, dtype or flat.dtype)
+        program = Program(steps, space, sums.grads)
+        patches = space.new(len(index.offsets))
+        pixels = space.new(len(index.offsets), torch.int64)
+        for first in range(start, stop, size):
+            numbers = torch.arange(first, first + size, device=flat.device)
+            counts = (numbers < stop).to(flat.dtype)
+            number, flat_pixels = index.columns(numbers.clamp_(max=stop - 1), pixels)
             flat_pixels = flat_pixels.view(-1)
             torch.index_select(flat, 0, flat_pixels, out=patches.view(-1))
-            sums.value.index_add_(0, number, program.nll(patches).to(sums.value.dtype))
+            sums.value.index_add_(0, number, program.nll(patches).mul_(counts).to(sums.value.dtype))
             if image or weights:
-                grad = program.grad(ones)
+                grad = program.grad(counts)
             if image:
                 sums.grad.index_add_(0, flat_pixels, grad.view(-1))
         return sums

@@ -35,7 +35,7 @@ def test_value_and_all_gradients_against_autograd(name, way):
     known = steps_of(flow)
     grads = [[torch.zeros_like(w, requires_grad=False) for w in step.packed] for step in known]
     with torch.no_grad():
-        program = steps.Program(known, steps.Workspace(13, torch.float64, x.device), grads)
+        program = steps.Program(known, steps.Workspace(13, torch.float64, x.device, torch.float64), grads)
         for _ in range(2):  # buffers are used again
             for own in grads:
                 for g in own:
