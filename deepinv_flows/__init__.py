@@ -5,12 +5,14 @@ from .dialects import CheckpointError
 from .flows import allinone_flow, build_flow, glow_flow
 from .likelihood import BitsPerDim, FlowModel, FlowNLL
 from .patchnr import PatchNR
+from .splitting import EquivariantSplittingLoss
 from .training import fit_patchnr
 
 __version__ = "0.1.0"
 __all__ = [
     "BitsPerDim",
     "CheckpointError",
+    "EquivariantSplittingLoss",
     "FlowModel",
     "FlowNLL",
     "PatchNR",

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "deepinv_flows"
 # each module may import those of the rooms before its own
 ROOMS = [
-    {"contract", "inputs", "patches", "steps"},
-    {"recognise", "sweep"},
-    {"_freia"},
-    {"flows"},
+    {"contract", "inputs", "patches", "portable", "steps"},
+    {"recognise", "splitting_model", "sweep"},
+    {"_freia", "splitting_terms"},
+    {"flows", "splitting"},
     {"dialects", "patchwise", "proximal"},
     {"checkpoints", "likelihood"},
     {"weights_io"},

@@ -1,0 +1,68 @@
+"""Pickling and comparing deepinv's transforms and mask generators, which hold local classes and lambdas."""
+
+import inspect
+import operator
+from dataclasses import dataclass
+
+from deepinv.physics.generator import PhysicsGenerator
+from deepinv.transform import Transform
+from torch import nn
+
+# `t1 * t2`, `t1 + t2` and `t1 | t2` are instances of classes that deepinv makes inside these operators
+_COMBINED = {"ChainTransform": operator.mul, "StackTransform": operator.add, "EitherTransform": operator.or_}
+_DEFAULT_STEP = inspect.signature(PhysicsGenerator).parameters["step"].default
+
+
+class Portable:
+    """Mixin of modules whose transforms and mask generators are packed when pickled or copied."""
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_modules": _packed_children(self)}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state | {"_modules": {k: _unpack(m) for k, m in state["_modules"].items()}})
+
+
+def recipe(module: nn.Module | None):
+    """What a transform, mask generator or noise model is made of, but for its random state: equal recipes, equal laws."""
+    if module is None:
+        return None
+    plain = {k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, int | float | str | tuple | list)}
+    plain.pop("training")
+    buffers = {k: v.tolist() for k, v in module._buffers.items() if v is not None and k != "initial_random_state"}
+    return type(module).__qualname__, plain, buffers, [recipe(child) for child in module.children()]
+
+
+@dataclass
+class _Packed:
+    maker: type | str
+    children: dict
+    attributes: dict
+
+
+def _packed_children(module: nn.Module) -> dict:
+    return {name: _pack(child) for name, child in module._modules.items()}
+
+
+def _pack(module):
+    attributes = {k: v for k, v in vars(module).items() if k != "_modules"} if module is not None else {}
+    if isinstance(module, Transform) and "<locals>" in type(module).__qualname__ and type(module).__name__ in _COMBINED:
+        return _Packed(type(module).__name__, _packed_children(module), attributes)
+    if isinstance(module, PhysicsGenerator):
+        if attributes.get("step_func") is _DEFAULT_STEP:
+            del attributes["step_func"]
+        return _Packed(type(module), _packed_children(module), attributes)
+    return module
+
+
+def _unpack(packed):
+    if not isinstance(packed, _Packed):
+        return packed
+    children = {name: _unpack(child) for name, child in packed.children.items()}
+    if packed.maker in _COMBINED:
+        module = _COMBINED[packed.maker](children["t1"], children["t2"])
+        module.__dict__.update(packed.attributes)
+        return module
+    module = packed.maker.__new__(packed.maker)
+    module.__dict__.update({"step_func": _DEFAULT_STEP} | packed.attributes | {"_modules": children})
+    return module
