@@ -6,6 +6,7 @@ from .flows import allinone_flow, build_flow, glow_flow
 from .likelihood import BitsPerDim, FlowModel, FlowNLL
 from .patchnr import PatchNR
 from .splitting import EquivariantSplittingLoss
+from .splitting_masks import LineSplittingMaskGenerator
 from .training import fit_patchnr
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "EquivariantSplittingLoss",
     "FlowModel",
     "FlowNLL",
+    "LineSplittingMaskGenerator",
     "PatchNR",
     "Reversed",
     "allinone_flow",

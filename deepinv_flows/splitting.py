@@ -47,6 +47,11 @@ class EquivariantSplittingLoss(Loss):
         self.consistency_loss = MCLoss(metric=MSE()) if consistency_loss is None else consistency_loss
         self.prediction_loss = MCLoss(metric=MSE()) if prediction_loss is None else prediction_loss
         self.eval_n_samples = positive_int(eval_n_samples=eval_n_samples)
+        for stack in (transform, eval_transform):
+            if type(stack).__name__ == "StackTransform":
+                raise ValueError(
+                    "expected a transform that keeps the batch size; got a sum t1 + t2: use t1 | t2 or t1 * t2"
+                )
         self._warned = False
         _check_inner(self.consistency_loss, self.prediction_loss)
 

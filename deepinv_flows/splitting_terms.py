@@ -10,18 +10,19 @@ and so is the consistency term for :math:`\tfrac1{m_1}\|A_1\hat x-u_1\|^2` plus 
 of :math:`y_1 \mapsto A_1 R(y_1, A_1)` over the :math:`m_1` entries of the split, with the mask and the transform held:
 
 - SURE :math:`\tfrac1{m_1}\|A_1\hat x-y_1\|^2-\sigma^2+\tfrac{2\sigma^2}{m_1}\mathrm{div}`: nothing;
-- Poisson :math:`\tfrac1{m_1}\|A_1\hat x-y_1\|^2-\tfrac\gamma{m_1}1^\top y_1+\tfrac{2\gamma}{m_1}\sum_i y_{1,i}\partial_i(A_1\hat x)_i`: nothing
-  if R is linear, second derivatives times :math:`\gamma^2` otherwise; Poisson-Gaussian likewise;
+- Poisson :math:`\tfrac1{m_1}\|A_1\hat x-y_1\|^2-\tfrac\gamma{m_1}1^\top y_1
+  +\tfrac{2\gamma}{m_1}\sum_i y_{1,i}\partial_i(A_1\hat x)_i`: nothing if R is linear, second derivatives times
+  :math:`\gamma^2` otherwise; Poisson-Gaussian likewise;
 - UNSURE: SURE with :math:`\sigma^2` as the multiplier of the constraint div = 0;
-- R2R, with :math:`y` re-corrupted before it is split to the independent pair :math:`(y', y'')`: at :math:`\hat x=R(y_1',A_1)`, and
-  the noise :math:`\tfrac1{m_1}\mathbb E\|y_1''-u_1\|^2`, for Gaussian noise :math:`\sigma^2/\alpha`;
+- R2R, with :math:`y` re-corrupted, before it is split, to the independent pair :math:`(y', y'')`: at
+  :math:`\hat x=R(y_1',A_1)`, and the noise :math:`\tfrac1{m_1}\mathbb E\|y_1''-u_1\|^2`, for Gaussian noise :math:`\sigma^2/\alpha`;
 - MC, for noiseless measurements: nothing.
 """
 
 from contextlib import contextmanager, nullcontext
 
 import torch
-from deepinv.loss import Loss, R2RLoss, SplittingLoss, SureGaussianLoss, SurePGLoss, SurePoissonLoss
+from deepinv.loss import Loss, SplittingLoss, SureGaussianLoss, SurePGLoss, SurePoissonLoss
 from torch import Tensor, nn
 
 from .splitting_model import EquivariantSplittingModel, Split, shares, spread

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "deepinv_flows"
 # each module may import those of the rooms before its own
 ROOMS = [
-    {"contract", "inputs", "patches", "portable", "steps"},
+    {"contract", "inputs", "patches", "portable", "splitting_masks", "steps"},
     {"recognise", "splitting_model", "sweep"},
     {"_freia", "splitting_terms"},
     {"flows", "splitting"},

@@ -1,0 +1,47 @@
+"""Splitting masks that deepinv has no generator for."""
+
+import torch
+from deepinv.physics.generator import BernoulliSplittingMaskGenerator
+from torch import Tensor
+
+
+class LineSplittingMaskGenerator(BernoulliSplittingMaskGenerator):
+    r"""
+    Splits whole lines of the measurements at random: the angles of a sinogram, the columns of a k-space.
+
+    Of the lines :math:`y_{\cdot,\dots,j}` that hold observed entries, ``split_ratio`` go to :math:`A_1`, always at least one and never all.
+    Projections at different angles are split so in Noise2Inverse (Hendriksen, Pelt, Batenburg, arXiv 2001.11801).
+
+    :param tuple img_size: shape of the measurements without batch, (C, N, A) for :class:`deepinv.physics.Tomography` with N detectors
+        and A angles.
+    :param float split_ratio: fraction of the lines kept, in (0, 1).
+    :param int dim: dimension of ``img_size`` that numbers the lines; -1 for tomography.
+    :param dict kwargs: ``device, dtype, rng`` of :class:`deepinv.physics.generator.BernoulliSplittingMaskGenerator`.
+    :raises ValueError: for a ratio outside (0, 1).
+
+    >>> from deepinv_flows import LineSplittingMaskGenerator
+    >>> LineSplittingMaskGenerator((1, 2, 4), split_ratio=0.5).step(batch_size=1, seed=0)["mask"]
+    tensor([[[[1., 0., 0., 1.],
+              [1., 0., 0., 1.]]]])
+    """
+
+    def __init__(self, img_size: tuple[int, ...], split_ratio: float, dim: int = -1, **kwargs):
+        if not 0 < split_ratio < 1:
+            raise ValueError(f"expected a split_ratio in (0, 1); got {split_ratio}")
+        super().__init__(img_size, split_ratio, **kwargs)
+        self.dim = dim
+
+    def batch_step(self, input_mask: Tensor | None = None, img_size: tuple | None = None) -> Tensor:
+        """
+        :param torch.Tensor input_mask: observed entries, of the shape ``img_size``; ``None`` for all of them.
+        :param tuple img_size: replaces the last two sizes.
+        :return: the mask, without batch.
+        """
+        if input_mask is None or input_mask.numel() == 1:
+            shape = self.img_size if img_size is None else (*self.img_size[:-2], *img_size[-2:])
+            input_mask = torch.ones(shape, **self.factory_kwargs)
+        lines = input_mask.movedim(self.dim, 0).flatten(1).any(1).nonzero()[:, 0]
+        kept = min(max(round(self.split_ratio * len(lines)), 1), len(lines) - 1)
+        order = torch.randperm(len(lines), generator=self.rng, device=self.device).to(lines.device)
+        mask = torch.zeros_like(input_mask)
+        return mask.index_copy(self.dim, lines[order[:kept]], input_mask.index_select(self.dim, lines[order[:kept]]))
