@@ -9,11 +9,12 @@ class LineSplittingMaskGenerator(BernoulliSplittingMaskGenerator):
     r"""
     Splits whole lines of the measurements at random: the angles of a sinogram, the columns of a k-space.
 
-    Of the lines :math:`y_{\cdot,\dots,j}` that hold observed entries, ``split_ratio`` go to :math:`A_1`, always at least one and never all.
+    Of the lines :math:`y_{\cdot,\dots,j}` that hold observed entries, ``split_ratio`` go to :math:`A_1`, always at least one and
+    never all.
     Projections at different angles are split so in Noise2Inverse (Hendriksen, Pelt, Batenburg, arXiv 2001.11801).
 
-    :param tuple img_size: shape of the measurements without batch, (C, N, A) for :class:`deepinv.physics.Tomography` with N detectors
-        and A angles.
+    :param tuple img_size: shape of the measurements without batch, (C, N, A) for :class:`deepinv.physics.Tomography` with N
+        detectors and A angles.
     :param float split_ratio: fraction of the lines kept, in (0, 1).
     :param int dim: dimension of ``img_size`` that numbers the lines; -1 for tomography.
     :param dict kwargs: ``device, dtype, rng`` of :class:`deepinv.physics.generator.BernoulliSplittingMaskGenerator`.

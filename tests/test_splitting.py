@@ -4,7 +4,6 @@ import copy
 import gc
 import io
 import pickle
-import warnings
 import weakref
 
 import deepinv as dinv
@@ -79,8 +78,8 @@ def rotations(full=False):
     return Rotate(n_trans=4 if full else 1, multiples=90, positive=True) * Reflect(n_trans=2 if full else 1, dim=[-1])
 
 
-def inpainting(noise=None, size=SIZE, batch=1, seed=5):
-    mask = torch.rand(batch, *size, generator=torch.Generator().manual_seed(seed)).lt(0.8).float()
+def inpainting(noise=None, size=SIZE, kept=0.8):
+    mask = torch.rand(1, *size, generator=torch.Generator().manual_seed(5)).lt(kept).float()
     return dinv.physics.Inpainting(size, mask=mask, noise_model=noise)
 
 
@@ -98,31 +97,37 @@ def biased(values):
 
 
 # Line 1. The losses by their own theory; tau is large, since the reconstructor is linear and divergences then exact.
-GAUSSIAN = dinv.physics.GaussianNoise(SIGMA)
+def gaussian():
+    return dinv.physics.GaussianNoise(SIGMA)
+
+
+def poisson():
+    return dinv.physics.PoissonNoise(GAIN)
+
+
+def gamma():
+    return dinv.physics.GammaNoise(10.0)
+
+
+def poisson_gaussian():
+    return dinv.physics.PoissonGaussianNoise(sigma=SIGMA, gain=GAIN)
+
+
 CONSISTENCY = {
-    "sure": (GAUSSIAN, lambda: SureGaussianLoss(SIGMA, tau=0.5)),
-    "unsure": (GAUSSIAN, lambda: SureGaussianLoss(SIGMA, tau=0.5, unsure=True, step_size=0.0)),
-    "poisson": (dinv.physics.PoissonNoise(GAIN), lambda: SurePoissonLoss(GAIN, tau=0.5)),
-    "poisson_gaussian": (
-        dinv.physics.PoissonGaussianNoise(sigma=SIGMA, gain=GAIN),
-        lambda: SurePGLoss(SIGMA, GAIN, tau1=0.5, tau2=0.5, second_derivative=True),
-    ),
-    "pg_unsure": (
-        dinv.physics.PoissonGaussianNoise(sigma=SIGMA, gain=GAIN),
-        lambda: SurePGLoss(SIGMA, GAIN, tau1=0.5, unsure=True, step_size=(0.0, 0.0)),
-    ),
-    "r2r": (GAUSSIAN, lambda: R2RLoss(alpha=ALPHA, eval_n_samples=1)),
-    "r2r_poisson": (dinv.physics.PoissonNoise(GAIN), lambda: R2RLoss(alpha=ALPHA, eval_n_samples=1)),
-    "r2r_gamma": (dinv.physics.GammaNoise(10.0), lambda: R2RLoss(alpha=ALPHA, eval_n_samples=1)),
+    "sure": (gaussian, lambda: SureGaussianLoss(SIGMA, tau=0.5)),
+    "unsure": (gaussian, lambda: SureGaussianLoss(SIGMA, tau=0.5, unsure=True, step_size=0.0)),
+    "poisson": (poisson, lambda: SurePoissonLoss(GAIN, tau=0.5)),
+    "pg": (poisson_gaussian, lambda: SurePGLoss(SIGMA, GAIN, tau1=0.5, tau2=0.5, second_derivative=True)),
+    "pg_unsure": (poisson_gaussian, lambda: SurePGLoss(SIGMA, GAIN, tau1=0.5, unsure=True, step_size=(0.0, 0.0))),
+    "r2r": (gaussian, lambda: R2RLoss(alpha=ALPHA, eval_n_samples=1)),
+    "r2r_poisson": (poisson, lambda: R2RLoss(alpha=ALPHA, eval_n_samples=1)),
+    "r2r_gamma": (gamma, lambda: R2RLoss(alpha=ALPHA, eval_n_samples=1)),
 }
 
 
 def variance(noise, x):
-    if isinstance(noise, dinv.physics.GammaNoise):
-        return x**2 / 10.0
-    gaussian = SIGMA**2 if isinstance(noise, dinv.physics.GaussianNoise | dinv.physics.PoissonGaussianNoise) else 0.0
-    poisson = GAIN * x if isinstance(noise, dinv.physics.PoissonNoise | dinv.physics.PoissonGaussianNoise) else 0.0
-    return gaussian + poisson + 0 * x
+    of_x = {poisson: GAIN * x, poisson_gaussian: GAIN * x + SIGMA**2, gamma: x**2 / 10.0}
+    return of_x.get(noise, SIGMA**2 + 0 * x)
 
 
 def errors(loss_class, name, x, transform=None, evaluate=False, **options):
@@ -130,7 +135,7 @@ def errors(loss_class, name, x, transform=None, evaluate=False, **options):
     noise, make = CONSISTENCY[name]
     consistency = make()
     loss = loss_class(mask_generator=masks(), consistency_loss=consistency, transform=transform, **options)
-    model, physics = adapted(loss), inpainting(noise)
+    model, physics = adapted(loss), inpainting(noise(), kept=1.0 if noise is gamma else 0.8)
     model.train(not evaluate)
     y = physics(x.expand(DRAWS, *SIZE))
     x_net = model(y, physics, update_parameters=True)
@@ -159,7 +164,7 @@ def test_consistency_is_unbiased(name, evaluate, x):
     assert difference.shape == (DRAWS,) and not biased(difference)
 
 
-@pytest.mark.parametrize("name", ["sure", "poisson_gaussian", "r2r"])
+@pytest.mark.parametrize("name", ["sure", "pg", "r2r"])
 def test_consistency_is_unbiased_with_a_random_transform(name, x):
     difference = torch.stack([errors(OURS, name, x, transform=rotations()).mean() for _ in range(5)])
     assert not biased(torch.cat([errors(OURS, name, x, transform=rotations()) for _ in range(3)]))
@@ -194,7 +199,7 @@ def test_sure_with_a_preconditioner_ranks_reconstructors_without_bias(x):
     def blur(v):
         return torch.nn.functional.conv2d(v, kernel, padding=1)
 
-    physics = inpainting(GAUSSIAN)
+    physics = inpainting(gaussian())
     y, values = physics(x.expand(DRAWS, *SIZE)), []
     for seed in (0, 1):
         generator = masks(rng=torch.Generator().manual_seed(3))
@@ -211,9 +216,8 @@ def test_sure_with_a_preconditioner_ranks_reconstructors_without_bias(x):
 
 def test_the_divergence_is_that_of_the_split_held(x):
     """Against the exact Jacobian trace in float64, transform included."""
-    physics = inpainting(GAUSSIAN).double()
+    physics = inpainting(gaussian()).double()
     x = x.double()
-    n_probes = 3000
     loss = OURS(mask_generator=masks(), consistency_loss=SureGaussianLoss(SIGMA, tau=1e-3), transform=rotations())
     model = adapted(loss, Linear(dtype=torch.float64))
     y = physics(x)
@@ -226,7 +230,7 @@ def test_the_divergence_is_that_of_the_split_held(x):
     m1, second = first.sum(), physics.mask - first
     exact = (first * (x_net - y)).pow(2).sum() / m1 - SIGMA**2 + 2 * SIGMA**2 * trace / m1
     exact = exact + (second * (x_net - y)).pow(2).sum() / second.sum()
-    values = torch.stack([loss(x_net, y, physics, model).detach()[0] for _ in range(n_probes)])
+    values = torch.stack([loss(x_net, y, physics, model).detach()[0] for _ in range(1000)])
     assert not biased(values - exact.detach())
 
 
@@ -249,10 +253,9 @@ def test_losses_that_have_no_sense_on_a_split_are_refused(consistency):
 
 
 # UNSURE
-@pytest.mark.parametrize("make", [lambda **k: SureGaussianLoss(0.1, unsure=True, **k)])
-def test_unsure_ascends_with_the_backward_pass_alone(make, x):
-    physics = inpainting(GAUSSIAN)
-    inner = make(step_size=0.1)
+def test_unsure_ascends_with_the_backward_pass_alone(x):
+    physics = inpainting(gaussian())
+    inner = SureGaussianLoss(0.1, unsure=True, step_size=0.1)
     loss = OURS(mask_generator=masks(), consistency_loss=inner)
     model = adapted(loss)
     y = physics(x.expand(8, *SIZE))
@@ -267,7 +270,7 @@ def test_unsure_ascends_with_the_backward_pass_alone(make, x):
         assert inner.sigma2.is_leaf and inner.sigma2.grad_fn is None and inner.sigma2 == model.sigma2
     assert model.sigma2 > start and not model.sigma2.requires_grad
 
-    theirs = make(step_size=0.1)
+    theirs = SureGaussianLoss(0.1, unsure=True, step_size=0.1)
     theirs_loss = THEIRS(mask_generator=masks(), consistency_loss=theirs)
     model = adapted(theirs_loss)
     run(theirs_loss, model, y, physics)
@@ -276,7 +279,7 @@ def test_unsure_ascends_with_the_backward_pass_alone(make, x):
 
 def test_unsure_steps_as_deepinv_does():
     """With a mask that keeps all but one of many entries, the multiplier takes deepinv's own step."""
-    physics, y = dinv.physics.Denoising(GAUSSIAN), torch.rand(2, *SIZE)
+    physics, y = dinv.physics.Denoising(gaussian()), torch.rand(2, *SIZE)
     source = torch.Generator()
     plain = SureGaussianLoss(0.1, unsure=True, step_size=0.1, rng=source.manual_seed(0))
     mask = torch.ones(1, *SIZE)
@@ -310,7 +313,7 @@ def test_multipliers_are_saved():
 
 # Line 2. Prediction in evaluation
 def test_each_evaluation_split_meets_its_own_target(x):
-    physics = inpainting(GAUSSIAN)
+    physics = inpainting(gaussian())
     y = physics(x.expand(DRAWS, *SIZE))
     outcome = {}
     for cls in (THEIRS, OURS):
@@ -337,7 +340,7 @@ def test_evaluation_reconstructions_live_until_the_next_pass():
 
 
 def test_r2r_in_evaluation_uses_its_own_corruption(x):
-    physics = inpainting(GAUSSIAN)
+    physics = inpainting(gaussian())
     loss = OURS(mask_generator=masks(), consistency_loss=R2RLoss(alpha=ALPHA, eval_n_samples=2), eval_n_samples=3)
     model = adapted(loss)
     y = physics(x)
@@ -390,24 +393,22 @@ def test_a_generator_that_never_splits_is_an_error(ratio, what):
     ],
 )
 def test_a_batch_is_the_mean_of_its_images(make):
-    each = torch.zeros(2, *SIZE)
-    each[0, :, :1], each[1, :, :5] = 1, 1
-    y, physics = torch.rand(2, *SIZE), dinv.physics.Denoising(GAUSSIAN)
-    if isinstance(make(), SureGaussianLoss):
-        # the probes of a batch are those of its images, one after another
-        singles_rng = torch.Generator().manual_seed(0)
-    values = []
-    loss = OURS(mask_generator=FixedMasks(each), consistency_loss=make(), prediction_loss=MCLoss())
-    batch = run(loss, adapted(loss), y, physics)
-    for i in range(2):
-        inner = make()
-        if isinstance(inner, SureGaussianLoss):
-            inner.rng = singles_rng
-        loss = OURS(mask_generator=FixedMasks(each[i : i + 1]), consistency_loss=inner, prediction_loss=MCLoss())
-        values.append(run(loss, adapted(loss), y[i : i + 1], physics))
-    assert torch.allclose(batch, torch.cat(values), rtol=1e-4)
-    theirs = THEIRS(mask_generator=FixedMasks(each))
-    assert not torch.allclose(run(theirs, adapted(theirs), y, physics).mean(), batch.mean(), rtol=1e-2)
+    size = (1, 8, 8)  # of a multiple of 16 numbers, which torch draws image after image
+    each = torch.zeros(2, *size)
+    each[0, :, :1], each[1, :, :6] = 1, 1
+    y, physics = torch.rand(2, *size), dinv.physics.Denoising(gaussian())
+    inner = make()
+
+    def values(images, each):
+        loss = OURS(mask_generator=FixedMasks(each), consistency_loss=inner, prediction_loss=MCLoss())
+        return run(loss, adapted(loss, Linear(size)), images, physics)
+
+    batch = values(y, each)
+    if isinstance(inner, SureGaussianLoss):
+        inner.rng.manual_seed(0)
+    assert torch.allclose(batch, torch.cat([values(y[:1], each[:1]), values(y[1:], each[1:])]), rtol=1e-4)
+    theirs = THEIRS(mask_generator=FixedMasks(each), consistency_loss=make())
+    assert not torch.allclose(run(theirs, adapted(theirs, Linear(size)), y, physics).mean(), batch.mean(), rtol=1e-3)
 
 
 def test_a_loss_of_one_number_is_refused():
@@ -665,7 +666,7 @@ def generator_for(name, y):
 
 
 @pytest.mark.parametrize(
-    "consistency", [MCLoss(), R2RLoss(noise_model=NOISE), SureGaussianLoss(0.1)], ids=lambda l: l._name
+    "consistency", [MCLoss(), R2RLoss(noise_model=NOISE), SureGaussianLoss(0.1)], ids=["mc", "r2r", "sure"]
 )
 @pytest.mark.parametrize("name", PHYSICS)
 def test_physics(name, consistency):
@@ -698,7 +699,7 @@ def test_noise_is_charged_on_observed_entries_only():
     "transform", [Rotate(), Reflect(dim=[-1]), Shift(), Rotate(multiples=90) * Shift(), Reflect() | Shift()]
 )
 def test_transforms(transform):
-    physics, y = inpainting(GAUSSIAN), torch.rand(2, *SIZE)
+    physics, y = inpainting(gaussian()), torch.rand(2, *SIZE)
     loss = OURS(mask_generator=masks(), consistency_loss=SureGaussianLoss(SIGMA), transform=transform)
     model = adapted(loss)
     x_net = model(y, physics, update_parameters=True)
@@ -706,7 +707,7 @@ def test_transforms(transform):
     before = transform.rng.get_state(), torch.get_rng_state()
     assert torch.equal(Reconstruction(model, split, split.mask * physics.mask, physics)(y), x_net)
     assert all(torch.equal(a, b) for a, b in zip(before, (transform.rng.get_state(), torch.get_rng_state())))
-    assert torch.isfinite(loss(x_net, y, physics, pickle.loads(pickle.dumps(model)) if False else model)).all()
+    assert torch.isfinite(loss(x_net, y, physics, model)).all()
 
 
 def test_stacked_transforms_are_refused():
@@ -730,7 +731,7 @@ def test_lines():
 # Trainer
 def trainer(tmp_path, losses, model=None, **kwargs):
     x = torch.rand(8, *SIZE, generator=torch.Generator().manual_seed(0))
-    physics = inpainting(GAUSSIAN)
+    physics = inpainting(gaussian())
     samples = [{"x": x_i, "y": y_i} for x_i, y_i in zip(x, physics(x))]
     model = Convolution() if model is None else model
     loader = torch.utils.data.DataLoader(samples, batch_size=4)
@@ -755,7 +756,7 @@ def trainer(tmp_path, losses, model=None, **kwargs):
     )
 
 
-@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("precision", [False, torch.bfloat16])
 @pytest.mark.parametrize(
     "consistency",
     [MCLoss, lambda: R2RLoss(alpha=ALPHA), lambda: SureGaussianLoss(SIGMA, unsure=True)],
@@ -791,7 +792,7 @@ def test_trainer_leaves_the_multiplier_alone_in_evaluation(tmp_path):
 
 def test_sure_in_half_precision_is_that_of_full(x):
     """Under autocast a divergence by differences is left to full precision."""
-    physics = inpainting(GAUSSIAN)
+    physics = inpainting(gaussian())
     y = physics(x.expand(500, *SIZE))
     values = []
     for enabled in (False, True):
