@@ -17,6 +17,56 @@ from .splitting_terms import term, unknown_levels
 
 
 class EquivariantSplittingLoss(Loss):
+    r"""
+    Equivariant splitting: learns to reconstruct from incomplete and noisy measurements of one operator, without ground truth.
+
+    .. math::
+
+        \mathcal L = \mathbb E_g\, \mathbb E_{y_1, A_1 \mid y, A T_g} \Big\{ \tfrac1{m_1}\|A_1 R(y_1, A_1) - A_1 x\|^2
+        + \tfrac1{m_2}\|A_2 R(y_1, A_1) - A_2 x\|^2 \Big\}, \qquad
+        R(y, A) = \tfrac1{|G|} \sum_{g \in G} T_g \tilde R(y, A T_g)
+
+    It takes the place of :class:`deepinv.loss.EquivariantSplittingLoss`: same arguments, same checkpoints. The first term,
+    consistency, is estimated by ``consistency_loss`` and the second, prediction, by ``prediction_loss``, each for every sample
+    on its own and per entry of its mask; the expectation of each is in :mod:`deepinv_flows.splitting_terms`. In evaluation each
+    of the ``eval_n_samples`` splits' own reconstruction meets its own targets.
+
+    Source: Sechaud, Scanvic, Barthelemy, Abry, Tachella, *Equivariant splitting* (arXiv 2510.00929).
+
+    :param deepinv.physics.generator.PhysicsGenerator mask_generator: distribution of the splittings. By default Bernoulli masks
+        of the shape ``img_size`` that keep 0.9 of the entries, pixelwise. For vectors (B, m),
+        ``BernoulliSplittingMaskGenerator((m,), ratio, pixelwise=False)``; for the angles of a sinogram,
+        :class:`deepinv_flows.LineSplittingMaskGenerator`.
+    :param deepinv.loss.Loss consistency_loss: :class:`deepinv.loss.MCLoss` (default) for noiseless measurements;
+        :class:`deepinv.loss.SureGaussianLoss`, :class:`deepinv.loss.SurePoissonLoss`, :class:`deepinv.loss.SurePGLoss` or
+        :class:`deepinv.loss.R2RLoss` for noisy ones. With ``unsure=True`` the noise levels are buffers of the adapted model, and
+        ascend with the backward pass.
+    :param deepinv.loss.Loss prediction_loss: :class:`deepinv.loss.MCLoss` by default, up to a constant unbiased for noise that is
+        independent between the two parts.
+    :param int eval_n_samples: splittings averaged in evaluation; with R2R, times its own ``eval_n_samples``.
+    :param deepinv.transform.Transform transform: random motion :math:`T_g` in training; ``None`` for a reconstructor that is
+        equivariant by itself.
+    :param deepinv.transform.Transform eval_transform: the same in evaluation, such as the whole group; ``transform`` by default.
+    :param tuple img_size: shape of the measurements without batch, for the default masks.
+    :raises ValueError: without masks or their shape, for ``eval_transform`` without ``transform``, for R2R or an unknown noise
+        level in the prediction term.
+    :raises TypeError: for a loss without sense on a split, such as :class:`deepinv.loss.Neighbor2Neighbor`.
+
+    >>> import torch, deepinv as dinv
+    >>> from deepinv_flows import EquivariantSplittingLoss
+    >>> _ = torch.manual_seed(0)
+    >>> physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5, noise_model=dinv.physics.GaussianNoise(0.1))
+    >>> loss = EquivariantSplittingLoss(
+    ...     img_size=(1, 8, 8),
+    ...     consistency_loss=dinv.loss.R2RLoss(),
+    ...     transform=dinv.transform.Rotate(multiples=90) * dinv.transform.Reflect(dim=[-1]))
+    >>> model = loss.adapt_model(dinv.models.ArtifactRemoval(dinv.models.DnCNN(1, 1, depth=2, pretrained=None)))
+    >>> y = physics(torch.ones(2, 1, 8, 8))
+    >>> x_net = model(y, physics, update_parameters=True)
+    >>> loss(x_net, y, physics, model).shape
+    torch.Size([2])
+    """
+
     def __init__(
         self,
         *,
@@ -56,6 +106,14 @@ class EquivariantSplittingLoss(Loss):
         _check_inner(self.consistency_loss, self.prediction_loss)
 
     def adapt_model(self, model: nn.Module, **kwargs) -> nn.Module:
+        """
+        The reconstructor that splits its input, averaged over the transforms.
+
+        :param torch.nn.Module model: reconstructor ``model(y, physics)``; one adapted by an equal loss is returned as it is, so
+            that several losses share it.
+        :return: the adapted model, ``model(y, physics, update_parameters=False)``; its parameters are those of ``model``.
+        :raises ValueError: for a model that another splitting loss has adapted otherwise.
+        """
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a reconstructor, a torch.nn.Module; got {type(model).__name__}")
         adapted = _splitting_models(model)
@@ -80,6 +138,17 @@ class EquivariantSplittingLoss(Loss):
         return model
 
     def forward(self, x_net: Tensor, y: Tensor, physics, model: nn.Module, **kwargs) -> Tensor:
+        """
+        The loss of the last forward pass with ``update_parameters=True``.
+
+        :param torch.Tensor x_net: (B, ...) its reconstruction.
+        :param torch.Tensor y: (B, ...) measurements.
+        :param deepinv.physics.Physics physics: their operator.
+        :param torch.nn.Module model: the adapted model, or a wrapper of it (DistributedDataParallel, torch.compile).
+        :return: (B,) in squared units of y for the default metrics.
+        :raises ValueError: before such a pass.
+        :raises RuntimeError: for a model that is not adapted.
+        """
         adapted = _splitting_models(model)
         if len(adapted) != 1:
             raise RuntimeError(
@@ -140,6 +209,8 @@ def _check_inner(consistency: Loss, prediction: Loss) -> None:
             raise TypeError(
                 f"expected a loss that does not adapt the model itself, or R2RLoss; got {type(loss).__name__}"
             )
+    if getattr(prediction, "unsure", False):
+        raise ValueError("expected a known noise level in prediction_loss, whose divergence is 0; got unsure=True")
     if isinstance(prediction, R2RLoss) and not isinstance(consistency, R2RLoss):
         raise ValueError(
             "expected R2RLoss as consistency_loss, since both terms see its noise; got it as prediction_loss alone"

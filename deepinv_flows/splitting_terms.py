@@ -13,9 +13,10 @@ of :math:`y_1 \mapsto A_1 R(y_1, A_1)` over the :math:`m_1` entries of the split
 - Poisson :math:`\tfrac1{m_1}\|A_1\hat x-y_1\|^2-\tfrac\gamma{m_1}1^\top y_1
   +\tfrac{2\gamma}{m_1}\sum_i y_{1,i}\partial_i(A_1\hat x)_i`: nothing if R is linear, second derivatives times
   :math:`\gamma^2` otherwise; Poisson-Gaussian likewise;
-- UNSURE: SURE with :math:`\sigma^2` as the multiplier of the constraint div = 0;
+- UNSURE: SURE with :math:`\sigma^2` as the multiplier of the constraint div = 0 (Tachella, Davies, Jacques, arXiv 2409.01985);
 - R2R, with :math:`y` re-corrupted, before it is split, to the independent pair :math:`(y', y'')`: at
-  :math:`\hat x=R(y_1',A_1)`, and the noise :math:`\tfrac1{m_1}\mathbb E\|y_1''-u_1\|^2`, for Gaussian noise :math:`\sigma^2/\alpha`;
+  :math:`\hat x=R(y_1',A_1)`, and the noise :math:`\tfrac1{m_1}\mathbb E\|y_1''-u_1\|^2`, for Gaussian noise
+  :math:`\sigma^2/\alpha`;
 - MC, for noiseless measurements: nothing.
 """
 
