@@ -21,9 +21,9 @@ class LineSplittingMaskGenerator(BernoulliSplittingMaskGenerator):
     :raises ValueError: for a ratio outside (0, 1).
 
     >>> from deepinv_flows import LineSplittingMaskGenerator
-    >>> LineSplittingMaskGenerator((1, 2, 4), split_ratio=0.5).step(batch_size=1, seed=0)["mask"]
-    tensor([[[[1., 0., 0., 1.],
-              [1., 0., 0., 1.]]]])
+    >>> mask = LineSplittingMaskGenerator((1, 2, 4), split_ratio=0.5).step(batch_size=1)["mask"]
+    >>> mask.shape, mask.sum(-1), bool((mask[..., 0, :] == mask[..., 1, :]).all())
+    (torch.Size([1, 1, 2, 4]), tensor([[[2., 2.]]]), True)
     """
 
     def __init__(self, img_size: tuple[int, ...], split_ratio: float, dim: int = -1, **kwargs):

@@ -62,7 +62,7 @@ assert not any(name.split(".")[0] in ("FrEIA", "zuko", "skimage") for name in sy
 def test_entry_points_name_public_objects():
     tomllib = pytest.importorskip("tomllib")
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    for name, target in groups["deepinv.priors"].items():
+    for name, target in (groups["deepinv.priors"] | groups["deepinv.losses"]).items():
         module, attribute = target.split(":")
         assert module == "deepinv_flows" and attribute == name and hasattr(deepinv_flows, name)
 

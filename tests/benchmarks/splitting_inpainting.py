@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from common import versions
 from deepinv.physics.generator import BernoulliSplittingMaskGenerator
-from deepinv.transform import Reflect, Rotate, Shift
+from deepinv.transform import Reflect, Rotate
 from PIL import Image
 from torch import nn
 
@@ -68,11 +68,6 @@ class Residual(nn.Module):
         return h + self.layers(h)
 
 
-def motions():
-    """A random rotation by 90 degrees, flip and shift of up to 3 pixels."""
-    return Shift(shift_max=0.1) * rotations_and_flips()
-
-
 def rotations_and_flips(full=False):
     return Rotate(n_trans=4 if full else 1, multiples=90, positive=True) * Reflect(n_trans=2 if full else 1, dim=[-1])
 
@@ -81,12 +76,12 @@ def losses(method):
     """The losses of one method; generators are made anew, so that methods of one seed draw alike."""
     generator = BernoulliSplittingMaskGenerator(SIZE, split_ratio=0.9)
     mc, mse = dinv.loss.MCLoss(), dinv.metric.MSE()
-    equivariant = dict(mask_generator=generator, transform=motions(), eval_transform=rotations_and_flips(full=True))
+    equivariant = dict(mask_generator=generator, transform=rotations_and_flips(), eval_transform=rotations_and_flips(full=True))
     noise_model = dinv.physics.GaussianNoise(NOISE)
     return {
         "supervised": lambda: [dinv.loss.SupLoss(metric=mse)],
         "MC": lambda: [mc],
-        "EI": lambda: [mc, dinv.loss.EILoss(motions(), apply_noise=False)],
+        "EI": lambda: [mc, dinv.loss.EILoss(rotations_and_flips(), apply_noise=False)],
         "splitting": lambda: [dinv.loss.SplittingLoss(mask_generator=generator)],
         "deepinv ES": lambda: [dinv.loss.EquivariantSplittingLoss(**equivariant)],
         "ours": lambda: [EquivariantSplittingLoss(**equivariant)],
