@@ -3,6 +3,7 @@
 import inspect
 import operator
 from dataclasses import dataclass
+from enum import Enum
 
 from deepinv.physics.generator import PhysicsGenerator
 from deepinv.transform import Transform
@@ -27,7 +28,9 @@ def recipe(module: nn.Module | None):
     """What a transform, mask generator or noise model is made of, but for its random state: equal recipes, equal laws."""
     if module is None:
         return None
-    plain = {k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, int | float | str | tuple | list)}
+    plain = {
+        k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, int | float | str | tuple | list | Enum)
+    }
     plain.pop("training")
     buffers = {k: v.tolist() for k, v in module._buffers.items() if v is not None and k != "initial_random_state"}
     return type(module).__qualname__, plain, buffers, [recipe(child) for child in module.children()]

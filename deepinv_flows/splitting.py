@@ -97,11 +97,7 @@ class EquivariantSplittingLoss(Loss):
         self.consistency_loss = MCLoss(metric=MSE()) if consistency_loss is None else consistency_loss
         self.prediction_loss = MCLoss(metric=MSE()) if prediction_loss is None else prediction_loss
         self.eval_n_samples = positive_int(eval_n_samples=eval_n_samples)
-        for stack in (transform, eval_transform):
-            if type(stack).__name__ == "StackTransform":
-                raise ValueError(
-                    "expected a transform that keeps the batch size; got a sum t1 + t2: use t1 | t2 or t1 * t2"
-                )
+        _check_transforms(transform, eval_transform)
         self._warned = False
         _check_inner(self.consistency_loss, self.prediction_loss)
 
@@ -195,6 +191,21 @@ def _check_equal_settings(loss: EquivariantSplittingLoss, adapted: EquivariantSp
     for name, (theirs, ours) in settings.items():
         if theirs != ours:
             raise ValueError(f"expected a model adapted with the same {name} as this loss has, {ours}; got {theirs}")
+
+
+def _check_transforms(*transforms: Transform | None) -> None:
+    for transform in transforms:
+        if type(transform).__name__ == "StackTransform":
+            raise ValueError(
+                "expected a transform that keeps the batch size; got a sum t1 + t2: use t1 | t2 or t1 * t2"
+            )
+        try:
+            list(transform.modules() if transform is not None else [])
+        except TypeError as error:
+            raise TypeError(
+                f"expected a transform that a model can hold; got {type(transform).__name__}: {error}. "
+                "deepinv 0.5.0's homographies are dataclasses without hash, so no module that holds one lists its parameters"
+            ) from None
 
 
 def _check_inner(consistency: Loss, prediction: Loss) -> None:

@@ -56,8 +56,6 @@ class Reconstruction:
         return self.part * self.split.y
 
     def __getattr__(self, name: str):
-        if name == "model":  # not there yet, when unpickled
-            raise AttributeError(name)
         return getattr(self.model, name)
 
 
@@ -94,7 +92,7 @@ def term(
     value = value.reshape(-1) + (1 - share) * sigma2
     value = torch.where(share > 0, value / share.clamp(min=torch.finfo(share.dtype).tiny), 0.0)
     if ascend is not None:
-        value.register_hook(ascend)
+        hook = value.register_hook(lambda gradient: (hook.remove(), ascend())[1])
     return value, share > 0
 
 
@@ -127,13 +125,11 @@ def _call(loss: Loss, reconstruct: Reconstruction, arguments: dict):
     if not steps or not reconstruct.training:
         return value, sigma2, None
 
-    def ascend(gradient, done=[]):  # noqa: B006
-        if not done:
-            done.append(True)
-            vars(loss).update(after)
-            for name, level in levels.items():
-                level.add_(steps[name])
-                setattr(loss, name, level.clone().requires_grad_())
+    def ascend() -> None:
+        vars(loss).update(after)
+        for name, level in levels.items():
+            level.add_(steps[name])
+            setattr(loss, name, level.clone().requires_grad_())
 
     return value, sigma2, ascend
 
@@ -151,13 +147,13 @@ def _full_precision(loss: Loss, split: Split):
 def _per_sample_metric(loss: Loss):
     """Calls a metric that returns one number for a batch, such as :class:`torch.nn.MSELoss`, sample by sample."""
     metric = getattr(loss, "metric", None)
-    if not isinstance(metric, nn.Module):
+    if not isinstance(metric, nn.Module) or isinstance(loss, _SURE):  # which call a linear operator so
         yield
         return
 
     def values(x_net, x, *args, **kwargs):
         value = metric(x_net, x, *args, **kwargs)
-        if value.ndim == 0:
+        if value.numel() == 1:
             value = torch.stack([metric(x_net[i : i + 1], x[i : i + 1], *args, **kwargs) for i in range(len(x))])
         return value.reshape(len(x), -1).mean(1)
 

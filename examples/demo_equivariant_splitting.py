@@ -2,9 +2,9 @@ r"""
 Learning to inpaint without ground truth
 ========================================
 
-A camera with 70% dead pixels, always the same ones, takes pictures of grass. Nobody has seen one whole. Splitting the measurements
-teaches a network to predict some of the pixels from the others, but says nothing about the dead ones; that grass turned or shifted is
-grass still does. :class:`deepinv_flows.EquivariantSplittingLoss` uses both.
+A camera with 70% dead pixels, always the same ones, takes pictures of grass. Nobody has seen one whole. Splitting the
+measurements teaches a network to predict some of the pixels from the others, but says nothing about the dead ones; that grass
+turned or shifted is grass still does. :class:`deepinv_flows.EquivariantSplittingLoss` uses both.
 
 The photograph *grass* (CC0) comes with scikit-image: its upper half is measured for training, its lower half for the test.
 """

@@ -97,9 +97,7 @@ def test_consistency_is_unbiased(name, evaluate, x):
 
 @pytest.mark.parametrize("name", ["sure", "pg", "r2r"])
 def test_consistency_is_unbiased_with_a_random_transform(name, x):
-    difference = torch.stack([errors(OURS, name, x, transform=rotations()).mean() for _ in range(5)])
-    assert not biased(torch.cat([errors(OURS, name, x, transform=rotations()) for _ in range(3)]))
-    assert difference.abs().max() < 0.05  # with the transform of the forward pass; a fresh one gives differences / tau
+    assert not biased(torch.cat([errors(OURS, name, x, transform=rotations()) for _ in range(2)]))
 
 
 @pytest.mark.parametrize("name", CONSISTENCY)
@@ -181,6 +179,13 @@ def test_noise_levels_of_each_sample(x):
 def test_losses_that_have_no_sense_on_a_split_are_refused(consistency):
     with pytest.raises(TypeError, match=type(consistency).__name__):
         OURS(img_size=SIZE, consistency_loss=consistency)
+
+
+def test_the_prediction_term_takes_no_noise_of_its_own():
+    with pytest.raises(ValueError, match="known noise level"):
+        OURS(img_size=SIZE, prediction_loss=SureGaussianLoss(0.1, unsure=True))
+    with pytest.raises(ValueError, match="as consistency_loss"):
+        OURS(img_size=SIZE, prediction_loss=R2RLoss())
 
 
 # UNSURE
@@ -281,6 +286,15 @@ def test_r2r_in_evaluation_uses_its_own_corruption(x):
     assert torch.isfinite(run(loss, model, y, physics)).all()
     inputs = [split.y for split in model.get_splits()]
     assert len(inputs) == 6 and not any(torch.equal(v, before) for v in inputs)
+
+    theirs = R2RLoss()
+    model = theirs.adapt_model(Linear()).eval()
+    with pytest.raises(AttributeError):
+        run(theirs, model, y, physics)
+    run(theirs, model.train(), y, physics)
+    before = model.get_corruption()
+    run(theirs, model.eval(), y, physics)
+    assert model.get_corruption() is before  # the last training corruption, in silence
 
 
 # Line 3. Masks that keep all or nothing
@@ -626,24 +640,35 @@ def test_noise_is_charged_on_observed_entries_only():
         assert torch.allclose(run(loss, adapted(loss, model), y, physics), torch.tensor(-0.01)), name
 
 
-@pytest.mark.parametrize(
-    "transform", [Rotate(), Reflect(dim=[-1]), Shift(), Rotate(multiples=90) * Shift(), Reflect() | Shift()]
-)
-def test_transforms(transform):
-    physics, y = inpainting(gaussian()), torch.rand(2, *SIZE)
+TRANSFORMS = {
+    "rotate": Rotate,
+    "reflect": lambda: Reflect(dim=[-1]),
+    "shift": Shift,
+    "product": lambda: Rotate(multiples=90) * Shift(),
+    "choice": lambda: Reflect() | Shift(),
+    "diffeomorphism": lambda: pytest.importorskip("libcpab") and dinv.transform.CPABDiffeomorphism(),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_are_held_and_their_random_states_kept(name):
+    transform, physics, y = TRANSFORMS[name](), inpainting(gaussian()), torch.rand(2, *SIZE)
     loss = OURS(mask_generator=masks(), consistency_loss=SureGaussianLoss(SIGMA), transform=transform)
     model = adapted(loss)
     x_net = model(y, physics, update_parameters=True)
     split = model.get_splits()[0]
     before = transform.rng.get_state(), torch.get_rng_state()
-    assert torch.equal(Reconstruction(model, split, split.mask * physics.mask, physics)(y), x_net)
+    again = Reconstruction(model, split, split.mask * physics.mask, physics)
+    assert torch.equal(again(y), x_net)
     assert all(torch.equal(a, b) for a, b in zip(before, (transform.rng.get_state(), torch.get_rng_state())))
     assert torch.isfinite(loss(x_net, y, physics, model)).all()
 
 
-def test_stacked_transforms_are_refused():
+def test_transforms_that_no_model_can_hold_are_refused():
     with pytest.raises(ValueError, match="keeps the batch size"):
         OURS(img_size=SIZE, transform=Rotate() + Shift())
+    with pytest.raises(TypeError, match=r"unhashable type: 'Similarity'"):
+        OURS(img_size=SIZE, transform=dinv.transform.projective.Similarity() * Reflect())
 
 
 def test_lines():
@@ -695,7 +720,7 @@ def trainer(tmp_path, losses, model=None, **kwargs):
 )
 def test_trainer(tmp_path, consistency, precision):
     loss = full_loss(consistency_loss=consistency())
-    first = trainer(tmp_path, [loss, EILoss(rotations())], mixed_precision=precision)
+    first = trainer(tmp_path, [EILoss(rotations()), loss], mixed_precision=precision)
     model = first.train()
     assert all(torch.isfinite(torch.tensor(h)).all() for h in first.eval_loss_history.values())
     saved = sorted(tmp_path.rglob("ckp_1.pth.tar"))[-1]

@@ -76,7 +76,9 @@ def losses(method):
     """The losses of one method; generators are made anew, so that methods of one seed draw alike."""
     generator = BernoulliSplittingMaskGenerator(SIZE, split_ratio=0.9)
     mc, mse = dinv.loss.MCLoss(), dinv.metric.MSE()
-    equivariant = dict(mask_generator=generator, transform=rotations_and_flips(), eval_transform=rotations_and_flips(full=True))
+    equivariant = dict(
+        mask_generator=generator, transform=rotations_and_flips(), eval_transform=rotations_and_flips(full=True)
+    )
     noise_model = dinv.physics.GaussianNoise(NOISE)
     return {
         "supervised": lambda: [dinv.loss.SupLoss(metric=mse)],
@@ -157,9 +159,9 @@ def run(variant, method, seed, steps, data):
     noise = dinv.physics.GaussianNoise(NOISE if variant == "noisy" else 0.0, rng=source)
     physics = dinv.physics.Inpainting(SIZE, mask=mask, noise_model=noise)
     y_train, y_test = physics(x_train), physics(x_test)
-    start = time.perf_counter()
+    start = time.process_time()
     model = train(method, x_train, y_train, physics, seed, steps)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return evaluate(model, x_test, y_test, physics) | {"seconds": seconds}
 
 
@@ -190,7 +192,7 @@ def main():
                 args.cache.write_text(json.dumps(results))
     table = {}
     for variant, methods in (("clean", CLEAN), ("noisy", NOISY)):
-        print(f"\n{variant:<24}{'PSNR':>16}{'SSIM':>16}{'equivariance':>18}{'s a run':>9}")
+        print(f"\n{variant:<24}{'PSNR':>16}{'SSIM':>16}{'equivariance':>18}{'CPU s':>9}")
         for method in methods:
             of = [results[f"{variant}/{method}/{s}/{steps}"] for s in range(seeds)]
             row = table[f"{variant}, {method}"] = {k: summary([r[k] for r in of]) for k in of[0]}
@@ -198,7 +200,7 @@ def main():
             print(f"{method:<24}{cells}{row['seconds']['mean']:>9.0f}")
     minutes = sum(r["seconds"] for r in results.values()) / 60
     weights = sum(p.numel() for p in Network().parameters())
-    figures = {"steps": steps, "seeds": seeds, "weights": weights, "training_minutes": round(minutes, 1)}
+    figures = {"steps": steps, "seeds": seeds, "weights": weights, "training_cpu_minutes": round(minutes, 1)}
     paired = {
         f"ours - {m}": summary(
             [
