@@ -27,7 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OUTPUT = Path(__file__).parent / "output"
-EPOCHS = 1 if os.environ.get("DEEPINV_FLOWS_SHORT") else 12
+EPOCHS = 1 if os.environ.get("DEEPINV_FLOWS_SHORT") else 8
 SIZE = (1, 64, 64)
 start = time.perf_counter()
 
@@ -63,7 +63,7 @@ losses = {
 
 def train(loss):
     torch.manual_seed(0)
-    network = dinv.models.DnCNN(1, 1, depth=8, nf=32, pretrained=None)
+    network = dinv.models.DnCNN(1, 1, depth=7, nf=24, pretrained=None)
     model = dinv.models.ArtifactRemoval(network, mode="adjoint")
     measurements = [{"x": torch.tensor(float("nan")), "y": y} for y in y_train]  # deepinv's sign for "no ground truth"
     trainer = dinv.Trainer(
