@@ -109,20 +109,21 @@ def _call(loss: Loss, reconstruct: Reconstruction, arguments: dict):
     The multipliers are the model's, so that checkpoints hold them. deepinv's loss ascends its own as soon as it is called;
     here that step waits for the backward pass, the one thing that Trainer does in training and not in evaluation.
     """
+    sigma2 = loss.sigma2 if isinstance(loss, SureGaussianLoss | SurePGLoss) else 0.0
     levels = {name: getattr(reconstruct.model, name) for name in unknown_levels(loss)}
+    if not levels:
+        return loss(model=reconstruct, **arguments), sigma2, None
     before = {k: v for k, v in vars(loss).items() if k != "training" and k[0] != "_"}
     try:
         for name, level in levels.items():
             setattr(loss, name, level.detach().clone().requires_grad_(reconstruct.training))
-        if levels:
-            loss.unsure = reconstruct.training
-        sigma2 = loss.sigma2 if isinstance(loss, SureGaussianLoss | SurePGLoss) else 0.0
+        loss.unsure, sigma2 = reconstruct.training, loss.sigma2
         value = loss(model=reconstruct, **arguments)
         after = {k: vars(loss)[k] for k in before}
     finally:
         vars(loss).update(before)
     steps = {name: after.pop(name).detach() - level for name, level in levels.items()}
-    if not steps or not reconstruct.training:
+    if not reconstruct.training:
         return value, sigma2, None
 
     def ascend() -> None:

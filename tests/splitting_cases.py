@@ -3,7 +3,8 @@
 import deepinv as dinv
 import torch
 from deepinv.loss import R2RLoss, SureGaussianLoss, SurePGLoss, SurePoissonLoss
-from deepinv.physics.generator import BernoulliSplittingMaskGenerator
+from deepinv.physics.generator import BernoulliSplittingMaskGenerator, PhysicsGenerator
+from deepinv.transform import Reflect, Rotate
 
 from deepinv_flows import EquivariantSplittingLoss
 
@@ -33,6 +34,48 @@ def masks(size=SIZE, ratio=0.7, **kwargs):
 def inpainting(noise=None, size=SIZE, kept=0.8):
     mask = torch.rand(1, *size, generator=torch.Generator().manual_seed(5)).lt(kept).float()
     return dinv.physics.Inpainting(size, mask=mask, noise_model=noise)
+
+
+class Convolution(dinv.models.Reconstructor):
+    def __init__(self, channels=1):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, y, physics, **kwargs):
+        x = physics.A_adjoint(y)
+        if x.ndim == 4:
+            return self.layer(x)
+        return self.layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+class FixedMasks(PhysicsGenerator):
+    """The masks given, one after another; what they keep is decided by the test."""
+
+    def __init__(self, *masks):
+        super().__init__()
+        self.queue = [m.float() for m in masks]
+
+    def step(self, batch_size=1, input_mask=None, **kwargs):
+        self.queue = self.queue[1:] + self.queue[:1]
+        return {"mask": self.queue[-1].expand(batch_size, *self.queue[-1].shape[1:]).clone()}
+
+
+def rotations(full=False):
+    return Rotate(n_trans=4 if full else 1, multiples=90, positive=True) * Reflect(n_trans=2 if full else 1, dim=[-1])
+
+
+def adapted(loss, model=None):
+    return loss.adapt_model(Linear() if model is None else model)
+
+
+def run(loss, model, y, physics, **kwargs):
+    return loss(x_net=model(y, physics, update_parameters=True), y=y, physics=physics, model=model, **kwargs)
+
+
+def full_loss(**kwargs):
+    return EquivariantSplittingLoss(
+        mask_generator=masks(), transform=rotations(), eval_transform=rotations(full=True), **kwargs
+    )
 
 
 def biased(values):
