@@ -49,14 +49,16 @@ x_train, x_test = crops(grass[:, :256], 128), crops(grass[:, 256:], 12)
 y_train, y_test = physics(x_train), physics(x_test)
 
 # %%
-# Two losses, which differ in the transforms alone; deepinv's Trainer takes both. In training one random motion is drawn a step;
-# in evaluation the reconstructor averages over all eight rotations and flips, and over five splits.
+# Three losses, each given to deepinv's Trainer. Plain splitting asks for the pixels it hides and leaves those it sees to the
+# network; consistency asks for these as well; and with motions the network meets the mask in every position. In training one
+# random motion is drawn a step; in evaluation the reconstructor averages over all eight rotations and flips and five splits.
 
 splits = BernoulliSplittingMaskGenerator(SIZE, split_ratio=0.7)
 motions = Shift() * Rotate(multiples=90, positive=True) * Reflect(dim=[-1])
 group = Rotate(n_trans=4, multiples=90, positive=True) * Reflect(n_trans=2, dim=[-1])
 losses = {
-    "splitting": EquivariantSplittingLoss(mask_generator=splits),
+    "plain splitting": dinv.loss.SplittingLoss(mask_generator=splits),
+    "with consistency": EquivariantSplittingLoss(mask_generator=splits),
     "equivariant splitting": EquivariantSplittingLoss(mask_generator=splits, transform=motions, eval_transform=group),
 }
 

@@ -59,7 +59,7 @@ def main():
             except (ValueError, RuntimeError) as error:
                 result[f"{name}, {label}"] = f"{type(error).__name__}: {error}"
                 print(f"{name:<14}{label:<9} {type(error).__name__}: {error}")
-    print(json.dumps({**result, "draws": 4000 * args.repeats, **versions()}))
+    print(json.dumps({**result, "draws": 4000 * args.repeats, "versions": versions()}))
 
 
 if __name__ == "__main__":

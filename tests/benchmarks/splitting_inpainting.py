@@ -85,6 +85,7 @@ def losses(method):
         "MC": lambda: [mc],
         "EI": lambda: [mc, dinv.loss.EILoss(rotations_and_flips(), apply_noise=False)],
         "splitting": lambda: [dinv.loss.SplittingLoss(mask_generator=generator)],
+        "ours, no motions": lambda: [EquivariantSplittingLoss(mask_generator=generator)],
         "deepinv ES": lambda: [dinv.loss.EquivariantSplittingLoss(**equivariant)],
         "ours": lambda: [EquivariantSplittingLoss(**equivariant)],
         "ours, R2R": lambda: [
@@ -98,7 +99,7 @@ def losses(method):
     }[method]()
 
 
-CLEAN = ["supervised", "MC", "EI", "splitting", "deepinv ES", "ours"]
+CLEAN = ["supervised", "MC", "EI", "splitting", "ours, no motions", "deepinv ES", "ours"]
 NOISY = ["supervised", "MC", "ours, R2R", "ours, SURE"]
 
 
@@ -210,7 +211,7 @@ def main():
         )
         for m in CLEAN[:-1]
     }
-    print(json.dumps({**table, "paired_psnr": paired, **figures, **versions()}))
+    print(json.dumps({**table, "paired_psnr": paired, **figures, "versions": versions()}))
 
 
 if __name__ == "__main__":
