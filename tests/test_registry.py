@@ -1,0 +1,162 @@
+"""deepinv's modules are ours while registered, and afterwards what they were, object for object."""
+
+import importlib
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import deepinv as dinv
+import pytest
+import torch
+
+import deepinv_flows
+from deepinv_flows import register, registered, registry, unregister
+
+MODULES = sorted({module for _, modules in registry.GROUPS.values() for module in modules})
+
+
+def snapshot():
+    return {name: dict(vars(sys.modules[name])) for name in MODULES}
+
+
+def same(before, after):
+    return all(
+        before[m].keys() == after[m].keys() and all(before[m][k] is after[m][k] for k in before[m]) for m in MODULES
+    )
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    before = snapshot()
+    yield
+    unregister()
+    assert same(before, snapshot())
+
+
+def test_register_and_back():
+    before = snapshot()
+    register()
+    assert dinv.optim.PatchNR is dinv.optim.prior.PatchNR is deepinv_flows.PatchNR
+    assert dinv.optim.optim_iterators.NMAPGIteration is deepinv_flows.NMAPGIteration
+    assert dinv.unfolded.unfolded_builder is deepinv_flows.unfolded_builder
+    assert dinv.unfolded.DEQ_builder is deepinv_flows.DEQ_builder
+    during = snapshot()
+    register()
+    assert same(during, snapshot())
+    unregister()
+    assert same(before, snapshot())
+    unregister()
+    assert same(before, snapshot())
+
+
+@pytest.mark.parametrize("builder", ["optim_builder", "unfolded_builder"])
+def test_names_are_found(builder):
+    y, physics = torch.rand(2, 1, 6, 6), dinv.physics.Denoising()
+    params = {"stepsize": 0.5, "lambda": 0.1}
+    build = getattr(dinv.optim, builder, None) or getattr(dinv.unfolded, builder)
+    with pytest.raises((AttributeError, ValueError)):
+        build("NMAPG", params_algo=dict(params), data_fidelity=dinv.optim.L2(), max_iter=3)
+    with registered():
+        build = getattr(dinv.optim, builder, None) or getattr(dinv.unfolded, builder)
+        model = build(
+            "NMAPG", params_algo=dict(params), data_fidelity=dinv.optim.L2(), prior=dinv.optim.L1Prior(), max_iter=3
+        )
+        assert isinstance(model.fixed_point.iterator, deepinv_flows.NMAPGIteration)
+    assert model(y, physics).shape == y.shape
+
+
+def test_a_name_replaced_since_is_left_alone_and_named():
+    theirs = dinv.optim.PatchNR
+    register()
+    dinv.optim.PatchNR = another = type("Another", (), {})
+    with pytest.warns(UserWarning, match=r"deepinv\.optim\.PatchNR .*Another"):
+        unregister()
+    assert dinv.optim.PatchNR is another and dinv.optim.prior.PatchNR is theirs
+    dinv.optim.PatchNR = theirs
+
+
+@pytest.mark.parametrize(
+    "module, name", [("deepinv.optim.prior", "PatchNR"), ("deepinv.optim.optim_iterators", "NMAPGIteration")]
+)
+def test_a_clash_names_both_and_changes_nothing(module, name, monkeypatch):
+    another = type("Another", (), {"__module__": "another.package"})
+    monkeypatch.setattr(sys.modules[module], name, another, raising=False)
+    before = snapshot()
+    with pytest.raises(RuntimeError, match=rf"another\.package\.Another.*deepinv_flows.*{name}"):
+        register()
+    assert same(before, snapshot())
+
+
+def test_an_iteration_that_deepinv_has_since_is_a_clash(monkeypatch):
+    theirs = type("NMAPGIteration", (), {"__module__": "deepinv.optim.optim_iterators.nmapg"})
+    monkeypatch.setattr(dinv.optim.optim_iterators, "NMAPGIteration", theirs, raising=False)
+    with pytest.raises(RuntimeError, match="nothing was changed"):
+        register()
+
+
+def test_context_restores_on_exceptions_and_nests():
+    before = snapshot()
+    with pytest.raises(ZeroDivisionError), registered():
+        1 / 0  # noqa: B018
+    assert same(before, snapshot())
+    with registered():
+        with registered():
+            pass
+        assert dinv.optim.PatchNR is deepinv_flows.PatchNR
+    assert same(before, snapshot())
+    register()
+    with registered():
+        pass
+    assert dinv.optim.PatchNR is deepinv_flows.PatchNR
+
+
+def test_reload_registers_again():
+    # in a process of its own: a reload makes new classes of all of deepinv's priors
+    code = """
+import importlib, deepinv as dinv, deepinv_flows
+old = dinv.optim.PatchNR
+deepinv_flows.register()
+importlib.reload(dinv.optim.prior)
+new = dinv.optim.prior.PatchNR
+assert new is not deepinv_flows.PatchNR and new is not old
+deepinv_flows.register()
+assert dinv.optim.prior.PatchNR is dinv.optim.PatchNR is deepinv_flows.PatchNR
+deepinv_flows.unregister()
+assert dinv.optim.prior.PatchNR is new and dinv.optim.PatchNR is old
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_other_processes_unpickle_without_registering(tmp_path):
+    with registered():
+        prior = dinv.optim.PatchNR(patch_size=3, num_layers=1, sub_net_size=8)
+        model = dinv.unfolded.unfolded_builder("NMAPG", data_fidelity=dinv.optim.L2(), prior=prior, g_first=True)
+        x, physics = torch.rand(1, 1, 8, 8), dinv.physics.Denoising()
+        torch.save((x, model(x, physics).detach()), tmp_path / "expected.pt")
+        (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    code = f"""
+import pathlib, pickle, torch
+folder = pathlib.Path({str(tmp_path)!r})
+model = pickle.loads((folder / "model.pkl").read_bytes())
+import deepinv as dinv, deepinv_flows
+x, expected = torch.load(folder / "expected.pt", weights_only=True)
+assert torch.allclose(model(x, dinv.physics.Denoising()), expected, atol=1e-6)
+assert dinv.optim.PatchNR is not deepinv_flows.PatchNR
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_entry_points_are_in_step():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    listed = {group: set(names.items()) for group, names in project["entry-points"].items()}
+    ours = {
+        group: {(obj.__name__, f"deepinv_flows:{obj.__name__}") for obj in objects}
+        for group, (objects, _) in registry.GROUPS.items()
+    }
+    assert listed == ours
+    for group, names in listed.items():
+        for _, target in names:
+            module, name = target.split(":")
+            assert getattr(importlib.import_module(module), name) in registry.GROUPS[group][0]
