@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 
 OUTPUT = Path(__file__).parent / "output"
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-EPOCHS, SIDE = (1, 32) if SHORT else (10, 48)
+EPOCHS, SIDE = (1, 32) if SHORT else (14, 40)
 start = time.perf_counter()
 torch.manual_seed(0)
 
@@ -60,29 +60,33 @@ def make_physics(x, seed):
 
 
 # %%
-# The network. With ``unfold=True`` the steps are the given ones, one for each iteration, and trainable; the denoiser in the place
-# of the prior's proximity operator is small and starts untrained. The data fidelity is L2.
+# The network. With ``g_first=True`` the prior enters by its gradient x - D(x), with a small denoiser D that starts untrained, and
+# the L2 data fidelity by its proximity operator, exact in Fourier space. With ``unfold=True`` the steps are the given ones, one
+# for each iteration, and trainable.
 
 max_iter = 5
-denoiser = dinv.models.DnCNN(in_channels=1, out_channels=1, depth=5, nf=16, bias=True, pretrained=None)
+denoiser = dinv.models.DnCNN(in_channels=1, out_channels=1, depth=5, nf=24, bias=True, pretrained=None)
 model = NMAPG(
     data_fidelity=dinv.optim.L2(),
-    prior=dinv.optim.PnP(denoiser),
+    prior=dinv.optim.RED(denoiser),
+    lambda_reg=[1.0] * max_iter,
     stepsize=[1.0] * max_iter,
     max_iter=max_iter,
+    g_first=True,
     unfold=True,
-    trainable_params=["stepsize"],
+    trainable_params=["stepsize", "lambda"],
 )
 print("parameters:", sum(p.numel() for p in set(model.parameters())))
 
 # %%
 # The training is deepinv's.
 
+optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 trainer = dinv.Trainer(
     model=model,
     physics=make_physics(train, seed=0),
-    optimizer=torch.optim.Adam(model.parameters(), lr=3e-3),
-    scheduler=None,
+    optimizer=optimizer,
+    scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS),
     epochs=EPOCHS,
     train_dataloader=torch.utils.data.DataLoader(train, batch_size=8, shuffle=True),
     losses=dinv.loss.SupLoss(metric=dinv.metric.MSE()),
@@ -101,7 +105,7 @@ psnr = dinv.metric.PSNR()
 
 def classical(y, physics, lambda_reg):
     prior = dinv.optim.TVPrior(n_it_max=20)
-    return NMAPG(dinv.optim.L2(), prior, lambda_reg, max_iter=10 if SHORT else 40)(y, physics)
+    return NMAPG(dinv.optim.L2(), prior, lambda_reg, max_iter=10 if SHORT else 25)(y, physics)
 
 
 physics = make_physics(train, seed=1)
