@@ -177,13 +177,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="80 steps, two seeds")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--cache", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     steps, seeds = (80, 2) if args.quick else (args.steps, 3)
     results = json.loads(args.cache.read_text()) if args.cache and args.cache.exists() else {}
-    runs = [(v, m, s) for s in range(seeds) for v, methods in (("clean", CLEAN), ("noisy", NOISY)) for m in methods]
+    runs = [(v, m, s) for v, methods in (("clean", CLEAN), ("noisy", NOISY)) for s in range(seeds) for m in methods]
     for variant, method, seed in runs:
         key = f"{variant}/{method}/{seed}/{steps}"
         if key not in results:
