@@ -1,9 +1,12 @@
 """Normalizing-flow priors for deepinv."""
 
 from .builders import DEQ_builder, unfolded_builder
+from .building import build_flow
 from .contract import Reversed, as_flow
 from .dialects import CheckpointError
-from .flows import allinone_flow, build_flow, glow_flow
+from .flow_prior import FlowPrior
+from .flows import allinone_flow, glow_flow
+from .image_flows import image_flow
 from .iterators import (
     NMAPG,
     CondatVu,
@@ -19,12 +22,13 @@ from .iterators import (
     NMAPGIteration,
     nmapg,
 )
+from .latent import LatentMAP
 from .likelihood import BitsPerDim, FlowModel, FlowNLL
 from .patchnr import PatchNR
 from .registry import register, registered, unregister
 from .splitting import EquivariantSplittingLoss
 from .splitting_masks import LineSplittingMaskGenerator
-from .training import fit_patchnr
+from .training import fit_flow, fit_patchnr
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,10 +43,12 @@ __all__ = [
     "EquivariantSplittingLoss",
     "FlowModel",
     "FlowNLL",
+    "FlowPrior",
     "IPiano",
     "IPianoIteration",
     "LatentGD",
     "LatentGDIteration",
+    "LatentMAP",
     "LearnedPrimalDual",
     "LearnedPrimalDualIteration",
     "LineSplittingMaskGenerator",
@@ -52,8 +58,10 @@ __all__ = [
     "allinone_flow",
     "as_flow",
     "build_flow",
+    "fit_flow",
     "fit_patchnr",
     "glow_flow",
+    "image_flow",
     "nmapg",
     "register",
     "registered",

@@ -11,6 +11,7 @@ import FrEIA.framework as Ff
 import FrEIA.modules as Fm
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .contract import KnowsItsConfig
@@ -52,6 +53,21 @@ class GlobalScale:
         return torch.exp(a)
 
 
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """A rotation rounded to float32, orthogonal to float64's precision again (one Newton-Schulz step)."""
+    error = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) - matrix.T @ matrix
+    if matrix.dtype == torch.float64 and error.abs().max() > 1e-12:
+        return matrix + 0.5 * matrix @ error
+    return matrix
+
+
+def _standardising(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithm of the scale, and the offset, that give each channel of ``x`` mean 0 and variance 1."""
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True)
+    log_scale = -0.5 * var.clamp_min(1e-12).log()
+    return log_scale, -mean * log_scale.exp()
+
+
 class AllInOneBlock(Fm.AllInOneBlock):
     """FrEIA's block; pickles and deep-copies at any time, also after a forward pass."""
 
@@ -71,15 +87,20 @@ class AllInOneBlock(Fm.AllInOneBlock):
             self.register_buffer(name, rotation)
 
     def _orthogonalise(self):
-        """FrEIA rounds its rotation to float32: make it orthogonal to float64's precision again (Newton-Schulz)."""
         w = self.w_0 if self.householder else self.w_perm
-        matrix = w.detach().flatten(1)
-        error = torch.eye(len(matrix), dtype=w.dtype, device=w.device) - matrix.T @ matrix
-        if w.dtype == torch.float64 and error.abs().max() > 1e-12:
-            matrix = matrix + 0.5 * matrix @ error
-            w.data = matrix.view_as(w)
-            if not self.householder:
-                self.w_perm_inv.data = matrix.T.reshape(w.shape)
+        w.data = _orthogonal(w.detach().flatten(1)).view_as(w)
+        if not self.householder:
+            self.w_perm_inv.data = w.flatten(1).T.reshape(w.shape)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, c=()) -> None:
+        """Set the global affine map, of type ``"EXP"``, so that each channel of the output for ``x`` is standardised."""
+        self.global_scale.zero_()
+        self.global_offset.zero_()
+        (out,), _ = self.forward((x,), c)
+        log_scale, offset = _standardising(self.permute_function(out, self.w_perm_inv))
+        self.global_scale.copy_(log_scale)
+        self.global_offset.copy_(offset)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -111,6 +132,76 @@ class Permutation(Fm.InvertibleModule):
 
     def output_dims(self, input_dims):
         return input_dims
+
+
+class ChannelAffine(Fm.InvertibleModule):
+    r"""Fixed rotation of the channels of an image, then a learned scale and offset of each: :math:`y = e^a \odot Rx + b`."""
+
+    def __init__(self, dims_in, dims_c=None):
+        super().__init__(dims_in, dims_c)
+        channels = dims_in[0][0]
+        self.register_buffer("rotation", torch.linalg.qr(torch.randn(channels, channels))[0])
+        self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.offset = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, c=()) -> None:
+        """Rotate to the principal axes of the channels of ``x``, and standardise."""
+        pixels = x.movedim(1, 0).flatten(1)
+        self.rotation.copy_(torch.linalg.eigh(torch.cov(pixels)).eigenvectors.T.flip(0))
+        log_scale, offset = _standardising(F.conv2d(x, self.rotation[:, :, None, None]))
+        self.log_scale.copy_(log_scale)
+        self.offset.copy_(offset)
+
+    def forward(self, x, c=(), rev=False, jac=True):
+        (x,) = x
+        log_det = self.log_scale.sum() * x[0, 0].numel()
+        if rev:
+            return (
+                F.conv2d((x - self.offset) * torch.exp(-self.log_scale), self.rotation.T[:, :, None, None]),
+            ), -log_det
+        return (F.conv2d(x, self.rotation[:, :, None, None]) * self.log_scale.exp() + self.offset,), log_det
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.rotation.data = _orthogonal(self.rotation)
+        return self
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.rotation.data = _orthogonal(self.rotation)
+
+    def output_dims(self, input_dims):
+        return input_dims
+
+
+class Squeeze(Fm.InvertibleModule):
+    """
+    2x2 pixels become 4 channels: as they are (``"checkerboard"``), or as their orthonormal Haar coefficients (``"haar"``).
+
+    FrEIA's ``HaarDownsampling`` overwrites its input in reverse.
+    """
+
+    def __init__(self, dims_in, dims_c=None, kind: str = "haar"):
+        super().__init__(dims_in, dims_c)
+        self.haar = kind == "haar"
+
+    def forward(self, x, c=(), rev=False, jac=True):
+        (x,) = x
+        if rev:
+            return (F.pixel_shuffle(self._rotated(x), 2),), x.new_zeros(len(x))
+        return (self._rotated(F.pixel_unshuffle(x, 2)),), x.new_zeros(len(x))
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        if not self.haar:
+            return x
+        # the matrix is symmetric and its own inverse
+        a, b, c, d = x.unflatten(1, (-1, 4)).unbind(2)
+        return 0.5 * torch.stack([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], 2).flatten(1, 2)
+
+    def output_dims(self, input_dims):
+        ((channels, height, width),) = input_dims
+        return [(4 * channels, height // 2, width // 2)]
 
 
 class SequenceFlow(KnowsItsConfig, Ff.SequenceINN):

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .building import build_flow
 from .contract import decode_config, same_function
 from .dialects import EXTRA, CheckpointError, Weights, convert
-from .flows import build_flow
 
 METADATA_KEY = "deepinv_flows"
 LODOPAB = "PatchNR_lodopab_small2"
@@ -93,14 +93,21 @@ def _check_tensor(key: str, expected: Tensor, found: Tensor) -> None:
         raise CheckpointError(f"{key}: is no permutation")
 
 
+def patch_config(weights: Weights) -> dict:
+    """Architecture of a flow on patches."""
+    if weights.config is None:
+        raise CheckpointError(f"not the weights of a PatchNR: tensors named {sorted(weights.state)[:3]}")
+    if "dim" not in weights.config:
+        raise CheckpointError("expected weights of a flow on patches; found those of a flow on images, for FlowPrior")
+    return weights.config
+
+
 def build(weights: Weights, patch: dict[str, int], num_layers: int, sub_net_size: int) -> nn.Module:
     """A new flow of the function that the weights are for, with the weights loaded.
 
     Our files say their architecture; a file of another dialect has to be of the given sizes.
     """
-    config = weights.config
-    if config is None:
-        raise CheckpointError(f"not the weights of a PatchNR: tensors named {sorted(weights.state)[:3]}")
+    config = patch_config(weights)
     dim = patch["channels"] * patch["patch_size"] ** 2
     if config["dim"] != dim or weights.patch not in ({}, patch):
         raise CheckpointError(

@@ -152,3 +152,11 @@ def _per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
     if log_det.shape != x.shape[:1]:
         raise ValueError(f"expected log_det of shape ({x.shape[0]},), one per sample; got {tuple(log_det.shape)}")
     return log_det
+
+
+def like_weights(module: nn.Module, default: Tensor | None = None) -> Tensor:
+    """An empty tensor of the weights' dtype and device; of ``default``'s for a module without weights."""
+    for p in module.parameters():
+        if p.is_floating_point():
+            return p.new_empty(0)
+    return torch.empty(0) if default is None else default.new_empty(0)

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from .contract import Reversed
-
 COUPLINGS = ("glow", "realnvp", "nice", "gin")
 CLAMPS = ("deepinv", "ATAN", "TANH", "SIGMOID")
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "leaky_relu": nn.LeakyReLU}
@@ -70,10 +68,10 @@ def glow_flow(
     True
     """
     _check_dim(dim)
-    _check_positive(num_layers=num_layers, sub_net_size=sub_net_size, clamp=clamp)
-    _check_choice("coupling", coupling, COUPLINGS)
-    _check_choice("clamp_activation", clamp_activation, CLAMPS)
-    _check_choice("activation", activation, ACTIVATIONS)
+    check_positive(num_layers=num_layers, sub_net_size=sub_net_size, clamp=clamp)
+    check_choice("coupling", coupling, COUPLINGS)
+    check_choice("clamp_activation", clamp_activation, CLAMPS)
+    check_choice("activation", activation, ACTIVATIONS)
     large = dim - dim // 2 if split_len is None else split_len
     if not 0 < large < dim:
         raise ValueError(f"expected 0 < split_len < dim = {dim}; got {split_len}")
@@ -95,7 +93,7 @@ def glow_flow(
     }[coupling]
     options = {} if coupling == "nice" else {"clamp": clamp}
     flow = SequenceFlow(dim, config=config)
-    with _randomness(generator):
+    with randomness(generator):
         # FrEIA updates the first half first, deepinv the second: swap the halves on the way in and out
         flow.append(Permutation, perm=torch.arange(dim).roll(-small))
         for _ in range(num_layers):
@@ -159,10 +157,10 @@ def allinone_flow(
     True
     """
     _check_dim(dim)
-    _check_positive(num_layers=num_layers, sub_net_size=sub_net_size, affine_clamping=affine_clamping)
-    _check_positive(global_affine_init=global_affine_init)
-    _check_choice("global_affine_type", global_affine_type, ("SIGMOID", "SOFTPLUS", "EXP"))
-    _check_choice("activation", activation, ACTIVATIONS)
+    check_positive(num_layers=num_layers, sub_net_size=sub_net_size, affine_clamping=affine_clamping)
+    check_positive(global_affine_init=global_affine_init)
+    check_choice("global_affine_type", global_affine_type, ("SIGMOID", "SOFTPLUS", "EXP"))
+    check_choice("activation", activation, ACTIVATIONS)
     if global_affine_type == "SIGMOID" and global_affine_init >= 10:
         raise ValueError(f"a SIGMOID scale stays below 10; got global_affine_init={global_affine_init}")
     dims_c = (dims_c,) if isinstance(dims_c, int) else tuple(dims_c)
@@ -184,7 +182,7 @@ def allinone_flow(
 
     flow = SequenceFlow(dim, config=config)
     condition = {"cond": 0, "cond_shape": dims_c} if dims_c else {}
-    with _randomness(generator):
+    with randomness(generator):
         for _ in range(num_layers):
             flow.append(
                 AllInOneBlock,
@@ -193,30 +191,6 @@ def allinone_flow(
                 **block,
             )
     return flow
-
-
-def build_flow(config: dict, generator: torch.Generator | None = None) -> nn.Module:
-    """
-    Build the flow that a builder's ``config`` describes (weights are new, to be loaded).
-
-    :param dict config: as found in ``flow.config`` of a flow made by a builder.
-    :param torch.Generator generator: source of the new weights, as in the builders.
-    :return: flow of the same architecture.
-    :raises ValueError: for a description that is no builder's.
-
-    >>> from deepinv_flows import build_flow, glow_flow
-    >>> build_flow(glow_flow(4, num_layers=1).config).config["dim"]
-    4
-    """
-    builders = {"glow_flow": glow_flow, "allinone_flow": allinone_flow}
-    config = dict(config)
-    name, reverse = config.pop("builder", None), config.pop("reversed", False)
-    _check_choice("builder", name, builders)
-    try:
-        flow = builders[name](**config, generator=generator)
-    except TypeError as error:
-        raise ValueError(f"not an architecture that {name} builds: {error}") from None
-    return Reversed(flow) if reverse else flow
 
 
 def _mlp(dim_in: int, dim_out: int, width: int, activation: str) -> nn.Sequential:
@@ -236,7 +210,7 @@ def _deepinv_order(coupling: str, small: int, large: int, width: int, activation
 
 
 @contextlib.contextmanager
-def _randomness(generator: torch.Generator | None) -> Iterator[None]:
+def randomness(generator: torch.Generator | None) -> Iterator[None]:
     """Draw what torch's layers draw from ``generator``; from torch's global one if ``None``."""
     if generator is None:
         yield
@@ -252,12 +226,12 @@ def _check_dim(dim: int) -> None:
         raise ValueError(f"a coupling splits its input into two non-empty parts: expected dim >= 2; got {dim}")
 
 
-def _check_positive(**values: float) -> None:
+def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"expected {name} > 0; got {value}")
 
 
-def _check_choice(name: str, value: str, choices) -> None:
+def check_choice(name: str, value: str, choices) -> None:
     if value not in choices:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}")

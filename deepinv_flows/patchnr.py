@@ -8,7 +8,7 @@ from deepinv.optim import Prior
 from torch import Tensor, nn
 
 from . import patchwise, proximal
-from .contract import as_flow, evaluate
+from .contract import as_flow, evaluate, like_weights
 from .flows import glow_flow
 from .inputs import check_input, positive_int
 from .patches import SUBSETS, PatchIndex
@@ -226,11 +226,7 @@ class PatchNR(PatchWeights, Prior):
         return patches.view(n, self.channels, self.patch_size, self.patch_size)
 
     def _like(self) -> Tensor:
-        """An empty tensor of the weights' dtype and device."""
-        for p in self.normalizing_flow.parameters():
-            if p.is_floating_point():
-                return p.new_empty(0)
-        return torch.empty(0)
+        return like_weights(self.normalizing_flow)
 
     def _probe(self) -> None:
         try:

@@ -133,4 +133,4 @@ def attach_implicit_gradient(u: Tensor, x: Tensor, gamma: Tensor, grad: Callable
             return minres(matvec, v.detach(), max_iter=200, tol=tol)
 
     out.register_hook(solve)
-    return out
+    return out.view_as(out)  # without the hook, for those who differentiate with respect to the result itself

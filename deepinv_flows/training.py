@@ -1,69 +1,22 @@
-"""Images in, trained PatchNR out."""
+"""Images in, trained flow out."""
 
 import contextlib
 import math
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
 
 from . import checkpoints
 from .flows import glow_flow
 from .inputs import check_input, positive_int
 from .likelihood import FlowModel, FlowNLL
-from .patches import PatchIndex
 from .patchnr import PatchNR
-
-
-class PatchSamples(Dataset):
-    """
-    All overlapping patches of some images as training samples, gathered when asked for.
-
-    :param Sequence[torch.Tensor] images: of shape (C, H, W), possibly of different sizes.
-    :param int patch_size: side of a patch.
-    :param bool augment: show each eighth of a batch under another symmetry of the square.
-
-    >>> import torch
-    >>> from deepinv_flows.training import PatchSamples
-    >>> samples = PatchSamples([torch.rand(1, 8, 8), torch.rand(1, 6, 9)], patch_size=6)
-    >>> len(samples), samples[12]["x"].shape
-    (13, torch.Size([36]))
-    """
-
-    def __init__(self, images: Sequence[Tensor], patch_size: int, augment: bool = False):
-        self.shape = (images[0].shape[0], patch_size, patch_size)
-        self.augment = augment
-        self.flat = [image.reshape(-1) for image in images]
-        self.indices = [PatchIndex((1, *image.shape), patch_size) for image in images]
-        self.ends = torch.tensor([len(index) for index in self.indices]).cumsum(0)
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {key: value[0] for key, value in self.__getitems__([i]).items()}
-
-    def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
-        numbers = torch.as_tensor(numbers)
-        image = torch.bucketize(numbers, self.ends, right=True)
-        patches = self.flat[0].new_empty(len(numbers), math.prod(self.shape))
-        for k in image.unique().tolist():
-            own = image == k
-            _, pixels = self.indices[k](numbers[own] - self.ends[k] + len(self.indices[k]))
-            patches[own] = self.flat[k][pixels]
-        if self.augment:
-            parts = patches.view(-1, *self.shape).chunk(8)
-            patches = torch.cat([_symmetry(part, k) for k, part in enumerate(parts)]).flatten(1)
-        return {"x": patches, "y": patches}
-
-
-def _symmetry(patches: Tensor, k: int) -> Tensor:
-    turned = torch.rot90(patches, k % 4, (2, 3))
-    return turned.flip(3) if k >= 4 else turned
+from .samples import ImageSamples, PatchSamples, image_list, same, spread, stacked
 
 
 def fit_patchnr(
@@ -130,37 +83,115 @@ def fit_patchnr(
     for name, value in dict(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size).items():
         positive_int(**{name: value})
     generator = torch.Generator() if generator is None else generator
-    images = _image_list(images, patch_size if prior is None else prior.patch_size)
+    images = image_list(images, patch_size if prior is None else prior.patch_size)
     if prior is None:
         channels = images[0].shape[0]
         flow = glow_flow(channels * patch_size**2, num_layers, sub_net_size, permute=True, generator=generator)
         prior = PatchNR(flow.to(images[0].dtype), patch_size=patch_size, channels=channels)
-    held_out = images if eval_images is None else _image_list(eval_images, prior.patch_size)
+    held_out = images if eval_images is None else image_list(eval_images, prior.patch_size)
     _check_fit(prior, [*images, *held_out])
-    if 0 < dequantise < 1 and max(float(image.abs().max()) for image in images) > 10:
-        warnings.warn(
-            f"dequantise={dequantise:.4g} is for images in [0, 1]; divide by their range, or pass their grey-level step",
-            stacklevel=2,
-        )
+    _check_range(images, dequantise)
     model = FlowModel(prior.normalizing_flow.to(device), dequantise, generator, compile)
     samples, eval_samples = PatchSamples(images, prior.patch_size, augment), PatchSamples(held_out, prior.patch_size)
-    batches = dict(batch_size=batch_size, collate_fn=_same, generator=generator)
+    batches = dict(batch_size=batch_size, collate_fn=same, generator=generator)
     sampler = RandomSampler(samples, True, steps_per_epoch * batch_size, generator)
     loaders = {
         "train_dataloader": DataLoader(samples, sampler=sampler, **batches),
-        "eval_dataloader": DataLoader(_spread(eval_samples), **batches),
+        "eval_dataloader": DataLoader(spread(eval_samples), **batches),
     }
     options = dict(
         epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device, verbose=verbose
     )
+    options |= dict(grad_clip=100.0)
+    _fit(model, images, lr, save_path, resume, keep_best=eval_images is not None, **loaders, **options)
+    return prior.to(device)
+
+
+def fit_flow(
+    flow: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    eval_images: Tensor | Iterable[Tensor] | None = None,
+    *,
+    epochs: int = 40,
+    batch_size: int = 16,
+    lr: float = 2e-3,
+    dequantise: float = 1 / 255,
+    augment: bool = True,
+    early_stop: int | None = None,
+    save_path: str | Path | None = None,
+    resume: bool = False,
+    mixed_precision: bool | str = False,
+    compile: bool = False,
+    device: str | torch.device = "cpu",
+    generator: torch.Generator | None = None,
+    verbose: bool = True,
+) -> nn.Module:
+    r"""
+    Train a flow on whole images, in place, by :class:`deepinv.Trainer`.
+
+    An epoch shows each image once. Adam, with a rate that rises over the first epochs and falls to zero along a cosine.
+    A new :func:`deepinv_flows.image_flow` is first initialised from up to 256 of the images.
+
+    :param torch.nn.Module flow: flow on images, to train from its present weights.
+    :param torch.Tensor images: (B, C, H, W), in the range the prior will see; 8-bit data in [0, 1] for the default
+        ``dequantise``.
+    :param torch.Tensor eval_images: images for the evaluation loss; the weights of its best epoch are returned. ``None``
+        evaluates on ``images`` and returns the last weights.
+    :param int epochs: number of epochs.
+    :param int batch_size: images in a batch.
+    :param float lr: largest learning rate.
+    :param float dequantise: width of the uniform noise added to the images.
+    :param bool augment: mirror every second image of a batch, left to right.
+    :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
+    :param str save_path: folder of this training, for the Trainer's checkpoints, about 20 in all; ``None`` keeps none.
+    :param bool resume: continue from the newest readable checkpoint under ``save_path``, as :func:`fit_patchnr` does.
+    :param bool, str mixed_precision: as in :class:`deepinv.Trainer`.
+    :param bool compile: compile the flow by :func:`torch.compile`.
+    :param str device: where to train.
+    :param torch.Generator generator: source of batches and noise; ``None`` is one with a fixed seed.
+    :param bool verbose: progress bars and losses.
+    :return: ``flow``, trained.
+    :raises ValueError: for images that are not finite, floating-point and of one size, or not of the flow's.
+
+    >>> import torch
+    >>> from deepinv_flows import fit_flow, image_flow
+    >>> flow = image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4)
+    >>> flow = fit_flow(flow, torch.rand(32, 1, 8, 8), epochs=1, verbose=False)
+    """
+    positive_int(epochs=epochs), positive_int(batch_size=batch_size)
+    generator = torch.Generator() if generator is None else generator
+    images = stacked(images)
+    held_out = images if eval_images is None else stacked(eval_images)
+    if not any(p.requires_grad for p in flow.parameters()):
+        raise ValueError("the weights of the flow are frozen; flow.requires_grad_(True) makes them trainable")
+    _check_range(images, dequantise)
+    model = FlowModel(flow.to(device), dequantise, generator, compile)
+    if not getattr(model.flow, "initialised", True):
+        first = images[torch.randperm(len(images), generator=generator)[:256]]
+        noise = torch.rand(first.shape, generator=generator, dtype=first.dtype)
+        model.flow.initialise((first + dequantise * (noise - 0.5)).to(device))
+    batches = dict(batch_size=batch_size, collate_fn=same, generator=generator)
+    samples = ImageSamples(images, augment)
+    loaders = {
+        "train_dataloader": DataLoader(samples, sampler=RandomSampler(samples, generator=generator), **batches),
+        "eval_dataloader": DataLoader(ImageSamples(held_out), **batches),
+    }
+    options = dict(
+        epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device, verbose=verbose
+    )
+    options |= dict(ckp_interval=max(1, epochs // 20), grad_clip=2.0 * images[0].numel())
+    _fit(model, images, lr, save_path, resume, keep_best=eval_images is not None, **loaders, **options)
+    return flow
+
+
+def _fit(model: FlowModel, images, lr: float, save_path, resume: bool, keep_best: bool, **options) -> None:
     with tempfile.TemporaryDirectory() as scratch, torch.enable_grad():
-        runs = _train(model, lr, Path(save_path or scratch), resume, **loaders, **options)
-        if eval_images is not None:
+        runs = _train(model, lr, Path(save_path or scratch), resume, **options)
+        if keep_best:
             model.load_state_dict(_best(runs))
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         largest = max(float(image.abs().max()) for image in images)
         raise ValueError(f"the training diverged: weights are not finite (lr {lr}, images up to {largest:.3g})")
-    return prior.to(device)
 
 
 def _train(model: FlowModel, lr: float, folder: Path, resume: bool, **options) -> list[Path]:
@@ -186,7 +217,6 @@ def _train(model: FlowModel, lr: float, folder: Path, resume: bool, **options) -
         compute_train_metrics=False,
         compute_eval_losses=True,
         early_stop_on_losses=True,
-        grad_clip=100.0,
         check_grad=True,  # deepinv 0.5.0 clips only when it also checks
         ckpt_pretrained=newest,
         save_path=run,
@@ -210,27 +240,12 @@ class _WarmCosine:
         return 0.5 + 0.5 * math.cos(math.pi * epoch / self.epochs)
 
 
-def _image_list(images: Tensor | Iterable[Tensor], patch_size: int) -> list[Tensor]:
-    if torch.is_tensor(images) and images.ndim != 4:
-        raise ValueError(
-            f"expected a tensor (B, C, H, W) or a list of (C, H, W); got a tensor of shape {tuple(images.shape)}. "
-            "Grey images (B, H, W) are passed as images[:, None], one image (C, H, W) as images[None]"
+def _check_range(images: Iterable[Tensor], dequantise: float) -> None:
+    if 0 < dequantise < 1 and max(float(image.abs().max()) for image in images) > 10:
+        warnings.warn(
+            f"dequantise={dequantise:.4g} is for images in [0, 1]; divide by their range, or pass their grey-level step",
+            stacklevel=3,
         )
-    images = list(images)
-    if not images:
-        raise ValueError("expected at least one image; got none")
-    for image in images:
-        if not torch.is_tensor(image):
-            raise TypeError(f"expected images as tensors (C, H, W); got {type(image).__name__}")
-        shape = tuple(getattr(image, "shape", ()))
-        if len(shape) != 3 or shape[0] != images[0].shape[0] or min(shape[1:]) < patch_size:
-            raise ValueError(
-                f"expected images (C, H, W) of one number of channels and at least {patch_size} x {patch_size} pixels; "
-                f"got shape {shape}"
-            )
-        if not image.is_floating_point() or not bool(torch.isfinite(image).all()):
-            raise ValueError(f"expected finite floating-point images; got {image.dtype} of shape {shape}")
-    return [image.detach().cpu() for image in images]
 
 
 def _check_fit(prior: PatchNR, images: list[Tensor]) -> None:
@@ -239,16 +254,6 @@ def _check_fit(prior: PatchNR, images: list[Tensor]) -> None:
     like = next(p for p in prior.parameters() if p.requires_grad).cpu()
     for image in images:
         check_input(image[None], like, prior.patch_size, prior.channels, images_only=True)
-
-
-def _spread(samples: PatchSamples, size: int = 16384) -> Dataset:
-    """At most ``size`` samples, spread evenly."""
-    numbers = torch.linspace(0, len(samples) - 1, min(size, len(samples))).long()
-    return torch.utils.data.Subset(samples, numbers.tolist())
-
-
-def _same(batch: dict) -> dict:
-    return batch
 
 
 def _readable(runs: list[Path], pattern: str) -> list[tuple[dict, Path]]:

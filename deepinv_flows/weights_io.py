@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from . import checkpoints, dialects
 from .contract import same_function
-from .dialects import CheckpointError
 
 
 class PatchWeights:
@@ -43,12 +42,11 @@ class PatchWeights:
         """
         with checkpoints.guarded(path):
             weights = checkpoints.find(path)
-            if weights.config is None:
-                raise CheckpointError(f"not the weights of a PatchNR: tensors named {sorted(weights.state)[:3]}")
+            config = checkpoints.patch_config(weights)
             channels = kwargs.setdefault("channels", weights.patch.get("channels", 1))
-            side = round((weights.config["dim"] / channels) ** 0.5)
+            side = round((config["dim"] / channels) ** 0.5)
             kwargs.setdefault("patch_size", weights.patch.get("patch_size", side))
-            sizes = {key: weights.config[key] for key in ("num_layers", "sub_net_size")}
+            sizes = {key: config[key] for key in ("num_layers", "sub_net_size")}
         return cls(pretrained=path, **{**sizes, **kwargs})
 
     def to_deepinv_state_dict(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "deepinv_flows"
 # each module may import those of the rooms before its own
 ROOMS = [
-    {"contract", "inputs", "iterators.base", "patches", "portable", "splitting_masks", "steps"},
+    {"contract", "inputs", "iterators.base", "lbfgs", "patches", "portable", "splitting_masks", "steps"},
     {"iterators.optimizer", "iterators.search", "recognise", "splitting_model", "sweep"},
     {
         "iterators.condat_vu",
@@ -26,9 +26,11 @@ ROOMS = [
     },
     {"_freia", "iterators", "splitting_terms"},
     {"builders", "flows", "splitting"},
+    {"image_flows"},
+    {"building"},
     {"dialects", "patchwise", "proximal"},
     {"checkpoints", "likelihood"},
-    {"weights_io"},
+    {"flow_prior", "latent", "samples", "weights_io"},
     {"patchnr"},
     {"training"},
     {"registry"},

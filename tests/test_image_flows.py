@@ -1,0 +1,187 @@
+"""Image flows: the contract, initialisation, conditions, behaviour far from the data, training."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+
+from deepinv_flows import BitsPerDim, FlowModel, build_flow, fit_flow, image_flow
+
+SIZES = dict(num_levels=2, num_steps=2, hidden=8, activation="silu")
+FLOWS = {
+    "allinone": lambda size, **k: image_flow(size, **SIZES, **k),
+    "glow": lambda size, **k: image_flow(size, **SIZES, coupling="glow", **k),
+    "checkerboard": lambda size, **k: image_flow(size, **SIZES, squeeze="checkerboard", **k),
+    "one level": lambda size, **k: image_flow(size, **{**SIZES, "num_levels": 1}, **k),
+}
+
+
+def make(name, size=(1, 4, 8), dtype=torch.float64, spread=0.1, **options):
+    """A flow with weights large enough that no term of it is negligible."""
+    flow = FLOWS[name](size, **options).to(dtype)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(spread * torch.randn_like(p))
+    return flow
+
+
+def smooth_images(n, size=(3, 16, 16)):
+    return torch.nn.functional.avg_pool2d(torch.rand(n, size[0], size[1] + 4, size[2] + 4), 5, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", FLOWS)
+def test_inverse_and_log_det(name, channels):
+    flow = make(name, (channels, 4, 8))
+    x = torch.randn(3, channels, 4, 8, dtype=torch.float64)
+    z, log_det = flow(x)
+    back, log_det_back = flow(z, rev=True)
+    assert z.shape == x.shape and log_det.shape == (3,)
+    torch.testing.assert_close(back, x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(log_det_back, -log_det, rtol=1e-10, atol=1e-10)
+    for x_i, log_det_i in zip(x, log_det):
+        jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0][0], x_i).view(x_i.numel(), -1)
+        torch.testing.assert_close(log_det_i, torch.linalg.slogdet(jacobian).logabsdet, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FLOWS)
+def test_copies_and_pickles_after_a_forward_pass(name, dtype):
+    flow, x = make(name, dtype=dtype), torch.randn(2, 1, 4, 8, dtype=dtype)
+    flow.initialise(x)
+    z, log_det = flow(x)
+    (z.sum() + log_det.sum()).backward()
+    rebuilt = build_flow(flow.config).to(dtype)
+    rebuilt.load_state_dict(flow.state_dict())
+    assert bool(rebuilt.initialised)
+    for other in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow)), rebuilt):
+        assert all(torch.equal(a, b) for a, b in zip(other(x), (z, log_det)))
+
+
+def test_a_new_flow_is_linear():
+    flow = image_flow((3, 8, 8), **SIZES).double()
+    x, y = torch.randn(2, 1, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(flow(x + 2 * y)[0], flow(x)[0] + 2 * flow(y)[0])
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("name", FLOWS)
+def test_initialisation_standardises_every_channel(name, conditional):
+    flow = make(name, (3, 16, 16), spread=0.05, dims_c=[(1, 16, 16)] if conditional else [])
+    x = 5 + 0.01 * torch.randn(64, 3, 16, 16, dtype=torch.float64) * torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1)
+    c = [x[:, :1]] if conditional else None
+    seen = []
+    for level in flow.levels:
+        for block in level:
+            if hasattr(block, "initialise"):
+                block.register_forward_hook(lambda module, args, out: seen.append(out[0][0]))
+    flow.initialise(x, c)
+    seen.clear()
+    flow(x, c)
+    assert len(seen) == len([b for level in flow.levels for b in level if hasattr(b, "initialise")])
+    for out in seen:
+        var, mean = torch.var_mean(out, dim=(0, 2, 3))
+        assert mean.abs().max() < 2e-2  # exactly 0 before the rotation; glow's affine maps exactly
+        torch.testing.assert_close(var.mean(), torch.ones(()).double(), rtol=1e-6, atol=0)
+
+
+def test_initialisation_of_constant_images_is_finite():
+    flow = image_flow((1, 8, 8), **SIZES)
+    flow.initialise(torch.full((4, 1, 8, 8), 0.5))
+    assert all(bool(p.isfinite().all()) for p in flow.parameters())
+
+
+@pytest.mark.parametrize("name", ["allinone", "glow"])
+def test_conditions(name):
+    flow = make(name, (1, 4, 8), dims_c=[(2, 4, 8), (1, 4, 8)])
+    x = torch.randn(2, 1, 4, 8, dtype=torch.float64)
+    c = [torch.randn(2, 2, 4, 8, dtype=torch.float64), torch.randn(2, 1, 4, 8, dtype=torch.float64)]
+    z, log_det = flow(x, c=c)
+    torch.testing.assert_close(flow(z, c=c, rev=True)[0], x)
+    for k in (0, 1):
+        other = [part + (i == k) for i, part in enumerate(c)]
+        assert not torch.allclose(flow(x, c=other)[0], z)
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v, c=c)[0][0], x)[..., 0, :, :, :].reshape(32, 32)
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian).logabsdet)
+    with pytest.raises(ValueError, match="expected 2 conditions"):
+        flow(x)
+    with pytest.raises(ValueError, match=r"expected a tensor of shape \(2, 2, 4, 8\); got \(1, 2, 4, 8\)"):
+        flow(x, c=[c[0][:1], c[1]])
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_memory_efficient_gradients_are_the_same(name):
+    flow = make(name, (1, 8, 8), dtype=torch.float32, spread=0.1)
+    z = torch.randn(2, 1, 8, 8, requires_grad=True)
+    grads = []
+    for flow.memory_efficient in (False, True):
+        x, log_det = flow(z, rev=True)
+        loss = (x**2).sum() + (x[..., 1:] * x[..., :-1]).sum() + log_det.sum()
+        grads.append(torch.autograd.grad(loss, [z, *flow.parameters()]))
+    for plain, rebuilt in zip(*grads):
+        torch.testing.assert_close(rebuilt, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["allinone", "glow"])
+def test_after_training(name, tmp_path):
+    """It learned, it inverts to rounding, and latents ten times too long give finite images."""
+    x, held_out = smooth_images(128), smooth_images(32)
+    flow = FLOWS[name]((3, 16, 16), generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    fit_flow(flow, x, held_out, epochs=8, batch_size=8, save_path=tmp_path, verbose=False)
+    assert torch.equal(state, torch.get_rng_state())
+    bits = BitsPerDim()(FlowModel(flow)(held_out), held_out).mean()
+    start = FLOWS[name]((3, 16, 16), generator=torch.Generator().manual_seed(0))
+    start.initialise(x)
+    assert bits < BitsPerDim()(FlowModel(start)(held_out), held_out).mean() - 0.05
+    z, _ = flow(held_out)
+    assert 0.8 < z.std() < 1.2
+    assert (flow(z, rev=True)[0] - held_out).abs().max() < 1e-4
+    for factor in (1, 3, 10):
+        assert bool(flow(factor * torch.randn(16, 3, 16, 16), rev=True)[0].isfinite().all())
+        assert bool(flow(factor * torch.randn(16, 3, 16, 16))[0].isfinite().all())
+    precise = copy.deepcopy(flow).double()
+    wide = held_out.double()
+    assert (precise(precise(wide)[0], rev=True)[0] - wide).abs().max() < 1e-10
+
+
+def test_training_resumes(tmp_path):
+    x, options = smooth_images(32, (1, 8, 8)), dict(num_levels=1, num_steps=1, hidden=4)
+    flow = image_flow((1, 8, 8), **options)
+    fit_flow(flow, x, epochs=2, save_path=tmp_path, verbose=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run_0"]
+    resumed = fit_flow(image_flow((1, 8, 8), **options), x, epochs=2, save_path=tmp_path, resume=True, verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(flow.parameters(), resumed.parameters()))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: image_flow((3, 60, 64)), r"divisible by 2\*\*num_levels = 8; got 60 x 64, .* 64 x 64"),
+        (lambda: image_flow((3, 3, 33)), r"got 3 x 33, .* 8 x 32"),
+        (lambda: image_flow((64, 64)), r"expected img_size \(C, H, W\); got \(64, 64\)"),
+        (lambda: image_flow((1, 8, 8), hidden=0), "expected hidden to be an integer >= 1; got 0"),
+        (lambda: image_flow((1, 8, 8), coupling="nice"), "expected coupling to be one of 'allinone', 'glow'; got 'nice'"),
+        (lambda: image_flow((1, 8, 8), squeeze="db2"), "expected squeeze to be one of"),
+        (lambda: image_flow((1, 8, 8), affine_clamping=0), "expected affine_clamping > 0"),
+        (lambda: image_flow((1, 8, 8), dims_c=[(1, 4, 4)]), r"expected conditions of sizes \(C', 8, 8\); got \(1, 4, 4\)"),
+        (lambda: image_flow((1, 8, 8))(torch.rand(1, 1, 16, 16)), r"shape \(N, 1, 8, 8\); got \(1, 1, 16, 16\)"),
+        (lambda: fit_flow(image_flow((1, 8, 8)), [torch.rand(1, 8, 8), torch.rand(1, 8, 9)]), "images of one size"),
+        (lambda: fit_flow(image_flow((1, 8, 8)).requires_grad_(False), torch.rand(2, 1, 8, 8)), "frozen"),
+        (lambda: fit_flow(image_flow((1, 8, 8)), torch.rand(2, 1, 8, 8) * math.nan), "finite floating-point"),
+    ],
+)  # fmt: skip
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_randomness():
+    state = torch.get_rng_state()
+    flows = [image_flow((1, 8, 8), **SIZES, generator=torch.Generator().manual_seed(k)) for k in (1, 1, 2)]
+    assert torch.equal(state, torch.get_rng_state())
+    x = torch.rand(1, 1, 8, 8)
+    a, b, c = (flow(x)[0] for flow in flows)
+    assert torch.equal(a, b) and not torch.equal(a, c)
