@@ -1,5 +1,6 @@
 """Which patches of an image batch are evaluated, and where their pixels lie."""
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -62,8 +63,8 @@ class PatchIndex:
 
     def single(self) -> "PatchIndex":
         """The same patches of a batch of one image."""
-        index = object.__new__(PatchIndex)
-        index.__dict__.update(self.__dict__, batch=1)
+        index = copy.copy(self)
+        index.batch = 1
         return index
 
     def chunks(self, size: int) -> Iterator[Tensor]:

@@ -283,6 +283,8 @@ class PatchNR(PatchWeights, Prior):
 
     def _image_grad(self, x: Tensor, index: PatchIndex) -> Tensor:
         recorded = torch.is_grad_enabled() and (x.requires_grad or patchwise.weights_need_grad(self.normalizing_flow))
+        if not (self.pad or recorded):
+            return patchwise.value_and_grad(self.normalizing_flow, x.detach(), index, *self._options)[1]
         with torch.enable_grad():
             leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
             padded = self._padded(leaf)

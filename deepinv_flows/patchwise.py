@@ -17,6 +17,7 @@ import contextlib
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from .contract import evaluate
@@ -51,11 +52,14 @@ def image_nll(
     :param str precision: ``"bfloat16"`` for matrix products in it, where only the image needs a gradient and the
         hardware has them; so does autocast. ``None`` for the dtype of the weights.
     """
-    weights = [p for p in flow.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-    if weights and (index.per_image == 1 or torch.is_autocast_enabled(x.device.type) or steps_of(flow) is None):
+    params = dict(flow.named_parameters())
+    if _transformed(x, *params.values()):
+        return _checkpointed_nll(flow, x, index, len(index))
+    trainable = weights_need_grad(flow)
+    if trainable and (index.per_image == 1 or torch.is_autocast_enabled(x.device.type) or steps_of(flow) is None):
         return _checkpointed_nll(flow, x, index, chunk_size)
-    if weights or (x.requires_grad and torch.is_grad_enabled()):
-        return _ImageNLL.apply(x, flow, index, chunk_size, precision, *weights)
+    if trainable or (x.requires_grad and torch.is_grad_enabled()):
+        return _ImageNLL.apply(x, flow, index, chunk_size, precision, tuple(params), *params.values())
     with torch.no_grad():
         steps = steps_of(flow)
         if steps is None:
@@ -76,40 +80,9 @@ def value_and_grad(
     return (sums.value * index.weight).to(x.dtype), sums.grad.mul_(index.weight).view_as(x).to(x.dtype)
 
 
-def differentiable_grad(
-    flow: nn.Module,
-    x: Tensor,
-    index: PatchIndex,
-    chunk_size: int | None = None,
-    scale: Tensor | None = None,
-    weights=(),
-) -> Tensor | list[Tensor]:
-    """
-    Gradient of :func:`image_nll` in the image, itself differentiable in the image and in the weights.
-
-    :param torch.Tensor scale: factors (B,) of the images' values, in which the result is differentiable as well.
-    :param list weights: if not empty, return the gradients in these too, as a list after the one in the image.
-    """
-    scale = x.new_ones(index.batch) if scale is None else scale
-    if len(index) > _autograd_chunk(chunk_size, x):
-        chosen = list(weights) or [p for p in flow.parameters() if p.requires_grad]
-        grads = _Gradient.apply(x, scale, flow, index, chunk_size, bool(weights), *chosen)
-        return list(grads) if weights else grads[0]
-    with torch.enable_grad():
-        grads = _recorded_grads(flow, x, scale, index, torch.arange(len(index), device=x.device), weights)
-    return list(grads) if weights else grads[0]
-
-
-def _recorded_grads(flow, x: Tensor, scale: Tensor, index: PatchIndex, number: Tensor, weights) -> tuple[Tensor, ...]:
-    """What the patches of these numbers contribute to :func:`differentiable_grad`, as a graph of any order."""
-    image, pixels = index(number)
-    patches = x.reshape(-1)[pixels]
-    if not patches.requires_grad:
-        patches.requires_grad_()
-    value = (patch_nll(flow, patches) * scale[image]).sum() * index.weight
-    patch_grad, *rest = torch.autograd.grad(value, [patches, *weights], create_graph=True, **_UNUSED)
-    grad = x.new_zeros(x.numel()).index_add(0, pixels.reshape(-1), patch_grad.reshape(-1))
-    return grad.view_as(x), *rest
+def differentiable_grad(flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None = None) -> Tensor:
+    """Gradient of :func:`image_nll` in the image, itself differentiable in the image and in the weights."""
+    return _gradients(flow, dict(flow.named_parameters()), (), x, x.new_ones(index.batch), index, chunk_size)[0]
 
 
 def reference_nll(flow: nn.Module, x: Tensor, patch_size: int) -> Tensor:
@@ -125,71 +98,146 @@ class _ImageNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, flow, index, chunk_size, precision, *weights):
-        if weights:
-            images = [_all_grads(flow, image[None], index.single(), chunk_size, weights) for image in x]
-            value, grad, *weight_grads = (torch.stack(parts) for parts in zip(*images))
+    def forward(ctx, x, flow, index, chunk_size, precision, names, *values):
+        params = dict(zip(names, values))
+        trainable = [name for name in names if params[name].requires_grad]
+        if trainable:
+            value, *grads = _all_grads(flow, params, trainable, x, index, chunk_size)
         else:
-            value, grad = value_and_grad(flow, x, index, chunk_size, precision)
-            weight_grads = []
-        ctx.save_for_backward(x, *weights, grad, *weight_grads)
-        ctx.call = flow, index, chunk_size
+            value, *grads = value_and_grad(flow, x, index, chunk_size, precision)
+        ctx.save_for_backward(x, *values, *grads)
+        ctx.call = flow, index, chunk_size, names, trainable
         return value
 
     @staticmethod
     def backward(ctx, scale):
-        flow, index, chunk_size = ctx.call
-        half = len(ctx.saved_tensors) // 2
-        (x, *weights), grads = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+        flow, index, chunk_size, names, trainable = ctx.call
+        x, values, grads = (
+            ctx.saved_tensors[0],
+            ctx.saved_tensors[1:][: len(names)],
+            ctx.saved_tensors[1 + len(names) :],
+        )
         if torch.is_grad_enabled():
-            grads = differentiable_grad(flow, x, index, chunk_size, scale, weights)
-            grad, weight_grads = (grads[0], grads[1:]) if weights else (grads, [])
+            grads = _gradients(flow, dict(zip(names, values)), trainable, x, scale, index, chunk_size)
         else:
-            per_image = [scale.view(-1, *[1] * (g.ndim - 1)) * g for g in grads]
-            grad, weight_grads = per_image[0], [g.sum(0) for g in per_image[1:]]
-        return grad, None, None, None, None, *weight_grads
+            grads = _weighted(grads, scale)
+        weight_grads = dict(zip(trainable, grads[1:]))
+        return grads[0], None, None, None, None, None, *(weight_grads.get(name) for name in names)
+
+
+def _weighted(grads, scale: Tensor) -> list[Tensor]:
+    """The gradient in a batch of images, and those in the weights, from those of each image."""
+    grad, *weight_grads = (g * scale.view(-1, *[1] * (g.ndim - 1)) for g in grads)
+    return [grad, *(g.sum(0) for g in weight_grads)]
+
+
+def _all_grads(flow, params: dict, wanted, x: Tensor, index: PatchIndex, chunk_size: int | None) -> list[Tensor]:
+    """Values (B,), gradient like x, and for each image the gradients in the ``wanted`` parameters, (B, ...)."""
+    # aliases: the parameters' own hooks are for what reaches them in the end
+    aliases = {name: p.detach().requires_grad_(name in wanted) for name, p in params.items()}
+    with torch.enable_grad():
+        steps = _under(flow, aliases, steps_of)
+    images = []
+    for image in x:
+        sums = sweep(steps, image[None], index.single(), _fused_chunk(chunk_size, x, steps), weights=True)
+        grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
+        image_grad = sums.grad.mul_(index.weight).view_as(image)
+        images.append([(sums.value[0] * index.weight).to(x.dtype), image_grad, *(g * index.weight for g in grads)])
+    return [torch.stack(parts) for parts in zip(*images)]
+
+
+def _in_parameters(steps: list, grads: list[list[Tensor]], weights) -> tuple[Tensor, ...]:
+    """Gradients in the flow's parameters from those in the packed weights."""
+    pairs = [(w, g) for step, own in zip(steps, grads) for w, g in zip(step.packed, own) if w.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(w) for w in weights)
+    packed, packed_grads = zip(*pairs)
+    return torch.autograd.grad(packed, weights, packed_grads, retain_graph=True, **_UNUSED)
+
+
+class _Under(nn.Module):
+    def __init__(self, flow: nn.Module, function):
+        super().__init__()
+        self.flow, self.function = flow, function
+
+    def forward(self, *args):
+        return self.function(self.flow, *args)
+
+
+def _under(flow: nn.Module, params: dict[str, Tensor], function, *args):
+    """``function(flow, *args)`` with these parameters in the flow's place."""
+    named = {f"flow.{name}": value for name, value in params.items()}
+    return torch.func.functional_call(_Under(flow, function), named, args)
+
+
+def _gradients(flow, params: dict, wanted, x: Tensor, scale: Tensor, index: PatchIndex, chunk_size: int | None):
+    """
+    Gradients of sum_b scale_b g(x_b) in the image and in the ``wanted`` parameters, differentiable in all of them: partial
+    ones, also where x and scale depend on the parameters.
+    """
+    if len(index) > _autograd_chunk(chunk_size, x):
+        return _Gradient.apply(x, scale, flow, index, chunk_size, tuple(params), tuple(wanted), *params.values())
+    with torch.enable_grad():
+        return _recorded_grads(flow, params, wanted, x, scale, index, torch.arange(len(index), device=x.device))
+
+
+def _recorded_grads(flow, params: dict, wanted, x, scale, index: PatchIndex, number: Tensor) -> tuple[Tensor, ...]:
+    """What the patches of these numbers contribute to :func:`_gradients`, as a graph of any order."""
+    image, pixels = index(number)
+    patches = x.reshape(-1)[pixels]
+    if not patches.requires_grad:
+        patches.requires_grad_()
+    aliases = {name: params[name].view_as(params[name]) for name in wanted}
+    value = (_under(flow, {**params, **aliases}, patch_nll, patches) * scale[image]).sum() * index.weight
+    patch_grad, *rest = torch.autograd.grad(value, [patches, *aliases.values()], create_graph=True, **_UNUSED)
+    grad = x.new_zeros(x.numel()).index_add(0, pixels.reshape(-1), patch_grad.reshape(-1))
+    return grad.view_as(x), *rest
 
 
 class _Gradient(torch.autograd.Function):
     """
-    Gradient of sum_b scale_b g(x_b) in the image and, if ``outer``, those in the weights. Its backward pass is a
-    Hessian-vector product, each chunk with a graph of its own: torch's checkpoints, which it takes for still higher
-    derivatives, keep what they recompute until all chunks are done.
+    :func:`_gradients` of more than a chunk. The backward pass is a Hessian-vector product, each chunk with a graph of its
+    own: torch's checkpoints, which it takes for still higher derivatives, keep what they recompute until all chunks are done.
     """
 
     @staticmethod
-    def forward(ctx, x, scale, flow, index, chunk_size, outer, *weights):
-        ctx.save_for_backward(x, scale, *weights)
-        ctx.call = flow, index, _autograd_chunk(chunk_size, x)
+    def forward(ctx, x, scale, flow, index, chunk_size, names, wanted, *values):
+        params = dict(zip(names, values))
+        ctx.save_for_backward(x, scale, *values)
+        ctx.call = flow, index, _autograd_chunk(chunk_size, x), names, wanted
         ctx.random = torch.get_rng_state(), *get_device_states(x)
-        if outer:
-            images = [_all_grads(flow, image[None], index.single(), chunk_size, weights)[1:] for image in x]
-            grads = [torch.stack(parts) for parts in zip(*images)]
+        if wanted:
+            grads = _all_grads(flow, params, wanted, x, index, chunk_size)[1:]
         else:
-            grads = [value_and_grad(flow, x, index, chunk_size)[1]]
-        grad, *weight_grads = (g * scale.view(-1, *[1] * (g.ndim - 1)) for g in grads)
-        return grad, *(g.sum(0) for g in weight_grads)
+            grads = [_under(flow, params, value_and_grad, x, index, chunk_size)[1]]
+        return tuple(_weighted(grads, scale))
 
     @staticmethod
     def backward(ctx, *directions):
-        flow, index, size = ctx.call
-        again = torch.is_grad_enabled()
-        x, scale, *weights = ctx.saved_tensors
-        x, scale = (t if again and t.requires_grad else t.detach().requires_grad_() for t in (x, scale))
-        outer = weights[: len(directions) - 1]
+        flow, index, size, names, wanted = ctx.call
+        recorded = torch.is_grad_enabled()
+        x, scale, *values = (
+            t.view_as(t) if recorded and t.requires_grad else t.detach().requires_grad_(k < 2 or t.requires_grad)
+            for k, t in enumerate(ctx.saved_tensors)
+        )
+        params = dict(zip(names, values))
+        trainable = [name for name in names if params[name].requires_grad]
+        targets = [x, scale, *(params[name] for name in trainable)]
 
-        def chunk(x, scale, number, *directions):
-            grads = _recorded_grads(flow, x, scale, index, number, outer)
-            return torch.autograd.grad(grads, [x, scale, *weights], directions, create_graph=again, **_UNUSED)
+        def chunk(number, *directions):
+            grads = _recorded_grads(flow, params, wanted, x, scale, index, number)
+            return torch.autograd.grad(grads, targets, directions, create_graph=recorded, **_UNUSED)
 
         total = None
         with torch.enable_grad(), _replayed(x, *ctx.random):
             for number in index.chunks(size):
-                args = x, scale, number, *directions
-                parts = checkpoint(chunk, *args, use_reentrant=False) if again else chunk(*args)
+                if recorded and not trainable:
+                    parts = checkpoint(chunk, number, *directions, use_reentrant=False)
+                else:
+                    parts = chunk(number, *directions)
                 total = parts if total is None else [a + b for a, b in zip(total, parts)]
-        grad, scale_grad, *weight_grads = total
-        return grad, scale_grad, None, None, None, None, *weight_grads
+        weight_grads = dict(zip(trainable, total[2:]))
+        return *total[:2], None, None, None, None, None, *(weight_grads.get(name) for name in names)
 
 
 @contextlib.contextmanager
@@ -201,33 +249,23 @@ def _replayed(x: Tensor, state: Tensor, devices: list, states: list):
         yield
 
 
-def _all_grads(flow, x: Tensor, index: PatchIndex, chunk_size: int | None, weights) -> list[Tensor]:
-    """Value (), gradient (C, H, W) and gradients in the weights, of one image."""
-    with torch.enable_grad():
-        steps = steps_of(flow)
-    sums = sweep(steps, x, index, _fused_chunk(chunk_size, x, steps), weights=True)
-    grads = _in_parameters(steps, sums.grads, weights)
-    value = (sums.value * index.weight).to(x.dtype)
-    return [value[0], sums.grad.mul_(index.weight).view(x.shape[1:]), *(g * index.weight for g in grads)]
-
-
-def _in_parameters(steps: list, grads: list[list[Tensor]], weights) -> tuple[Tensor, ...]:
-    """Gradients in the flow's parameters from those in the packed weights."""
-    pairs = [(w, g) for step, own in zip(steps, grads) for w, g in zip(step.packed, own) if w.requires_grad]
-    packed, packed_grads = zip(*pairs)
-    return torch.autograd.grad(packed, weights, packed_grads, **_UNUSED)
-
-
 def _checkpointed_nll(flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None) -> Tensor:
     def chunk(flat, number):
         image, pixels = index(number)
         nll = patch_nll(flow, flat.index_select(0, pixels.reshape(-1)).view_as(pixels))
-        return nll.new_zeros(index.batch).index_add(0, image, nll)
+        return nll if index.per_image == 1 else nll.new_zeros(index.batch).index_add(0, image, nll)
 
     flat, size = x.reshape(-1), _autograd_chunk(chunk_size, x)
     if len(index) <= size:
         return chunk(flat, next(index.chunks(size))) * index.weight
-    return sum(checkpoint(chunk, flat, number, use_reentrant=False) for number in index.chunks(size)) * index.weight
+    parts = [checkpoint(chunk, flat, number, use_reentrant=False) for number in index.chunks(size)]
+    return (torch.cat(parts) if index.per_image == 1 else sum(parts)) * index.weight
+
+
+def _transformed(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation or a transform of :mod:`torch.func` is under way: they see no autograd.Function."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(wrapped(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _autograd_sums(flow, x: Tensor, index: PatchIndex, chunk_size: int | None, image: bool):

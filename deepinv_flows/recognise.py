@@ -21,7 +21,7 @@ class _Unknown(Exception):
 
 def steps_of(flow: nn.Module) -> list | None:
     """The steps of a flow in float32 or float64, or ``None`` if any part of it is not known."""
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in flow.modules()):
+    if not all(_plain(module) for module in flow.modules()):
         return None
     weights = [p for p in flow.parameters() if p.is_floating_point()]
     if len({(p.dtype, p.device) for p in weights}) != 1 or weights[0].dtype not in (torch.float32, torch.float64):
@@ -30,6 +30,17 @@ def steps_of(flow: nn.Module) -> list | None:
         return _steps(flow, weights[0])
     except _Unknown:
         return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}", {}) for name in _HOOKS]
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a call of the module is its class's ``forward`` and nothing else."""
+    return (
+        "forward" not in vars(module) and not any(vars(module).get(name) for name in _HOOKS) and not any(_GLOBAL_HOOKS)
+    )
 
 
 def _steps(module: nn.Module, like: Tensor) -> list:
@@ -79,9 +90,7 @@ def _permutation(module, like: Tensor) -> list:
 
 def _two_sided(moves_first: tuple, moves_second: tuple, **options) -> list:
     """Two half-steps, each given by (networks, rows that move, rows that stay)."""
-    return [
-        Coupling(kept, moved, networks, **options) for networks, moved, kept in (moves_first, moves_second)
-    ]  # fmt: skip
+    return [Coupling(kept, moved, networks, **options) for networks, moved, kept in (moves_first, moves_second)]
 
 
 def _halves(module) -> tuple[slice, slice]:
@@ -100,7 +109,9 @@ def _glow(module, like: Tensor, centred: bool = False) -> list:
     return _two_sided(
         (_joint(module.subnet2, first, inner), first, second),
         (_joint(module.subnet1, second, inner), second, first),
-        **dict(function=function, alpha=outer * module.clamp, centred=centred),
+        function=function,
+        alpha=outer * module.clamp,
+        centred=centred,
     )
 
 
@@ -119,7 +130,8 @@ def _realnvp(module, like: Tensor) -> list:
     return _two_sided(
         (networks(module.subnet_s2, module.subnet_t2, first), first, second),
         (networks(module.subnet_s1, module.subnet_t1, second), second, first),
-        **dict(function=function, alpha=outer * module.clamp),
+        function=function,
+        alpha=outer * module.clamp,
     )
 
 
@@ -137,7 +149,8 @@ def _deepinv_block(module, like: Tensor) -> list:
     return _two_sided(
         (_joint(module.subnet1, second, inner), second, first),
         (_joint(module.subnet2, first, inner), first, second),
-        **dict(function="atan", alpha=outer * module.clamp),
+        function="atan",
+        alpha=outer * module.clamp,
     )
 
 
@@ -159,7 +172,9 @@ def _all_in_one(module, like: Tensor) -> list:
         slice(0, kept),
         moved,
         [_network(module.subnet, 2 * d, [0.1] * (2 * d))],
-        **dict(function="tanh", alpha=module.clamp, centred=bool(module.GIN)),
+        function="tanh",
+        alpha=module.clamp,
+        centred=bool(module.GIN),
     )
     if not module.reverse_pre_permute:
         return [coupling, after]
@@ -169,13 +184,14 @@ def _all_in_one(module, like: Tensor) -> list:
 
 def _clamp(module) -> tuple[str, float, float]:
     """f, outer and inner of a block's soft clamp u -> outer * f(inner * u), which FrEIA keeps as a bare function."""
+    _require(not torch.is_tensor(module.clamp) and module.clamp != 0 and not isinstance(module.f_clamp, nn.Module))
     known = [
         ("atan", 0.636, 1.0),  # FrEIA's "ATAN"
         ("tanh", 1.0, 1.0),
         ("tanh", 1.0, 0.5),  # "SIGMOID"
         ("atan", 2 / math.pi, 1 / module.clamp),  # deepinv's
     ]
-    u = torch.linspace(-9, 11, 41, dtype=torch.float64)
+    u = torch.cat([scale * torch.linspace(-9, 11, 41, dtype=torch.float64) for scale in (1, 1e3, 1e6)])
     try:
         value = module.f_clamp(u.clone())
     except Exception:  # a user's function, of whatever kind

@@ -36,12 +36,13 @@ class Workspace:
     """
 
     def __init__(self, n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype):
-        self.n, self.state_dtype, self.dtype, self.device = n, state_dtype, dtype, device
         self.slabs = []
-        self.start()
+        self.device = device
+        self.start(n, state_dtype, dtype)
 
-    def start(self) -> "Workspace":
-        """Take all buffers back."""
+    def start(self, n: int, state_dtype: torch.dtype, dtype: torch.dtype) -> "Workspace":
+        """Take all buffers back, to be handed out for chunks of another size."""
+        self.n, self.state_dtype, self.dtype = n, state_dtype, dtype
         self.slab, self.taken, self.by_name = 0, 0, {}
         return self
 
@@ -68,11 +69,12 @@ _kept = threading.local()
 
 
 def workspace(n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> Workspace:
-    """This thread's workspace: the one of its last call if that was for the same, as the first touch of memory is slow."""
-    key = n, state_dtype, device, dtype
-    if getattr(_kept, "key", None) != key:
-        _kept.key, _kept.space = key, Workspace(*key)
-    return _kept.space.start()
+    """On a CPU this thread's workspace, kept from call to call, as the first touch of memory is slow."""
+    if device.type != "cpu":
+        return Workspace(n, state_dtype, device, dtype)
+    if n > getattr(_kept, "capacity", 0):  # slabs that are too small for it would lie idle
+        _kept.capacity, _kept.space = n, Workspace(n, state_dtype, device, dtype)
+    return _kept.space.start(n, state_dtype, dtype)
 
 
 def _memory(size: int, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def sweep(
     :return: sums, the same at each call with as many threads: shares and the order of additions are fixed.
     """
     flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another
+    stopped = threading.Event()
 
     def share(start: int, stop: int) -> Sums:
         sums = _zeros(steps, flat, index.batch, image, weights)
@@ -67,6 +69,8 @@ def sweep(
         patches = space.new(len(index.offsets))
         pixels = space.new(len(index.offsets), torch.int64)
         for first in range(start, stop, size):
+            if stopped.is_set():
+                break
             numbers = torch.arange(first, first + size, device=flat.device)
             counts = (numbers < stop).to(flat.dtype)
             number, flat_pixels = index.columns(numbers.clamp_(max=stop - 1), pixels)
@@ -79,7 +83,7 @@ def sweep(
                 sums.grad.index_add_(0, flat_pixels, grad.view(-1))
         return sums
 
-    shares = _in_threads(share, _split(len(index), _thread_count(flat, len(index))))
+    shares = _in_threads(share, _split(len(index), _thread_count(flat, len(index))), stopped)
     total = shares[0]
     for other in shares[1:]:
         total.add_(other)
@@ -101,24 +105,26 @@ def _split(total: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
-def _in_threads(work: Callable, shares: list[tuple[int, int]]) -> list:
+def _in_threads(work: Callable, shares: list[tuple[int, int]], stopped: threading.Event) -> list:
     """
     ``work(*share)`` for each share, each in a thread of its own that computes alone.
 
     Chunk by chunk in its own cache, a core is faster than two that share out each operation of a larger chunk.
     """
-    if len(shares) == 1:
-        with torch.no_grad():
-            return [work(*shares[0])]
 
     def run(share):
         with torch.no_grad():
             return work(*share)
 
+    if len(shares) == 1:
+        return [run(shares[0])]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # MKL's count is one for all threads
         return list(_pool(len(shares), os.getpid()).map(run, shares))
+    except BaseException:  # an interrupt too: the next call would wait for what no one wants
+        stopped.set()
+        raise
     finally:
         torch.set_num_threads(threads)
 
