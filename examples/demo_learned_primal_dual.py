@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 
 OUTPUT = Path(__file__).parent / "output"
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-SIDE, EPOCHS = (32, 1) if SHORT else (48, 12)
+SIDE, EPOCHS = (32, 1) if SHORT else (48, 16)
 start = time.perf_counter()
 torch.manual_seed(0)
 
@@ -73,10 +73,12 @@ def filtered_back_projection(y, physics):
 
 physics = make_physics(seed=0)
 model = LearnedPrimalDual(max_iter=5, nf=16, custom_init=filtered_back_projection)
+optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
 trainer = dinv.Trainer(
     model=model,
     physics=physics,
-    optimizer=torch.optim.Adam(model.parameters(), lr=2e-3),
+    optimizer=optimizer,
+    scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS),
     epochs=EPOCHS,
     train_dataloader=torch.utils.data.DataLoader(train, batch_size=4, shuffle=True),
     losses=dinv.loss.SupLoss(metric=dinv.metric.MSE()),

@@ -147,11 +147,11 @@ def plot(watches, path):
 
     least = min(value for watch in watches.values() for _, value in watch.track)
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name, watch in watches.items():
+    for colour, (name, watch) in zip(plt.cm.tab20.colors, watches.items()):
         seconds, values = zip(*watch.track)
-        axes.plot(seconds, [value - least + 1e-6 for value in values], label=name)
+        axes.plot(seconds, [value - least + 1e-6 for value in values], label=name, color=colour)
     axes.set(yscale="log", xlabel="seconds of one core", ylabel="objective over the least seen")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
