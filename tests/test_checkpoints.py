@@ -265,7 +265,7 @@ def test_flipped_bytes_give_finite_weights_or_our_error(data, tmp_path_factory):
 
 def test_pretrained_names():
     with pytest.raises(
-        CheckpointError, match="nothing: no file or shipped weights of this name; shipped: 'gravel', 'PatchNR_"
+        CheckpointError, match="nothing: no file or shipped weights of this name; shipped: 'gravel', 'lfw', 'PatchNR_"
     ):
         PatchNR(pretrained="nothing")
     with pytest.raises(CheckpointError, match=r"missing.pt: no file"):
