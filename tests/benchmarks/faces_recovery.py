@@ -312,7 +312,7 @@ def main():
         result["inpainting"] = run(f"square of {side}", lambda x, seed: holed(x, side, seed), few, published={})
     if "questions" in args.sections:
         result["questions"] = questions(flow, args, test[:4], ood[:4])
-    print(json.dumps({**result, "images": len(test), **versions()}))
+    print(json.dumps({**result, "images": len(test), "versions": versions()}))
 
 
 def questions(flow, args, test, ood) -> dict:

@@ -160,7 +160,7 @@ def main():
             peaks = [memory_of(__file__, "--measure", way, str(args.side), str(steps)) for steps in (8, 24)]
             result[f"peak_MB_{way}"] = [round(peak, 1) for peak in peaks]
             print(f"{way}: peak {peaks[0]:.0f} MB at 8 steps, {peaks[1]:.0f} MB at 24")
-    print(json.dumps({**result, **versions()}))
+    print(json.dumps({**result, "versions": versions()}))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main():
         apart = float((found["LatentMAP"] - found["exact"]).abs().max())
         print(f"{name:<12}{lower:>12.4g}{mean:>12.4g}{error:>10.2g}{exact:>12.4g}{upper:>12.4g}{apart:>20.2g}")
         result[name] = dict(lower=lower, mean=mean, standard_error=error, exact=exact, upper=upper)
-    print(json.dumps({**result, **versions()}))
+    print(json.dumps({**result, "versions": versions()}))
 
 
 if __name__ == "__main__":
