@@ -3,9 +3,10 @@ Learned primal-dual tomography
 ==============================
 
 Adler and Oktem's learned primal-dual reconstruction is one class, :class:`deepinv_flows.LearnedPrimalDual`, trained by deepinv's
-``Trainer``: here on random ellipses seen from 30 directions with 5% noise. The rivals are filtered back-projection and total
-variation by :class:`deepinv_flows.CondatVu`, tuned on training phantoms. The test is the Shepp-Logan phantom, which is not of the
-training's kind, and an unseen phantom that is.
+``Trainer``: here on random ellipses seen from 30 directions, with noise. The rivals are filtered back-projection and total
+variation by :class:`deepinv_flows.CondatVu`, tuned on training phantoms. The tests are an unseen phantom of the training's kind,
+and Shepp and Logan's, which is not. Total variation is made for such piecewise constant images: after the few minutes of training
+that an example can take, the network comes within a decibel of it, in five iterations instead of two hundred.
 """
 
 import json
@@ -26,7 +27,7 @@ import matplotlib.pyplot as plt
 
 OUTPUT = Path(__file__).parent / "output"
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-SIDE, EPOCHS = (32, 1) if SHORT else (48, 16)
+SIDE, EPOCHS = (32, 1) if SHORT else (48, 9)
 start = time.perf_counter()
 torch.manual_seed(0)
 
@@ -133,13 +134,13 @@ for name, x in (("unseen phantom", unseen), ("Shepp-Logan", shepp_logan)):
     figures[name] = {way: round(float(psnr(image.clamp(0, 1), x)), 2) for way, image in rows[name].items()}
     rows[name]["ground truth"] = x
 
-figure, axes = plt.subplots(2, 4, figsize=(11, 6))
+figure, axes = plt.subplots(2, 4, figsize=(11, 6.6))
 for line, (name, images) in zip(axes, rows.items()):
     for axis, (way, image) in zip(line, images.items()):
         axis.imshow(image[0, 0].clamp(0, 1), cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{way}\n{figures[name][way]:.2f} dB" if way in figures[name] else name)
         axis.set_axis_off()
-figure.tight_layout()
+figure.tight_layout(h_pad=2.0)
 OUTPUT.mkdir(exist_ok=True)
 figure.savefig(OUTPUT / "learned_primal_dual.png", dpi=110)
 print("figure:", OUTPUT / "learned_primal_dual.png")

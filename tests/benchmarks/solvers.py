@@ -84,17 +84,16 @@ def lbfgs(x, objective, scale, watch):
     """On the objective divided by ``scale``: torch's first step is at most 1 / |gradient|_1."""
     x = x.clone().requires_grad_()
     settings = {"tolerance_grad": 0, "tolerance_change": 0, "history_size": 10, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([x], max_iter=1, **settings)
+    optimizer = torch.optim.LBFGS([x], max_iter=10**6, max_eval=10**6, **settings)
 
     def closure():
+        watch(x.detach())
         optimizer.zero_grad()
         value = objective(x).sum() / scale
         value.backward()
         return value
 
-    while True:
-        optimizer.step(closure)
-        watch(x.detach())
+    optimizer.step(closure)
 
 
 def of_class(name, **options):
