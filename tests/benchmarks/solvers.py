@@ -215,7 +215,11 @@ def main():
     half = {name: r["to_adam_final"] for name, r in result.items() if name != "Adam" and r["to_adam_final"]}
     best = min(half, key=half.get, default=None)
     ratio = round(half[best] / limit, 3) if best else None
-    print(json.dumps({"seconds": limit, "best": best, "share_of_adams_time": ratio, "ways": result, "versions": versions()}))
+    print(
+        json.dumps(
+            {"seconds": limit, "best": best, "share_of_adams_time": ratio, "ways": result, "versions": versions()}
+        )
+    )
 
 
 if __name__ == "__main__":
