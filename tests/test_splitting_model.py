@@ -155,6 +155,33 @@ def test_adaptation_is_idempotent_and_repeatable():
     assert all(torch.isfinite(run(loss, m, y, physics)).all() for m in (model, again))
 
 
+def splitting_models(model):
+    return [m for m in model.modules() if isinstance(m, SplittingLoss.SplittingModel)]
+
+
+def test_two_losses_nest_in_deepinv():
+    model = Linear()
+    for _ in range(2):
+        model = THEIRS(mask_generator=masks()).adapt_model(model)
+    assert len(splitting_models(model)) == 2
+    model = Linear()
+    for _ in range(2):
+        model = OURS(mask_generator=masks()).adapt_model(model)
+    assert len(splitting_models(model)) == 1
+
+
+def test_deepinv_does_not_know_wrapped_models():
+    y, physics = torch.rand(2, *SIZE), inpainting()
+    for loss, known in ((THEIRS(mask_generator=masks()), False), (OURS(mask_generator=masks()), True)):
+        model = adapted(loss)
+        x_net, wrapped = model(y, physics, update_parameters=True), torch.compile(model, backend="eager")
+        if known:
+            assert torch.isfinite(loss(x_net, y, physics, wrapped)).all()
+        else:
+            with pytest.raises(RuntimeError, match="Unregistered model"):
+                loss(x_net, y, physics, wrapped)
+
+
 def test_two_losses_share_a_model_or_say_why_not():
     first, second = full_loss(), full_loss(consistency_loss=SureGaussianLoss(SIGMA, unsure=True))
     model = second.adapt_model(adapted(first))
