@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from .contract import Reversed
-from .flows import allinone_flow, check_choice, glow_flow
+from .flows import allinone_flow, glow_flow
 from .image_flows import image_flow
+from .inputs import check_choice
 
 
 def build_flow(config: dict, generator: torch.Generator | None = None) -> nn.Module:

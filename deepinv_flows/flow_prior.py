@@ -96,10 +96,7 @@ class FlowPrior(Prior):
         :param torch.Tensor x: images (B, C, H, W).
         :return: tensor like x; with a graph if x asks for a gradient and gradients are enabled.
         """
-        recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        with torch.enable_grad():
-            leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
-            return torch.autograd.grad(self.fn(leaf).sum(), leaf, create_graph=recorded)[0]
+        return proximal.gradient(self.fn, x, self.normalizing_flow)
 
     def prox(
         self,
@@ -132,12 +129,7 @@ class FlowPrior(Prior):
                 value = self.fn(leaf)
                 return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
-        u = proximal.minimise(
-            value_and_grad, x.detach(), gamma.detach(), stepsize_inter, int(max_iter_inter), tol_inter
-        )
-        if not torch.is_grad_enabled():
-            return u
-        return proximal.attach_implicit_gradient(u, x, gamma, self.grad)
+        return proximal.prox(value_and_grad, self.grad, x, gamma, stepsize_inter, int(max_iter_inter), tol_inter)
 
     def encode(self, x: Tensor) -> Tensor:
         """

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from .inputs import check_choice, check_positive
+
 COUPLINGS = ("glow", "realnvp", "nice", "gin")
 CLAMPS = ("deepinv", "ATAN", "TANH", "SIGMOID")
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "leaky_relu": nn.LeakyReLU}
@@ -224,14 +226,3 @@ def randomness(generator: torch.Generator | None) -> Iterator[None]:
 def _check_dim(dim: int) -> None:
     if dim < 2:
         raise ValueError(f"a coupling splits its input into two non-empty parts: expected dim >= 2; got {dim}")
-
-
-def check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"expected {name} > 0; got {value}")
-
-
-def check_choice(name: str, value: str, choices) -> None:
-    if value not in choices:
-        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .contract import KnowsItsConfig
-from .flows import ACTIVATIONS, check_choice, check_positive, randomness
-from .inputs import positive_int
+from .flows import ACTIVATIONS, randomness
+from .inputs import check_choice, check_positive, positive_int
 
 COUPLINGS = ("allinone", "glow")
 SQUEEZES = ("haar", "checkerboard")

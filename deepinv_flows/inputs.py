@@ -31,6 +31,17 @@ def positive_int(**named: int) -> int:
     return operator.index(value)
 
 
+def check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"expected {name} > 0; got {value}")
+
+
+def check_choice(name: str, value: str, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
 def _check_shape(x: Tensor, patch_size: int, channels: int, images_only: bool) -> None:
     shape, p = tuple(x.shape), patch_size
     dim = channels * p**2

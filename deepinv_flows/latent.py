@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .contract import as_flow, evaluate, like_weights
-from .inputs import positive_int
+from .inputs import check_choice, positive_int
 from .lbfgs import finite, first_order, lbfgs, per_sample
 
 PENALTIES = ("norm", "squared")
@@ -105,8 +105,9 @@ class LatentMAP(Reconstructor):
         self.flow = as_flow(getattr(flow, "normalizing_flow", flow))
         self.invertible = "rev" in inspect.signature(self.flow.forward).parameters
         self.data_fidelity = L2() if data_fidelity is None else data_fidelity
-        self.lambda_reg, self.penalty = lambda_reg, _choice("penalty", penalty, PENALTIES)
-        self.optimizer = _choice("optimizer", optimizer, ("lbfgs", *FIRST_ORDER))
+        check_choice("penalty", penalty, PENALTIES)
+        check_choice("optimizer", optimizer, ("lbfgs", *FIRST_ORDER))
+        self.lambda_reg, self.penalty, self.optimizer = lambda_reg, penalty, optimizer
         default = 1.0 if optimizer == "lbfgs" else FIRST_ORDER[optimizer][1]
         self.stepsize = default if stepsize is None else stepsize
         self.max_iter, self.init, self.init_std = positive_int(max_iter=max_iter), _known(init), init_std
@@ -263,14 +264,10 @@ def _parts(y: Tensor | TensorList) -> list[Tensor]:
     return list(y.x) if isinstance(y, TensorList) else [y]
 
 
-def _choice(name: str, value: str, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}")
-    return value
-
-
 def _known(init):
-    return init if torch.is_tensor(init) or callable(init) else _choice("init", init, INITS)
+    if not (torch.is_tensor(init) or callable(init)):
+        check_choice("init", init, INITS)
+    return init
 
 
 def _check_weight(lambda_reg: float | Tensor, batch: int | None = None) -> None:

@@ -193,18 +193,12 @@ class PatchNR(PatchWeights, Prior):
         index = self._index(self._padded(x))
 
         def value_and_grad(u):
-            with torch.enable_grad():
-                leaf = u.detach().requires_grad_()
-                padded = self._padded(leaf)
-            value, grad = patchwise.value_and_grad(self.normalizing_flow, padded.detach(), index, *self._options)
-            return value, _transpose(padded, leaf, grad)
+            return self._value_and_grad(u, index)
 
-        u = proximal.minimise(
-            value_and_grad, x.detach(), gamma.detach(), stepsize_inter, int(max_iter_inter), tol_inter
-        )
-        if not torch.is_grad_enabled():
-            return u
-        return proximal.attach_implicit_gradient(u, x, gamma, lambda v: self._image_grad(v, index))
+        def grad(u):
+            return self._image_grad(u, index)
+
+        return proximal.prox(value_and_grad, grad, x, gamma, stepsize_inter, int(max_iter_inter), tol_inter)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """
@@ -283,22 +277,23 @@ class PatchNR(PatchWeights, Prior):
 
     def _image_grad(self, x: Tensor, index: PatchIndex) -> Tensor:
         recorded = torch.is_grad_enabled() and (x.requires_grad or patchwise.weights_need_grad(self.normalizing_flow))
-        if not (self.pad or recorded):
-            return patchwise.value_and_grad(self.normalizing_flow, x.detach(), index, *self._options)[1]
+        if not recorded:
+            return self._value_and_grad(x, index)[1]
+        leaf = x if x.requires_grad else x.detach().requires_grad_()
+        padded = self._padded(leaf)
+        return _transpose(
+            padded, leaf, patchwise.differentiable_grad(self.normalizing_flow, padded, index, self.chunk_size)
+        )
+
+    def _value_and_grad(self, x: Tensor, index: PatchIndex) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
+            leaf = x.detach().requires_grad_() if self.pad else x.detach()
             padded = self._padded(leaf)
-        if recorded:
-            grad = patchwise.differentiable_grad(self.normalizing_flow, padded, index, self.chunk_size)
-        else:
-            _, grad = patchwise.value_and_grad(self.normalizing_flow, padded.detach(), index, *self._options)
-        return _transpose(padded, leaf, grad)
+        value, grad = patchwise.value_and_grad(self.normalizing_flow, padded.detach(), index, *self._options)
+        return value, _transpose(padded, leaf, grad)
 
     def _patch_grad(self, x: Tensor) -> Tensor:
-        recorded = torch.is_grad_enabled() and (x.requires_grad or patchwise.weights_need_grad(self.normalizing_flow))
-        with torch.enable_grad():
-            leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
-            return torch.autograd.grad(self.fn(leaf).sum(), leaf, create_graph=recorded)[0]
+        return proximal.gradient(self.fn, x, self.normalizing_flow)
 
 
 def _transpose(padded: Tensor, x: Tensor, grad: Tensor) -> Tensor:

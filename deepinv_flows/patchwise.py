@@ -112,11 +112,8 @@ class _ImageNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         flow, index, chunk_size, names, trainable = ctx.call
-        x, values, grads = (
-            ctx.saved_tensors[0],
-            ctx.saved_tensors[1:][: len(names)],
-            ctx.saved_tensors[1 + len(names) :],
-        )
+        x, *tensors = ctx.saved_tensors
+        values, grads = tensors[: len(names)], tensors[len(names) :]
         if torch.is_grad_enabled():
             grads = _gradients(flow, dict(zip(names, values)), trainable, x, scale, index, chunk_size)
         else:

@@ -99,6 +99,20 @@ def _line_search(energy, u, F, grad, s, rounding):
     return u_next, F_next, grad_next, s, accepted
 
 
+def gradient(function: Callable[[Tensor], Tensor], x: Tensor, weights: torch.nn.Module) -> Tensor:
+    """Gradient of the sum of ``function`` at x, with a graph where x or the weights ask for one; x is left untouched."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights.parameters()))
+    with torch.enable_grad():
+        leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf).sum(), leaf, create_graph=recorded)[0]
+
+
+def prox(value_and_grad: Callable, grad: Callable[[Tensor], Tensor], x: Tensor, gamma: Tensor, *options) -> Tensor:
+    """:func:`minimise` from x with these options; differentiable in x, gamma and the weights where gradients are enabled."""
+    u = minimise(value_and_grad, x.detach(), gamma.detach(), *options)
+    return attach_implicit_gradient(u, x, gamma, grad) if torch.is_grad_enabled() else u
+
+
 def attach_implicit_gradient(u: Tensor, x: Tensor, gamma: Tensor, grad: Callable[[Tensor], Tensor]) -> Tensor:
     r"""
     Give a minimiser u of F its derivatives in x, gamma and the weights, by the implicit function theorem.

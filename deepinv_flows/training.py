@@ -100,9 +100,13 @@ def fit_patchnr(
         "eval_dataloader": DataLoader(spread(eval_samples), **batches),
     }
     options = dict(
-        epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device, verbose=verbose
+        epochs=epochs,
+        early_stop=early_stop,
+        mixed_precision=mixed_precision,
+        device=device,
+        verbose=verbose,
+        grad_clip=100.0,
     )
-    options |= dict(grad_clip=100.0)
     _fit(model, images, lr, save_path, resume, keep_best=eval_images is not None, **loaders, **options)
     return prior.to(device)
 
