@@ -26,8 +26,9 @@ from deepinv_flows import EquivariantSplittingLoss
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-OUTPUT = Path(__file__).parent / "output"
-EPOCHS = 1 if os.environ.get("DEEPINV_FLOWS_SHORT") else 8
+SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
+OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+EPOCHS = 1 if SHORT else 8
 SIZE = (1, 64, 64)
 start = time.perf_counter()
 
@@ -114,7 +115,7 @@ for column, (name, x) in zip(axes.T, pictures.items()):
         axis.imshow(image[0], cmap="gray", vmin=0, vmax=1)
         axis.set_axis_off()
 figure.tight_layout()
-OUTPUT.mkdir(exist_ok=True)
+OUTPUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUTPUT / "equivariant_splitting.png", dpi=110)
 print("figure:", OUTPUT / "equivariant_splitting.png")
 print(json.dumps({**figures, "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}))

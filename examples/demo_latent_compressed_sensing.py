@@ -25,8 +25,8 @@ from deepinv_flows import FlowPrior, LatentMAP
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-OUTPUT = Path(__file__).parent / "output"
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
+OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
 ITERATIONS = 20 if SHORT else 100
 SHOWN = 4 if SHORT else 10
 start = time.perf_counter()
@@ -154,7 +154,7 @@ for column in range(12):
 for axis, name in zip(axes[:, 0], [*rows, "samples"]):
     axis.set_ylabel(name, fontsize=8)
 figure.tight_layout()
-OUTPUT.mkdir(exist_ok=True)
+OUTPUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUTPUT / "latent_compressed_sensing.png", dpi=110)
 print("figure:", OUTPUT / "latent_compressed_sensing.png")
 print(json.dumps({**figures, "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}))

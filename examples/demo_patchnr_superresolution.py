@@ -24,8 +24,9 @@ from deepinv_flows import PatchNR
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-OUTPUT = Path(__file__).parent / "output"
-ITERATIONS = 20 if os.environ.get("DEEPINV_FLOWS_SHORT") else 100
+SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
+OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+ITERATIONS = 20 if SHORT else 100
 NOISE = 0.01
 start = time.perf_counter()
 
@@ -136,7 +137,7 @@ for (whole, detail), (title, x) in zip(axes.T, panels.items()):
     for axis in (whole, detail):
         axis.set_axis_off()
 figure.tight_layout()
-OUTPUT.mkdir(exist_ok=True)
+OUTPUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUTPUT / "patchnr_superresolution.png", dpi=110)
 print("figure:", OUTPUT / "patchnr_superresolution.png")
 print(json.dumps({**figures, "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}))

@@ -24,8 +24,8 @@ from deepinv_flows import NMAPG
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-OUTPUT = Path(__file__).parent / "output"
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
+OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
 EPOCHS, SIDE = (1, 32) if SHORT else (8, 48)
 start = time.perf_counter()
 torch.manual_seed(0)
@@ -141,7 +141,7 @@ for axis, (name, x) in zip(axes, {**images, "ground truth": test}.items()):
     axis.set_title(f"{name}\n{figures[name]:.2f} dB" if name in figures else name)
     axis.set_axis_off()
 figure.tight_layout()
-OUTPUT.mkdir(exist_ok=True)
+OUTPUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUTPUT / "unfolded_nmapg.png", dpi=110)
 print("figure:", OUTPUT / "unfolded_nmapg.png")
 learnt = {name: [round(float(p), 4) for p in model.init_params_algo[name]] for name in ("stepsize", "lambda")}
