@@ -31,7 +31,7 @@ start = time.perf_counter()
 torch.manual_seed(0)
 
 # %%
-# The data: pieces of four photographs to learn from, one of *camera* for the test. The physics is deepinv's: a Gaussian blur and
+# The data: pieces of six photographs to learn from, one of *camera* for the test. The physics is deepinv's: a Gaussian blur and
 # 3% noise, drawn anew each time an image is shown.
 
 
