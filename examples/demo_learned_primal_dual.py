@@ -4,8 +4,8 @@ Learned primal-dual tomography
 
 Adler and Oktem's learned primal-dual reconstruction is one class, :class:`deepinv_flows.LearnedPrimalDual`, trained by deepinv's
 ``Trainer``: here on random ellipses seen from 30 directions, with much noise. The rivals are filtered back-projection and total
-variation by :class:`deepinv_flows.CondatVu`, tuned on training phantoms. The tests are unseen phantoms of the training's kind, and
-Shepp and Logan's, which is not.
+variation by :class:`deepinv_flows.CondatVu`, tuned on training phantoms. The tests are unseen phantoms of the training's kind,
+and Shepp and Logan's, which is not.
 """
 
 import json

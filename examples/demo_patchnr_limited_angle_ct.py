@@ -66,7 +66,7 @@ def stones():
     sizes = {"sub_net_size": 16, "epochs": 1} if SHORT else {"sub_net_size": 128, "epochs": 30}
     options = dict(steps_per_epoch=10 if SHORT else 60, batch_size=512, dequantise=DEQUANTISE, verbose=False)
     patchnr = fit_patchnr(train, **sizes, **options)
-    epll = EPLL(pretrained=None, n_components=5 if SHORT else 40)
+    epll = EPLL(pretrained=None, n_components=5 if SHORT else 20)
     patches = dinv.datasets.PatchDataset(train + DEQUANTISE * (torch.rand_like(train) - 0.5), patch_size=6)
     loader = torch.utils.data.DataLoader(patches, batch_size=10_000, shuffle=True)
     epll.GMM.fit(loader, max_iters=2 if SHORT else 15)
@@ -138,9 +138,9 @@ def by_patches(prior, patch_size):
 
 psnr, ssim = dinv.metric.PSNR(), dinv.metric.SSIM()
 methods = {
-    "total variation": (total_variation, [10.0, 20.0, 40.0]),
-    "EPLL": (by_patches(epll_prior, epll.patch_size), [0.1, 0.2, 0.4]),
-    "PatchNR": (by_patches(patchnr, patchnr.patch_size), [0.1, 0.2, 0.4]),
+    "total variation": (total_variation, [5.0, 10.0, 20.0]),
+    "EPLL": (by_patches(epll_prior, epll.patch_size), [0.4, 0.8, 1.6]),
+    "PatchNR": (by_patches(patchnr, patchnr.patch_size), [0.4, 0.8, 1.6]),
 }
 physics = make_physics(seed=0)
 y = physics(held_out)

@@ -5,8 +5,8 @@ How sure is the reconstruction?
 A PatchNR is a density, so it tells not only the most likely image but how much less likely others are. Langevin sampling
 (deepinv's ``SKRockIterator``) draws images that fit the measurements: their mean is the reconstruction, their standard deviation
 its error bar. A photograph of gravel is measured with noise, and with fewer and fewer pixels from left to right. The error bars
-should grow from left to right, and be right: of all intervals said to hold the true grey level with a probability of 90%, 90%
-should.
+should grow from left to right (and at the border, where fewer patches hold a pixel), and be right: of all intervals said to hold
+the true grey level with a probability of 90%, 90% should.
 
 The photograph is scikit-image's *gravel* (CC0). The shipped weights were trained on its rows 0 to 191; in rows 192 to 255 the one
 number of the posterior is tuned; rows 256 to 511 are the test.
