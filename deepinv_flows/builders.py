@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from deepinv.optim import L2, Bregman, DataFidelity, DEQConfig, OptimIterator, Prior, optim_iterators
+from deepinv.optim.optim_iterators import gStep
 from torch import Tensor
 
 from . import iterators
-from .iterators.base import DataTerm, Iteration, PriorTerm
+from .iterators.base import DataTerm, Iteration, PriorTerm, coefficient
 from .iterators.optimizer import ALIASES, Optim
 
 # as deepinv's documentation spells it
@@ -32,6 +33,19 @@ def _behind_K(x: Tensor, cur_params: dict, g_first: bool) -> tuple[Tensor, Tenso
     return (x, Kx) if g_first else (Kx, x)
 
 
+class _DualStep(gStep):
+    """Chambolle-Pock's on the prior; deepinv's takes its proximity operator with lambda sigma, where the step is sigma."""
+
+    def forward(self, x: Tensor, w: Tensor, cur_prior: Prior, cur_params: dict) -> Tensor:
+        sigma = coefficient(cur_params["stepsize_dual"], x)
+        return PriorTerm(cur_prior, cur_params["lambda"], cur_params["g_param"]).prox_conjugate(x + sigma * w, sigma)
+
+
+def _primal_dual_start(y, physics, K: Callable | None = None) -> dict:
+    x = physics.A_adjoint(y)
+    return {"est": (x, x, torch.zeros_like(x if K is None else K(x)))}
+
+
 def _named(name: str, cost_fn: Callable | None, g_first: bool, bregman_potential: Bregman | None) -> OptimIterator:
     ours = {n: c for n, c in vars(iterators).items() if isinstance(c, type) and issubclass(c, Iteration)}
     iteration = ours.get(f"{name}Iteration") or getattr(optim_iterators, f"{name}Iteration", None)
@@ -43,17 +57,24 @@ def _named(name: str, cost_fn: Callable | None, g_first: bool, bregman_potential
     if cost_fn is None:
         at = {"at": functools.partial(_behind_K, g_first=g_first)} if name == "CP" else {}
         cost_fn = functools.partial(_objective, **at)
-    return iteration(g_first=g_first, cost_fn=cost_fn, bregman_potential=bregman_potential)
+    found = iteration(g_first=g_first, cost_fn=cost_fn, bregman_potential=bregman_potential)
+    if name == "CP" and g_first:
+        found.g_step = _DualStep(g_first=True)
+    return found
 
 
 def _build(iteration, params_algo, trainable_params, device, cost_fn, g_first, bregman_potential, **kwargs) -> Optim:
     cost_fn = kwargs.pop("F_fn", cost_fn)
-    kwargs.pop("has_cost", None)  # deepinv's optimizers decide it by the prior
     params = {ALIASES.get(name, name): value for name, value in params_algo.items()}
     if isinstance(iteration, str):
         name = SYNONYMS.get(iteration, iteration)
         iteration = _named(name, cost_fn, g_first, bregman_potential)
         params = {**FORGOTTEN.get(name, {}), **params}
+        if name == "CP":
+            K = params.get("K")
+            start = functools.partial(_primal_dual_start, K=K[0] if isinstance(K, Sequence) else K)
+            kwargs["custom_init"] = kwargs.get("custom_init") or start
+        kwargs["cost_fn"] = cost_fn
         if kwargs.get("DEQ") and not isinstance(iteration, Iteration) and name not in FIXED_POINT_IN_X:
             raise ValueError(
                 f"{name} has no DEQ: its next estimate does not depend on the estimate alone; "

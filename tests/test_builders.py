@@ -75,6 +75,36 @@ def test_gradients_are_those_of_finite_differences(name):
         assert float(p.grad) == pytest.approx(float(expected), rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["CP", "PDCP"])
+@pytest.mark.parametrize("g_first", [True, False])
+def test_chambolle_pock_reaches_the_minimiser_from_its_own_start(name, g_first):
+    y, K = images(), torch.rand(5, 8, dtype=F64, generator=torch.Generator().manual_seed(1))
+    params = {"lambda": 4.0, "stepsize": 0.5, "stepsize_dual": 0.3}
+    if g_first:  # |x - y|^2 / 2 + 4 |Kx|^2 / 2, K of other sizes
+        params |= {"K": lambda x: x @ K.T, "K_adjoint": lambda u: u @ K, "stepsize": 0.2}
+        expected = torch.linalg.solve(torch.eye(8, dtype=F64) + 4 * K.T @ K, y.mT).mT
+    else:
+        expected = y / 5
+    model = unfolded_builder(name, params, L2, dinv.optim.Tikhonov(), 2000, [], g_first=g_first)
+    with torch.no_grad():
+        assert torch.allclose(model(y, PHYSICS), expected, atol=1e-6)
+
+
+def test_has_cost_is_the_users():
+    y, denoiser = images(), dinv.optim.PnP(lambda x, sigma: 0.9 * x)
+
+    def total(x, *args):
+        return x.flatten(1).sum(1)
+
+    for name in ("PGD", "NMAPG"):
+        x, metrics = unfolded_builder(name, None, L2, denoiser, cost_fn=total)(y, PHYSICS, compute_metrics=True)
+        assert torch.allclose(torch.tensor(metrics["cost"], dtype=F64)[:, -1], total(x).detach())
+        model = unfolded_builder(name, None, L2, dinv.optim.Tikhonov(), has_cost=False)
+        assert "cost" not in model(y, PHYSICS, compute_metrics=True)[1]
+        with pytest.raises(ValueError, match="got has_cost=False"):
+            unfolded_builder(name, None, L2, has_cost=False, crit_conv="cost")
+
+
 class Scaled(dinv.optim.Prior):
     """A quadratic whose weight is learnt."""
 

@@ -97,6 +97,7 @@ class Optim(BaseOptim):
         anderson_acceleration: AndersonAccelerationConfig | bool = False,
         backtracking: BacktrackingConfig | bool | None = None,
         get_output: Callable[[dict], Tensor] = estimate,
+        has_cost: bool = True,
         **kwargs,
     ):
         iterator = self.iteration(g_first=g_first, cost_fn=cost_fn) if iterator is None else iterator
@@ -125,6 +126,10 @@ class Optim(BaseOptim):
             get_output=get_output,
             **kwargs,
         )
+        # deepinv's asks the prior alone, not the user
+        self.has_cost = iterator.has_cost = has_cost and (self.has_cost or cost_fn is not None)
+        if not has_cost and (self.backtracking or self.crit_conv == "cost"):
+            raise ValueError("expected has_cost=True for backtracking or crit_conv='cost'; got has_cost=False")
 
     def init_iterate_fn(self, y, physics, init=None, cost_fn=None) -> dict:
         """As deepinv's; where the iteration has a start of its own, from that."""
