@@ -117,14 +117,14 @@ def variance(noise, x):
     return of_x.get(noise, SIGMA**2 + 0 * x)
 
 
-def losses_and_truths(loss_class, name, x, transform=None, evaluate=False, **options):
+def losses_and_truths(loss_class, name, x, transform=None, evaluate=False, draws=DRAWS, **options):
     """(draws,) the loss, and the supervised value that it estimates by its theory, each from its own noise and mask."""
     noise, make = CONSISTENCY[name]
     consistency = make()
     loss = loss_class(mask_generator=masks(), consistency_loss=consistency, transform=transform, **options)
     model, physics = loss.adapt_model(Linear()), inpainting(noise(), kept=1.0 if noise is gamma else 0.8)
     model.train(not evaluate)
-    y = physics(x.expand(DRAWS, *SIZE))
+    y = physics(x.expand(draws, *SIZE))
     x_net = model(y, physics, update_parameters=True)
     value = loss(x_net=x_net, y=y, physics=physics, model=model)
     splits = model.get_splits() if loss_class is EquivariantSplittingLoss else None
