@@ -64,6 +64,25 @@ def test_imports_run_one_way():
             assert modules[name] <= earlier, f"{name} imports {modules[name] - earlier}"
 
 
+UNPICKLING = {"torch.load", "load_state_dict_from_url"}
+RUNS_CODE = {"pickle.load", "pickle.loads", "numpy.load", "np.load", "torch.jit.load", "torch.hub.load", "eval", "exec"}
+
+
+def test_files_never_run_code():
+    seen = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):  # else the names below would not be found
+                assert not {alias.name for alias in node.names} & {"load", "loads", "Unpickler"}, path
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert name not in RUNS_CODE, f"{path}: {name}"
+                assert name not in UNPICKLING or options.get("weights_only") == "True", f"{path}: {name}"
+                seen.add(name)
+    assert seen >= UNPICKLING
+
+
 def test_import_changes_nothing():
     code = """
 import sys, torch, numpy, deepinv
