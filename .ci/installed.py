@@ -30,7 +30,9 @@ assert loaded["PatchNR"] is deepinv_flows.PatchNR and {"unfolded_builder", "DEQ_
 
 prior, y, physics = loaded["PatchNR"](pretrained="gravel"), torch.rand(1, 1, 12, 12), dinv.physics.Denoising()
 for builder in ("unfolded_builder", "DEQ_builder"):
-    model = loaded[builder]("PGD", {"lambda": 0.01, "stepsize": 0.5}, data_fidelity=dinv.optim.L2(), prior=prior, max_iter=2)
+    model = loaded[builder](
+        "PGD", {"lambda": 0.01, "stepsize": 0.5}, data_fidelity=dinv.optim.L2(), prior=prior, max_iter=2
+    )
     assert model(y, physics).isfinite().all()
 assert deepinv_flows.FlowPrior(pretrained="lfw")(torch.rand(1, 1, 24, 24)).isfinite().all()
 

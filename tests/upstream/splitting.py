@@ -159,7 +159,7 @@ def works(copier, side):
 for title, copier, found in [
     ("deep-copied", copy.deepcopy, "RuntimeError: Unregistered model"),
     ("pickled", lambda model: pickle.loads(pickle.dumps(model)), "PicklingError"),
-    ("in DataParallel", torch.nn.DataParallel, "RuntimeError: Unregistered model"),
+    ("compiled", functools.partial(torch.compile, backend="eager"), "RuntimeError: Unregistered model"),
 ]:
     defect(f"the adapted model, {title}: a finite loss", found, True)(functools.partial(works, copier))
 
