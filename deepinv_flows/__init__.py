@@ -4,6 +4,7 @@ from .builders import DEQ_builder, unfolded_builder
 from .building import build_flow
 from .contract import Reversed, as_flow
 from .dialects import CheckpointError
+from .distributed import DistributedPatchNR
 from .flow_prior import FlowPrior
 from .flows import allinone_flow, glow_flow
 from .image_flows import image_flow
@@ -40,6 +41,7 @@ __all__ = [
     "DEQ_builder",
     "DavisYin",
     "DavisYinIteration",
+    "DistributedPatchNR",
     "EquivariantSplittingLoss",
     "FlowModel",
     "FlowNLL",

@@ -26,17 +26,24 @@ class PatchIndex:
     """
 
     def __init__(self, shape, patch_size, stride=1, n_patches=-1, generator=None, device="cpu", subset="uniform"):
-        self.batch, channels, height, width = shape
-        self.numel = channels * height * width
-        self.width, self.device = width, device
-        self.rows, self.cols = (self._starts(side, patch_size, stride) for side in (height, width))
-        c, i, j = (torch.arange(n, device=device) for n in (channels, patch_size, patch_size))
-        self.offsets = (c[:, None, None] * height * width + i[:, None] * width + j).reshape(-1)
+        self.batch, self.channels, height, self.width = shape
+        self.patch_size, self.device = patch_size, device
+        self.rows, self.cols = (self._starts(side, patch_size, stride) for side in (height, self.width))
+        self._lay_out(height)
         self.positions = None
         self.weight = 1 / (len(self.rows) * len(self.cols))
         if 0 < n_patches < len(self.rows) * len(self.cols):
             (self._draw_grid if subset == "grid" else self._draw_uniform)(n_patches, generator)
-        self.per_image = len(self.rows) * len(self.cols) if self.positions is None else len(self.positions)
+
+    @property
+    def per_image(self) -> int:
+        """Number of patches of each image."""
+        return len(self.rows) * len(self.cols) if self.positions is None else len(self.positions)
+
+    def _lay_out(self, height: int) -> None:
+        self.numel = self.channels * height * self.width
+        c, i, j = (torch.arange(n, device=self.device) for n in (self.channels, self.patch_size, self.patch_size))
+        self.offsets = (c[:, None, None] * height * self.width + i[:, None] * self.width + j).reshape(-1)
 
     def _starts(self, side: int, patch_size: int, stride: int) -> Tensor:
         last = side - patch_size
@@ -66,6 +73,32 @@ class PatchIndex:
         index = copy.copy(self)
         index.batch = 1
         return index
+
+    def share(self, k: int, n: int) -> tuple["PatchIndex", slice]:
+        """
+        The k-th of n shares of the rows of patches, as an index of the images cut to the pixel rows of the slice.
+
+        A share that would be empty has patches of another's that count nothing.
+        """
+        first, last = (len(self.rows) * end // n for end in (k, k + 1))
+        part = self._between(first, last)
+        if len(part) == 0:
+            first = 0 if self.positions is None else int(self.positions[0]) // len(self.cols)
+            last = first + 1
+            part = self._between(first, last)
+            part.weight = 0.0
+        top, bottom = int(self.rows[first]), int(self.rows[last - 1]) + self.patch_size
+        part.rows = part.rows - top
+        part._lay_out(bottom - top)
+        return part, slice(top, bottom)
+
+    def _between(self, first: int, last: int) -> "PatchIndex":
+        part = copy.copy(self)
+        part.rows = self.rows[first:last]
+        if self.positions is not None:
+            start, stop = first * len(self.cols), last * len(self.cols)
+            part.positions = self.positions[(self.positions >= start) & (self.positions < stop)] - start
+        return part
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """The numbers of all patches, at most ``size`` at a time."""

@@ -84,6 +84,8 @@ class PatchNR(PatchWeights, Prior):
     torch.Size([1, 1, 20, 30])
     """
 
+    _sums = patchwise  # where value and gradients over the patches of an image come from
+
     def __init__(
         self,
         normalizing_flow: nn.Module | None = None,
@@ -139,7 +141,7 @@ class PatchNR(PatchWeights, Prior):
         self._check(x)
         if x.ndim == 4:
             padded = self._padded(x)
-            return patchwise.image_nll(self.normalizing_flow, padded, self._index(padded), *self._options)
+            return self._sums.image_nll(self.normalizing_flow, padded, self._index(padded), *self._options)
         # a patch is an image of D channels and one pixel
         columns = x.reshape(-1, self.dim, 1, 1)
         index = PatchIndex(columns.shape, 1, device=x.device)
@@ -282,14 +284,14 @@ class PatchNR(PatchWeights, Prior):
         leaf = x if x.requires_grad else x.detach().requires_grad_()
         padded = self._padded(leaf)
         return _transpose(
-            padded, leaf, patchwise.differentiable_grad(self.normalizing_flow, padded, index, self.chunk_size)
+            padded, leaf, self._sums.differentiable_grad(self.normalizing_flow, padded, index, self.chunk_size)
         )
 
     def _value_and_grad(self, x: Tensor, index: PatchIndex) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_() if self.pad else x.detach()
             padded = self._padded(leaf)
-        value, grad = patchwise.value_and_grad(self.normalizing_flow, padded.detach(), index, *self._options)
+        value, grad = self._sums.value_and_grad(self.normalizing_flow, padded.detach(), index, *self._options)
         return value, _transpose(padded, leaf, grad)
 
     def _patch_grad(self, x: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def _all_grads(flow, params: dict, wanted, x: Tensor, index: PatchIndex, chunk_s
     # aliases: the parameters' own hooks are for what reaches them in the end
     aliases = {name: p.detach().requires_grad_(name in wanted) for name, p in params.items()}
     with torch.enable_grad():
-        steps = _under(flow, aliases, steps_of)
+        steps = under(flow, aliases, steps_of)
     images = []
     for image in x:
         sums = sweep(steps, image[None], index.single(), _fused_chunk(chunk_size, x, steps), weights=True)
@@ -161,7 +161,7 @@ class _Under(nn.Module):
         return self.function(self.flow, *args)
 
 
-def _under(flow: nn.Module, params: dict[str, Tensor], function, *args):
+def under(flow: nn.Module, params: dict[str, Tensor], function, *args):
     """``function(flow, *args)`` with these parameters in the flow's place."""
     named = {f"flow.{name}": value for name, value in params.items()}
     return torch.func.functional_call(_Under(flow, function), named, args)
@@ -185,7 +185,7 @@ def _recorded_grads(flow, params: dict, wanted, x, scale, index: PatchIndex, num
     if not patches.requires_grad:
         patches.requires_grad_()
     aliases = {name: params[name].view_as(params[name]) for name in wanted}
-    value = (_under(flow, {**params, **aliases}, patch_nll, patches) * scale[image]).sum() * index.weight
+    value = (under(flow, {**params, **aliases}, patch_nll, patches) * scale[image]).sum() * index.weight
     patch_grad, *rest = torch.autograd.grad(value, [patches, *aliases.values()], create_graph=True, **_UNUSED)
     grad = x.new_zeros(x.numel()).index_add(0, pixels.reshape(-1), patch_grad.reshape(-1))
     return grad.view_as(x), *rest
@@ -206,7 +206,7 @@ class _Gradient(torch.autograd.Function):
         if wanted:
             grads = _all_grads(flow, params, wanted, x, index, chunk_size)[1:]
         else:
-            grads = [_under(flow, params, value_and_grad, x, index, chunk_size)[1]]
+            grads = [under(flow, params, value_and_grad, x, index, chunk_size)[1]]
         return tuple(_weighted(grads, scale))
 
     @staticmethod

@@ -32,7 +32,7 @@ ROOMS = [
     {"checkpoints", "likelihood"},
     {"flow_prior", "latent", "samples", "weights_io"},
     {"patchnr"},
-    {"training"},
+    {"distributed", "training"},
     {"registry"},
     {"__init__"},
 ]
