@@ -1,9 +1,33 @@
 """Checks at the boundary, with both sides in the message."""
 
 import operator
+import sys
 
 import torch
 from torch import Tensor
+
+# modules whose loops count in `it`
+_LOOPS = (
+    "deepinv.optim.fixed_point",
+    "deepinv.sampling.sampling",
+    "deepinv_flows.iterators.nmapg",
+    "deepinv_flows.lbfgs",
+)
+
+
+def iteration() -> str:
+    """ " at iteration k" while an optimizer runs, to end a message with: deepinv does not tell a prior which one it is."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _LOOPS and "it" in frame.f_locals:
+            return f" at iteration {frame.f_locals['it']}"
+        frame = frame.f_back
+    return ""
+
+
+def check_finite(what: str, *tensors: Tensor) -> None:
+    if not all(bool(torch.isfinite(t.detach()).all()) for t in tensors):
+        raise ValueError(f"{what} holds NaN or infinite entries{iteration()}")
 
 
 def check_input(x: Tensor, like: Tensor, patch_size: int, channels: int, images_only: bool) -> None:
@@ -19,8 +43,8 @@ def check_input(x: Tensor, like: Tensor, patch_size: int, channels: int, images_
         raise ValueError(f"expected a tensor on {like.device}, as the flow's weights; got one on {x.device}")
     if not bool(torch.isfinite(x.detach()).all()):
         raise ValueError(
-            f"the input of shape {tuple(x.shape)} holds NaN or infinite entries; "
-            "if an optimizer passed it, its step size is too large"
+            f"the input of shape {tuple(x.shape)} holds NaN or infinite entries{iteration()}; "
+            "if an optimizer passed it, its step size may be too large"
         )
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .inputs import iteration
+
 SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9
 MAX_TRIALS = 20
 
@@ -34,6 +36,14 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
 def finite(value: Tensor, grad: Tensor) -> Tensor:
     """Samples (B,) at which value (B,) and gradient (B, ...) are finite."""
     return torch.isfinite(value) & torch.isfinite(grad.flatten(1)).all(1)
+
+
+def _check_still_finite(value_and_grad: Objective, z: Tensor, which: Tensor) -> None:
+    """Where every step was refused: z was accepted once, so it is not the steps if its value is not finite now."""
+    if which.any() and (bad := which & ~finite(*value_and_grad(z))).any():
+        raise ValueError(
+            f"the objective of images {bad.nonzero().flatten().tolist()} of the batch is not finite any more{iteration()}"
+        )
 
 
 @torch.no_grad()
@@ -58,16 +68,18 @@ def lbfgs(
     :param int history: pairs of steps and gradient differences that are remembered.
     :param Callable callback: is shown iterate and values after each iteration.
     :return: tensor like z.
+    :raises ValueError: naming the iteration, when an accepted iterate's value or gradient is not finite any more.
     """
     value, grad = value_and_grad(z)
     memory, negligible = _Memory(history, value), tol**2 * value.abs()
     # the first step, without any curvature known, is of length `step` at most
     t = step / dot(grad, grad).sqrt().clamp_min(1)
     alive = torch.ones_like(value, dtype=torch.bool)
-    for _ in range(max_iter):
+    for it in range(max_iter):  # noqa: B007 - for messages
         direction = memory.direction(grad)
         trial = _line_search(value_and_grad, z, value, grad, direction, t, alive)
         moved, z_new, value_new, grad_new = trial
+        _check_still_finite(value_and_grad, z, alive & ~moved)
         memory.remember(z_new - z, grad_new - grad)
         # no way down along the quasi-Newton direction: forget the past; none along the gradient either: done
         alive = alive & (moved | memory.forget(alive & ~moved))
@@ -173,14 +185,15 @@ def first_order(
     optimizer = make_optimizer([z])
     best, lowest = z.clone(), torch.full_like(z.flatten(1)[:, 0], torch.inf)
     shortened, alive = torch.ones_like(lowest), torch.ones_like(lowest, dtype=torch.bool)
-    for i in range(max_iter + 1):
+    for it in range(max_iter + 1):
         value, grad = value_and_grad(z)
         good = finite(value, grad)
         lower = good & alive & (value < lowest)
         best, lowest = torch.where(per_sample(lower, z), z, best), torch.where(lower, value, lowest)
-        if i > 0:
+        if it > 0:
+            _check_still_finite(value_and_grad, best, alive & ~good)
             callback(best, lowest)
-        if i == max_iter or not alive.any():
+        if it == max_iter or not alive.any():
             break
         shortened = torch.where(good, shortened, shortened / 2)
         z.copy_(torch.where(per_sample(good & alive, z), z, best))

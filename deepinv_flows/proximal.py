@@ -15,6 +15,9 @@ import torch
 from deepinv.optim.linear import minres
 from torch import Tensor
 
+from .inputs import iteration
+from .lbfgs import finite
+
 SUFFICIENT_DECREASE = 1e-4
 MAX_SHORTENINGS = 20
 
@@ -56,6 +59,7 @@ def minimise(
     :param int max_iter: number of accepted steps at most.
     :param float tol: a sample is done when a step moves it by less than ``tol`` times its norm.
     :return: tensor like ``x`` with F(u) <= F(x), up to rounding, for each sample.
+    :raises ValueError: when value or gradient of g are not finite at x.
     """
 
     def energy(u):
@@ -64,6 +68,8 @@ def minimise(
 
     u = x.clone()
     F, grad = energy(u)
+    if not finite(F, grad).all():
+        raise ValueError(f"the value or gradient of the prior is not finite where its prox begins{iteration()}")
     s = torch.full_like(F, step)
     rounding = 10 * torch.finfo(x.dtype).eps * F.abs()
     for _ in range(max_iter):
@@ -88,7 +94,7 @@ def _line_search(energy, u, F, grad, s, rounding):
         enough = F_trial <= F - SUFFICIENT_DECREASE * s * slope
         # where F is flat to rounding only the gradient still tells (Hager & Zhang 2005)
         enough |= (F_trial <= F + rounding) & (_sum(grad_trial**2) < slope)
-        new = enough & ~accepted
+        new = enough & ~accepted & finite(F_trial, grad_trial)
         keep = _per_sample(new, u)
         u_next, grad_next = torch.where(keep, trial, u_next), torch.where(keep, grad_trial, grad_next)
         F_next = torch.where(new, F_trial, F_next)

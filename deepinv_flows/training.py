@@ -2,12 +2,16 @@
 
 import contextlib
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from deepinv import Trainer
+from deepinv.physics import Denoising
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -147,7 +151,8 @@ def fit_flow(
     :param float dequantise: width of the uniform noise added to the images.
     :param bool augment: mirror every second image of a batch, left to right.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
-    :param str save_path: folder of this training, for the Trainer's checkpoints, about 20 in all; ``None`` keeps none.
+    :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch, of which the newest and about
+        20 others stay; ``None`` keeps none.
     :param bool resume: continue from the newest readable checkpoint under ``save_path``, as :func:`fit_patchnr` does.
     :param bool, str mixed_precision: as in :class:`deepinv.Trainer`.
     :param bool compile: compile the flow by :func:`torch.compile`.
@@ -183,7 +188,7 @@ def fit_flow(
     options = dict(
         epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device, verbose=verbose
     )
-    options |= dict(ckp_interval=max(1, epochs // 20), grad_clip=2.0 * images[0].numel())
+    options |= dict(keep_interval=max(1, epochs // 20), grad_clip=2.0 * images[0].numel())
     _fit(model, images, lr, save_path, resume, keep_best=eval_images is not None, **loaders, **options)
     return flow
 
@@ -200,8 +205,6 @@ def _fit(model: FlowModel, images, lr: float, save_path, resume: bool, keep_best
 
 def _train(model: FlowModel, lr: float, folder: Path, resume: bool, **options) -> list[Path]:
     """Train by deepinv's Trainer in a new run folder; returns that folder and those of the runs it continues."""
-    import deepinv as dinv
-
     runs = sorted(folder.glob("run_*"), key=lambda path: int(path.name[4:]))
     run = folder / f"run_{len(runs)}"
     earlier = runs if resume else []
@@ -211,9 +214,9 @@ def _train(model: FlowModel, lr: float, folder: Path, resume: bool, **options) -
             checkpoints.load_into(model, checkpoints.read_torch(newest)["state_dict"])
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=lr, fused=weights[0].device.type in ("cpu", "cuda"))
-    dinv.Trainer(
+    _Trainer(
         model=model,
-        physics=dinv.physics.Denoising(),
+        physics=Denoising(),
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmCosine(options["epochs"])),
         losses=FlowNLL(),
@@ -230,6 +233,24 @@ def _train(model: FlowModel, lr: float, folder: Path, resume: bool, **options) -
         **options,
     ).train()
     return [*earlier, run]
+
+
+@dataclass
+class _Trainer(Trainer):
+    """
+    deepinv's Trainer, which writes where the last good checkpoint is, with writes that cannot break it.
+
+    :param int keep_interval: of the checkpoints of every epoch those of every such epoch stay, and the newest.
+    """
+
+    keep_interval: int = 1
+
+    def save_model(self, filename: str, epoch: int, state: dict | None = None) -> None:
+        folder = Path(self.save_path)
+        super().save_model(f"{filename}.part", epoch, state)
+        os.replace(folder / f"{filename}.part", folder / filename)
+        if filename == f"ckp_{epoch}.pth.tar" and (epoch - 1) % self.keep_interval:
+            (folder / f"ckp_{epoch - 1}.pth.tar").unlink(missing_ok=True)
 
 
 class _WarmCosine:

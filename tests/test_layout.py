@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "deepinv_flows"
 # each module may import those of the rooms before its own
 ROOMS = [
-    {"contract", "inputs", "iterators.base", "lbfgs", "patches", "portable", "splitting_masks", "steps"},
+    {"inputs"},
+    {"contract", "iterators.base", "lbfgs", "patches", "portable", "splitting_masks", "steps"},
     {"iterators.optimizer", "iterators.search", "recognise", "splitting_model", "sweep"},
     {
         "iterators.condat_vu",

@@ -8,6 +8,8 @@ from deepinv.optim.optim_iterators import OptimIterator
 from deepinv.optim.prior import ZeroPrior
 from torch import Tensor
 
+from ..inputs import check_finite, iteration
+
 
 def coefficient(value: float | Tensor, x: Tensor) -> float | Tensor:
     """A number, or one for each sample, as something that multiplies ``x``."""
@@ -30,6 +32,12 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
             f"got shape {tuple(value.shape)}"
         )
     return value.flatten(1).sum(1) if value.ndim > 1 else value
+
+
+def check_not_nan(what: str, value: Tensor) -> None:
+    """Infinite it may be, where a constraint is not met."""
+    if bool(torch.isnan(value.detach()).any()):
+        raise ValueError(f"{what} of samples {torch.isnan(value).nonzero().flatten().tolist()} is NaN{iteration()}")
 
 
 def square(x: Tensor) -> Tensor:
@@ -178,10 +186,14 @@ class Iteration(OptimIterator):
         :param torch.Tensor, deepinv.utils.TensorList y: measurements.
         :param deepinv.physics.Physics physics: their physics.
         :return: ``{"est": (x, ...), "cost": F}`` with F of shape (B,), or ``None`` without a cost.
+        :raises ValueError: naming the iteration, when an iterate is not finite or its cost is NaN.
         """
         X = self.step(X, Problem(self, cur_data_fidelity, cur_prior, cur_params, y, physics))
+        check_finite("the iterate", *X["est"])
         if "cost" not in X:
             wanted = self.has_cost and cur_data_fidelity is not None and cur_prior is not None
             args = (X["est"], cur_data_fidelity, cur_prior, cur_params, y, physics)
             X["cost"] = self.evaluate(*args) if wanted else None
+        if X["cost"] is not None:
+            check_not_nan("the cost", X["cost"])
         return X

@@ -7,7 +7,8 @@ import torch
 from deepinv.optim import BacktrackingConfig, DataFidelity, Prior
 from torch import Tensor
 
-from .base import PriorTerm, Problem, coefficient, per_sample, rounding, square
+from ..inputs import check_finite
+from .base import PriorTerm, Problem, check_not_nan, coefficient, per_sample, rounding, square
 from .optimizer import Optim
 from .search import DEFAULT, SearchIteration, as_config, as_steps, shorten
 
@@ -55,6 +56,10 @@ class _Advance:
         t_before, t = past.get("t", (0.0, 1.0))
         y = x + t_before / t * (z - x) + (t_before - 1) / t * (x - past.get("x", x))
         grad_y = self.smooth.grad(y)
+        if not (inside := torch.isfinite(grad_y).flatten(1).all(1)).all():  # extrapolated out of the domain
+            y = _pick(inside, y, x)
+            grad_y = self.smooth.grad(y)
+            check_finite("the gradient", grad_y)
         history = self.config is not None and "y" in past
         if history:
             step = _barzilai_borwein(y - past["y"], grad_y - past["grad_y"], step)
@@ -76,6 +81,7 @@ class _Advance:
             v, F_v, _, _ = self.descend(x, grad_x, step_x, below)
             good = good | (F_z <= F_v)
             x_new, F = _pick(good, z, v), torch.where(good, F_z, F_v)
+            check_not_nan("the energy", F)
             if self.config is not None:  # not even the shortest step falls
                 x_new, F = _pick(below(F), x_new, x), torch.where(below(F), F, c)
         q = self.eta * past.get("q", 1.0) + 1
@@ -230,6 +236,7 @@ def nmapg(
     :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search, as in :class:`NMAPG`.
     :param Callable callback: called after each iteration with x and its energies (B,).
     :return: tensor like x, without a graph.
+    :raises ValueError: naming the iteration, when the gradient is not finite or the energy is NaN.
 
     Source: as :class:`NMAPG`.
 
@@ -241,7 +248,7 @@ def nmapg(
     """
     advance = _Advance(_Energy(energy), PriorTerm(prior), as_config(backtracking), eta)
     z, past = x, {}
-    for _ in range(max_iter):
+    for it in range(max_iter):  # noqa: B007 - for messages
         before = x
         x, z, past = advance(x, z, past, past.get("step", as_steps(stepsize, x)))
         if callback is not None:
