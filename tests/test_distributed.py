@@ -39,10 +39,9 @@ def both(group=None, dtype=torch.float64, flow="glow_silu", **options):
 
 
 def everything(prior, x, direction):
-    """Value, gradient, prox, and by autograd: gradients in image and weights, of the first and of the second order."""
+    """Value, gradient, and by autograd: gradients in image and weights, of the first and of the second order."""
     weights = [p for p in prior.parameters() if p.requires_grad]
     found = {"value": prior(x), "grad": prior.grad(x).detach()}
-    found["prox"] = prior.prox(x, gamma=0.3, max_iter_inter=4).detach()
     leaf = x.clone().requires_grad_()
     found["backward"] = torch.autograd.grad((prior(leaf) * torch.arange(1, len(x) + 1)).sum(), [leaf, *weights])
     grad = prior.grad(leaf)
