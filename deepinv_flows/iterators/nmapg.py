@@ -73,8 +73,11 @@ class _Advance:
             ok = below(F)
             return ok if ok.all() else ok | below(F, F_y())
 
-        z, F_z, fall, step = self.descend(y, grad_y, step, below_either)
-        x_new, F = z, F_z
+        z, F_z, fall, step_z = self.descend(y, grad_y, step, below_either)
+        if history and self.monitored:  # the search from an extrapolation out of the domain says nothing of steps
+            inside = torch.isfinite(F_z)
+            step_z, z = _pick(inside, step_z, step), _pick(inside, z, x)
+        step, x_new, F = step_z, z, F_z
         if self.monitored and not (good := below(F_z + fall)).all():
             grad_x = self.smooth.grad(x)
             step_x = _barzilai_borwein(x - past["y"], grad_x - past["grad_y"], step) if history else step
