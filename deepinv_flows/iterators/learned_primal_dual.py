@@ -7,6 +7,7 @@ from deepinv.models import PDNet_DualBlock, PDNet_PrimalBlock
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
+from ..inputs import positive_int
 from .base import Iteration, Problem
 from .optimizer import Optim
 
@@ -132,6 +133,7 @@ class LearnedPrimalDual(Optim):
         generator: torch.Generator | None = None,
         **kwargs,
     ):
+        positive_int(max_iter=max_iter)
         seen = channels if measurement_channels is None else measurement_channels
         sizes = {"depth": depth, "nf": nf, "dim": dim}
         primal, dual = n_primal * channels, n_dual * seen

@@ -1,6 +1,7 @@
 """What the optimizers share: parameters normalised and checked, and what cannot be right refused."""
 
 from collections.abc import Callable, Iterable
+from numbers import Real
 
 import torch
 from deepinv.loss.metric import PSNR
@@ -8,6 +9,7 @@ from deepinv.optim import AndersonAccelerationConfig, BacktrackingConfig, BaseOp
 from deepinv.optim.optim_iterators import OptimIterator
 from torch import Tensor, nn
 
+from ..inputs import positive_int
 from .base import Iteration, Problem
 
 ALIASES = {"lambda_reg": "lambda", "sigma_denoiser": "g_param", "lambda_reg_2": "lambda_2"}
@@ -56,18 +58,26 @@ RANGES = {
     "stepsize_dual": ("positive", lambda v: v > 0),
     "lambda": ("non-negative", lambda v: v >= 0),
     "lambda_2": ("non-negative", lambda v: v >= 0),
+    "beta": ("real", lambda v: v == v),
     "inertia": ("in [0, 1)", lambda v: (v >= 0) & (v < 1)),
     "eta": ("in [0, 1)", lambda v: (v >= 0) & (v < 1)),
 }
 
 
+def _within(value, admissible: Callable[[Tensor], Tensor]) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+        return False
+    value = torch.as_tensor(value).detach()
+    return not value.is_complex() and bool((admissible(value) & torch.isfinite(value)).all())
+
+
 def _check_ranges(params: dict) -> None:
     for name in RANGES.keys() & params.keys():
         kind, admissible = RANGES[name]
-        for value in params[name] if isinstance(params[name], Iterable) else [params[name]]:
-            value = torch.as_tensor(value).detach()
-            if not bool((admissible(value) & torch.isfinite(value)).all()):
-                raise ValueError(f"expected {name} to be finite and {kind}; got {value.tolist()}")
+        given = params[name]
+        values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | dict) else [given]
+        if not values or not all(_within(v, admissible) for v in values):
+            raise ValueError(f"expected {name} to be finite and {kind}, or a list of such; got {given!r}")
 
 
 class Optim(BaseOptim):
@@ -104,6 +114,8 @@ class Optim(BaseOptim):
         g_param = sigma_denoiser if g_param is None else g_param
         params = as_parameters({"g_param": g_param, **parameters}) | as_parameters(params_algo or {})
         _check_ranges(params)
+        if "max_iter" in kwargs:
+            positive_int(max_iter=kwargs["max_iter"])
         constants = ()
         if isinstance(iterator, Iteration):
             constants = iterator.constants

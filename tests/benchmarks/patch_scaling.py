@@ -17,8 +17,8 @@ import torch
 from common import backward, memory_of, pair, peak_over, versions
 
 
-def measure(who: str, size: int, repeats: int) -> None:
-    theirs, ours = pair()
+def measure(who: str, size: int, repeats: int, width: int) -> None:
+    theirs, ours = pair(sub_net_size=width)
     prior = (theirs if who == "deepinv" else ours).requires_grad_(False)
     x = torch.rand(1, 1, size, size)
     seconds, processor = [], []
@@ -57,18 +57,21 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--deepinv-up-to", type=int, default=512, help="it needs 27 kB a patch: 28 GB at 1024")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--width", type=int, default=256, help="of the flow's networks")
     parser.add_argument("--out", help="where to save the plot")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        return measure(args.measure[0], int(args.measure[1]), int(args.measure[2]))
+        return measure(args.measure[0], *map(int, args.measure[1:]))
     rows = {"deepinv": {}, "ours": {}}
     print(f"{'size':>6}{'':>10}{'seconds':>10}{'processor':>11}{'us/patch':>10}{'MB':>8}")
     for size in args.sizes:
         for who in rows:
             if who == "deepinv" and size > args.deepinv_up_to:
                 continue
-            seconds, processor, memory = memory_of(__file__, "--measure", who, str(size), str(args.repeats))
+            seconds, processor, memory = memory_of(
+                __file__, "--measure", who, str(size), str(args.repeats), str(args.width)
+            )
             cost = seconds / (size - 5) ** 2 * 1e6
             found = {"seconds": seconds, "processor_seconds": processor, "us_per_patch": cost, "mb": memory}
             rows[who][size] = {name: round(value, 3) for name, value in found.items()}
