@@ -10,6 +10,8 @@ overlap by ``patch_size - 1``), and the number n of all patches. Sums over proce
 transposes, so gradients of any order follow.
 """
 
+from types import ModuleType
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,9 +35,9 @@ class DistributedPatchNR(PatchNR):
     (:func:`deepinv.distributed.distribute`) or not. A process evaluates its share of the patches in the memory of its share of
     the image; an evaluation of the value or of the gradient is one all-reduce. Without a group it is a :class:`PatchNR`.
 
-    A random subset (``n_patches``) is that of the first process. :class:`deepinv.distributed.DistributedProcessing`
-    knows maps from images to images alone: of a prior it would tile the gradient, with borders that are in too few patches
-    and a mean over each tile's.
+    A random subset (``n_patches``) is the one that the first process draws. :func:`deepinv.distributed.distribute` refuses
+    priors: it tiles maps from images to images, and tiles of a prior's gradient would lack the patches across their borders
+    and count their own alone.
 
     :param torch.distributed.ProcessGroup group: the processes; ``None`` is the default group, if there is one.
     :param args: as in :class:`PatchNR`, and so are ``kwargs``; equal on all processes, as are the weights.
@@ -55,8 +57,8 @@ class DistributedPatchNR(PatchNR):
         self.group = group
 
     @property
-    def _sums(self) -> "_Shares":
-        return _Shares(self.group)
+    def _sums(self) -> "_Shares | ModuleType":
+        return _Shares(self.group) if dist.is_initialized() else patchwise
 
     def _check(self, x: Tensor, images_only: bool = False) -> None:
         super()._check(x, images_only=True)
@@ -73,11 +75,9 @@ class _Shares:
     """This process's part in what :mod:`deepinv_flows.patchwise` computes, under the same names."""
 
     def __init__(self, group: dist.ProcessGroup | None):
-        self.group, self.place = group, (0, 1)
-        if dist.is_initialized():
-            self.place = dist.get_rank(group), dist.get_world_size(group)
-            if self.place[0] < 0:
-                raise ValueError(f"expected a process of the group; process {dist.get_rank()} is none")
+        self.group, self.place = group, (dist.get_rank(group), dist.get_world_size(group))
+        if self.place[0] < 0:
+            raise ValueError(f"expected a process of the group; process {dist.get_rank()} is none")
 
     def image_nll(self, flow: nn.Module, x: Tensor, index: PatchIndex, *options) -> Tensor:
         part, rows = index.share(*self.place)
@@ -127,8 +127,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx, group, *tensors):
         ctx.group = group
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        if dist.is_initialized():
-            dist.all_reduce(flat, group=group)
+        dist.all_reduce(flat, group=group)
         return tuple(t.view(like.shape).to(like) for t, like in zip(flat.split([t.numel() for t in tensors]), tensors))
 
     @staticmethod

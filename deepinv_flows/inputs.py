@@ -16,7 +16,7 @@ _LOOPS = (
 
 
 def iteration() -> str:
-    """ " at iteration k" while an optimizer runs, to end a message with: deepinv does not tell a prior which one it is."""
+    """What ends a message while an optimizer runs: which iteration it is, as deepinv does not tell a prior."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") in _LOOPS and "it" in frame.f_locals:

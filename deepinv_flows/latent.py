@@ -139,7 +139,8 @@ class LatentMAP(Reconstructor):
         :param bool compute_metrics: also return ``cost``, ``residual`` and, with ``x_gt``, ``psnr`` of each image after each
             iteration, as deepinv's optimizers do.
         :return: images (B, C, H, W), without a graph; with ``compute_metrics`` a tuple of images and metrics.
-        :raises ValueError: when y is not finite, or the objective is not where the search starts.
+        :raises ValueError: when y is not finite, or the objective is not where the search starts or, with the iteration, not
+            any more where it was.
         """
         for part in _parts(y):
             if not bool(torch.isfinite(part).all()):
