@@ -243,7 +243,7 @@ KILLED = """
 
 @pytest.mark.parametrize("patches", [True, False])
 def test_killed_while_a_checkpoint_is_written(patches, tmp_path):
-    code = textwrap.dedent(KILLED.format(n=20, path=str(tmp_path), patches=patches))
+    code = textwrap.dedent(KILLED.format(n=12, path=str(tmp_path), patches=patches))
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == -signal.SIGKILL
     checkpoints = list(tmp_path.glob("run_0/*/*.pth.tar"))
     epochs = {path.name: torch.load(path, weights_only=False)["epoch"] for path in checkpoints}  # each is whole
@@ -254,7 +254,7 @@ def test_killed_while_a_checkpoint_is_written(patches, tmp_path):
     assert "ckp_best.pth.tar" in epochs and (
         writing in ("ckp_best.pth.tar", f"ckp_{reached + 1}.pth.tar", f"ckp_{reached}.pth.tar")
     )
-    assert reached >= 8
+    assert reached >= 4
     numbers = [int(name[4:].split(".")[0]) for name in epochs if name != "ckp_best.pth.tar"]
     assert patches or all(number % 3 == 0 or number == max(numbers) for number in numbers)
     x = torch.rand(8, *SIZE, generator=torch.Generator().manual_seed(0))

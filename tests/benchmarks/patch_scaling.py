@@ -6,7 +6,7 @@ Cost and memory per patch of one value and image gradient, from small to large i
 The default flow with random weights, all patches, weights frozen in both priors; a fresh process for each size, so that memory
 is its own. Seconds are the clock's; those of the processor, which other work on the machine does not add to, stand beside them.
 The last line is one JSON object: microseconds a patch, MB over the image, how a 2048 x 2048 image compares with four of
-1024 x 1024, and for 512 and more the largest ratio of two sizes' costs a patch, and of their MB a megapixel.
+1024 x 1024, and for 512 and more the largest ratio of two sizes' seconds a pixel.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main():
         large, small = rows["ours"][2048], rows["ours"][1024]
         result["time_2048_over_four_1024"] = round(large["seconds"] / (4 * small["seconds"]), 3)
     large = {size: row for size, row in rows["ours"].items() if size >= 512}
-    for name in ("seconds", "processor_seconds", "mb") if len(large) > 1 else ():
+    for name in ("seconds", "processor_seconds") if len(large) > 1 else ():
         per_pixel = [row[name] / size**2 for size, row in large.items()]
         result[f"spread_of_{name}_per_pixel"] = round(max(per_pixel) / min(per_pixel), 3)
     print(json.dumps({**result, "versions": versions()}))
