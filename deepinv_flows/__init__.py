@@ -25,6 +25,7 @@ from .iterators import (
 )
 from .latent import LatentMAP
 from .likelihood import BitsPerDim, FlowModel, FlowNLL
+from .parallel import DistributedTrainer
 from .patchnr import PatchNR
 from .registry import register, registered, unregister
 from .splitting import EquivariantSplittingLoss
@@ -42,6 +43,7 @@ __all__ = [
     "DavisYin",
     "DavisYinIteration",
     "DistributedPatchNR",
+    "DistributedTrainer",
     "EquivariantSplittingLoss",
     "FlowModel",
     "FlowNLL",

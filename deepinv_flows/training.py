@@ -175,10 +175,7 @@ def fit_flow(
         raise ValueError("the weights of the flow are frozen; flow.requires_grad_(True) makes them trainable")
     _check_range(images, dequantise)
     model = FlowModel(flow.to(device), dequantise, generator, compile)
-    if not getattr(model.flow, "initialised", True):
-        first = images[torch.randperm(len(images), generator=generator)[:256]]
-        noise = torch.rand(first.shape, generator=generator, dtype=first.dtype)
-        model.flow.initialise((first + dequantise * (noise - 0.5)).to(device))
+    initialised(model.flow, images, dequantise, generator)
     batches = dict(batch_size=batch_size, collate_fn=same, generator=generator)
     samples = ImageSamples(images, augment)
     loaders = {
@@ -190,6 +187,31 @@ def fit_flow(
     )
     options |= dict(keep_interval=max(1, epochs // 20), grad_clip=2.0 * images[0].numel())
     _fit(model, images, lr, save_path, resume, keep_best=eval_images is not None, **loaders, **options)
+    return flow
+
+
+def initialised(
+    flow: nn.Module, images: Tensor, dequantise: float = 1 / 255, generator: torch.Generator | None = None
+) -> nn.Module:
+    """
+    A new :func:`deepinv_flows.image_flow`, its affine maps set by up to 256 of the images it will learn; any other flow as it is.
+
+    :param torch.nn.Module flow: the flow.
+    :param torch.Tensor images: (B, C, H, W)
+    :param float dequantise: width of the uniform noise added to the images.
+    :param torch.Generator generator: source of noise and choice; ``None`` is one with a fixed seed.
+    :return: ``flow``.
+
+    >>> import torch
+    >>> from deepinv_flows import image_flow
+    >>> from deepinv_flows.training import initialised
+    >>> flow = initialised(image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4), torch.rand(32, 1, 8, 8))
+    """
+    if not getattr(flow, "initialised", True):
+        generator = torch.Generator() if generator is None else generator
+        first = images[torch.randperm(len(images), generator=generator)[:256]]
+        noise = torch.rand(first.shape, generator=generator, dtype=first.dtype)
+        flow.initialise((first + dequantise * (noise - 0.5)).to(next(flow.parameters()).device))
     return flow
 
 
