@@ -25,8 +25,8 @@ def load_images(
     :param str data: a folder with images in it or below it, a file, or a name of those that come with scikit-image (``"camera"``,
         ``"grass"``, ``"lfw_subset"``, ...); or a list of such. An ``.npy`` file holds (N, H, W) in [0, 1].
     :param int channels: 1 for grey images, 3 for colour.
-    :param str part: ``"eval"`` for every fifth image, ``"train"`` for the others; of fewer than five images, the lowest fifth of the
-        rows and the others. ``None`` for all.
+    :param str part: ``"eval"`` for every fifth image, or the last of fewer than five, or the lowest fifth of the rows of one;
+        ``"train"`` for the rest; ``None`` for all.
     :param int min_size: least number of pixels a side.
     :return: list of (C, H, W), in the order of the files' names.
     :raises FileNotFoundError: where there are no images.
@@ -42,11 +42,12 @@ def load_images(
     images = [image for name in names for path in _files(name) for image in _read(path, channels)]
     if not images:
         raise FileNotFoundError(f"expected data to name images; got {data!r}")
-    if part is not None and len(images) >= EVERY:
-        images = [image for k, image in enumerate(images, 1) if (k % EVERY == 0) == (part == "eval")]
+    if part is not None and len(images) == 1:
+        top = images[0].shape[1] - max(images[0].shape[1] // EVERY, min_size)
+        images = [images[0][:, max(top, 0) :] if part == "eval" else images[0][:, : max(top, 0)]]
     elif part is not None:
-        rows = [image.shape[1] - image.shape[1] // EVERY for image in images]
-        images = [image[:, n:] if part == "eval" else image[:, :n] for image, n in zip(images, rows)]
+        held_out = range(min(EVERY, len(images)) - 1, len(images), EVERY)
+        images = [image for k, image in enumerate(images) if (k in held_out) == (part == "eval")]
     for image in images:
         if min(image.shape[1:]) < min_size:
             shape = tuple(image.shape)

@@ -1,5 +1,7 @@
 """Training by several processes, with the losses and gradients of one."""
 
+import itertools
+
 import numpy as np
 import torch.distributed as dist
 from deepinv import Trainer
@@ -15,17 +17,17 @@ class DistributedTrainer(Trainer):
 
         \nabla \frac1N \sum_{i=1}^N \ell(x_i) = \frac1W \sum_{r=1}^W \nabla \frac WN \sum_{i \in S_r} \ell(x_i)
 
-    Each of the W processes draws the whole batch of N samples, measurements with their noise included, and works on its share
-    :math:`S_r`; gradients are averaged by :class:`torch.nn.parallel.DistributedDataParallel`. Losses and metrics are those of the whole
-    batch, in every process, so that all stop early together; the first process prints and saves. Checkpoints are those of one process:
-    either may resume from the other's. With deepinv's own class, processes collide over the folder of checkpoints, report the losses of
-    their shares, and write weights that one process cannot load.
+    Each of the W processes draws the whole batch of N samples, with the noise of its measurements, and works on its share
+    :math:`S_r`; gradients are averaged by :class:`torch.nn.parallel.DistributedDataParallel`. Losses and metrics are those of the
+    whole batch, in every process, so that all stop early together; the first process prints and saves. Checkpoints are those of
+    one process, and either may resume from the other's. With deepinv's own class, processes collide over the folder of
+    checkpoints, report the losses of their shares, and write weights that one process cannot load.
 
-    All processes must draw the same batches and the same noise: seed them alike, before the data are made. Without a process group it is
-    deepinv's class.
+    All processes must draw the same batches and the same noise: seed them alike before the data are made. Without a process group
+    it is deepinv's class.
 
-    :param kwargs: those of :class:`deepinv.Trainer`; one physics for all samples, so no ``physics_generator``. The number of samples in
-        each batch must be a multiple of W.
+    :param kwargs: those of :class:`deepinv.Trainer`; one physics for all samples, so no ``physics_generator``. The number of
+        samples in each batch must be a multiple of W.
 
     >>> import torch, deepinv as dinv
     >>> from deepinv_flows import DistributedTrainer, FlowModel, FlowNLL, glow_flow
@@ -46,12 +48,12 @@ class DistributedTrainer(Trainer):
         if dist.get_rank() > 0:
             self.save_path, self.verbose = None, False
         super().setup_train(train, **kwargs)
-        meters = [self.logs_losses_train, self.logs_losses_eval, self.logs_metrics_train, self.logs_metrics_eval]
-        meters += [
+        groups = [self.logs_losses_train, self.logs_losses_eval, self.logs_metrics_train, self.logs_metrics_eval]
+        groups += [
             [self.logs_total_loss_train, self.logs_total_loss_eval],
             getattr(self, "logs_metrics_no_learning", []),
         ]
-        for meter in sum(meters, []):
+        for meter in itertools.chain(*groups):
             meter.__class__ = _JointMeter
         if train:
             self.model = _Parallel(self.model)

@@ -2,37 +2,40 @@ r"""
 Train what a YAML file describes
 ================================
 
-``python examples/train.py --config examples/configs/patchnr.yaml [key=value ...]`` runs a :class:`deepinv.Trainer` whose physics, model,
-losses, metrics, optimizer and data the file names by their import paths. Every key of the file can be given anew (``epochs=5``,
-``optimizer.lr=1e-4``, ``data=/my/folder``), and one that it does not name added (``+trainer.early_stop=3``). With ``resume=true`` the
-training goes on from its newest checkpoint. ``torchrun --nproc_per_node 2 examples/train.py ...`` shares each batch out over processes.
+``python examples/train.py --config examples/configs/patchnr.yaml [key=value ...]`` runs a :class:`deepinv.Trainer` whose physics,
+model, losses, metrics, optimizer and data the file names by their import paths. Every key of the file can be given anew
+(``epochs=5``, ``optimizer.lr=1e-4``, ``data=/my/folder``), and one that it has not can be added (``+trainer.early_stop=3``). With
+``resume=true`` the training goes on from its newest checkpoint. ``torchrun --nproc_per_node 2 examples/train.py ...`` shares each
+batch out over two processes, with the losses of one.
 
 A file can name any function to call: run those that you trust.
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import os
 import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
+import hydra.utils
 import torch
 import torch.distributed as dist
 from deepinv.datasets import TensorDataset
+from deepinv.datasets.base import batch_as_dict
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader, RandomSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from deepinv_flows import DistributedTrainer
-from deepinv_flows.checkpoints import CheckpointError, read_torch
-from deepinv_flows.inputs import positive_int
+from deepinv_flows.checkpoints import CheckpointError, guarded, read_torch
+from deepinv_flows.inputs import check_choice, positive_int
 
-
-instantiate = functools.partial(hydra_instantiate, _convert_="all")  # lists as lists
+instantiate = functools.partial(hydra.utils.instantiate, _convert_="all")  # lists as lists
 
 
 def read_config(path: str, overrides: list[str]) -> DictConfig:
@@ -40,56 +43,61 @@ def read_config(path: str, overrides: list[str]) -> DictConfig:
     config = OmegaConf.load(path)
     if not OmegaConf.is_dict(config):
         raise ValueError(f"expected keys and values; got {type(config).__name__} in {path}")
-    OmegaConf.set_struct(config, True)
     for override in overrides:
         key, equals, value = override.partition("=")
-        known, name = keys(config), key.removeprefix("+")
+        name, known = key.removeprefix("+"), keys(OmegaConf.to_container(config))
         if not (name and equals):
             raise ValueError(f"expected key=value; got {override!r}")
-        if name not in known and not key.startswith("+"):
+        if name not in known and name == key:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(config)} or below"
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(str, config))}"
             raise ValueError(f"no key {name!r} in {path}; {hint} (+{name}=... adds one)")
-        value = OmegaConf.create(f"value: {value}")["value"]
-        OmegaConf.update(config, name, value, merge=False, force_add=key.startswith("+"))
+        OmegaConf.update(config, name, OmegaConf.create(f"value: {value}")["value"], merge=False)
     return config
 
 
-def keys(config: DictConfig) -> list[str]:
-    """Of the file, those inside others with dots."""
-    found = []
-    for key in config:
-        below = OmegaConf.to_container(config)[key]
-        found += [
-            str(key),
-            *(f"{key}.{name}" for name in (keys(OmegaConf.create(below)) if isinstance(below, dict) else [])),
-        ]
-    return found
+def keys(node) -> list[str]:
+    """All keys of a file, those below others after dots."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [name for key, below in items for name in (str(key), *(f"{key}.{name}" for name in keys(below)))]
 
 
-def newest_checkpoint(config: DictConfig) -> Path | None:
-    """What to resume from; a checkpoint that an interruption cut short is passed over."""
-    if not isinstance(config.resume, bool):
-        return config.resume and Path(config.resume)
+def newest_checkpoint(config: DictConfig) -> tuple[Path | None, int]:
+    """What to resume from, and the epochs that it has behind it; one that an interruption cut short is passed over."""
+    if config.resume and not isinstance(config.resume, bool):
+        with guarded(config.resume):
+            return Path(config.resume), read_torch(config.resume)["epoch"] + 1
     paths = Path(config.save_path).glob("*/ckp_*.pth.tar") if config.resume else []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            read_torch(path)
-            return path
-        except CheckpointError:
-            continue
-    return None
+        with contextlib.suppress(CheckpointError):
+            return path, read_torch(path)["epoch"] + 1
+    return None, 0
+
+
+def only_x(batch) -> torch.Tensor:
+    """The images or patches alone: the Trainer measures them."""
+    return batch_as_dict(batch if isinstance(batch, dict) else default_collate(batch))["x"]
+
+
+@torch.no_grad()
+def measured(data: Dataset, physics, device: torch.device) -> Dataset:
+    """Each image with its measurement, made once."""
+    batches = [(x, physics(x.to(device)).cpu()) for x in DataLoader(data, 16, collate_fn=only_x)]
+    x, y = map(torch.cat, zip(*batches))
+    return TensorDataset(x=x, y=y, use_dict_output=True)
 
 
 def train(config: DictConfig) -> DistributedTrainer:
     """Make all that the file names, and train."""
-    index = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", index) if config.device == "cuda" else torch.device(config.device)
+    check_choice("dtype", config.dtype, ("float32", "float64"))
     torch.set_default_dtype(getattr(torch, config.dtype))
+    device = torch.device(config.device)
     if "LOCAL_RANK" in os.environ:  # by torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    checkpoint = newest_checkpoint(config)
-    finished = read_torch(checkpoint)["epoch"] + 1 if checkpoint else 0
+    checkpoint, epoch = newest_checkpoint(config)
 
     torch.manual_seed(config.seed)
     physics = instantiate(config.physics).to(device)
@@ -98,20 +106,10 @@ def train(config: DictConfig) -> DistributedTrainer:
     scheduler = instantiate(config.scheduler, _partial_=True)(optimizer) if config.scheduler else None
     options = instantiate(config.trainer)
 
-    def loader(data, samples_per_epoch=None):
-        data = instantiate(data)
-        if not options["online_measurements"]:  # measured once
-            x = torch.stack(list(data)).to(device)
-            data = TensorDataset(
-                x=x.cpu(), y=torch.cat([physics(part) for part in x.split(16)]).cpu(), use_dict_output=True
-            )
-
-        def collate(batch):
-            batch = batch if isinstance(batch, dict) else default_collate(batch)
-            if isinstance(batch, dict) and not options["online_measurements"]:
-                return batch
-            return batch["x"] if isinstance(batch, dict) else batch
-
+    def loader(node: DictConfig, samples_per_epoch: int | None = None) -> DataLoader:
+        data, collate = instantiate(node), only_x
+        if not options.get("online_measurements"):
+            data, collate = measured(data, physics, device), None
         sampler = RandomSampler(data, samples_per_epoch is not None, samples_per_epoch)
         return DataLoader(data, positive_int(batch_size=config.batch_size), sampler=sampler, collate_fn=collate)
 
@@ -131,7 +129,7 @@ def train(config: DictConfig) -> DistributedTrainer:
         non_blocking_transfers=device.type == "cuda",
         **options,
     )
-    torch.manual_seed(config.seed + finished)  # a resumed training draws anew
+    torch.manual_seed(config.seed + epoch)  # a resumed training draws anew
     model = trainer.train()
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise ValueError("the training diverged: weights are not finite")
@@ -143,7 +141,7 @@ def one_line(error: Exception) -> str:
     key = re.search(r"full_key: (\S+)", str(error)) if isinstance(error, InstantiationException) else None
     cause = error.__cause__ if key and error.__cause__ else error
     kind = "" if isinstance(cause, ValueError | InstantiationException) else f"{type(cause).__name__}: "
-    return f"{key[1] + ': ' if key else ''}{kind}{' '.join(str(cause).split())}"
+    return f"{key[1] + ': ' if key else ''}{kind}{textwrap.shorten(str(cause), 500)}"
 
 
 class Parser(argparse.ArgumentParser):
