@@ -131,8 +131,9 @@ def train(config: DictConfig) -> DistributedTrainer:
     )
     torch.manual_seed(config.seed + epoch)  # a resumed training draws anew
     model = trainer.train()
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
-        raise ValueError("the training diverged: weights are not finite")
+    histories = [*trainer.loss_history.values(), *trainer.eval_metrics_history.values()]
+    if not all(bool(p.isfinite().all()) for p in [*model.parameters(), *map(torch.tensor, histories)]):
+        raise ValueError("the training diverged: a weight, loss or metric is not finite")
     return trainer
 
 
