@@ -106,11 +106,11 @@ def train(config: DictConfig) -> DistributedTrainer:
     scheduler = instantiate(config.scheduler, _partial_=True)(optimizer) if config.scheduler else None
     options = instantiate(config.trainer)
 
-    def loader(node: DictConfig, samples_per_epoch: int | None = None) -> DataLoader:
+    def loader(node: DictConfig, shuffle: bool, samples_per_epoch: int | None = None) -> DataLoader:
         data, collate = instantiate(node), only_x
         if not options.get("online_measurements"):
             data, collate = measured(data, physics, device), None
-        sampler = RandomSampler(data, samples_per_epoch is not None, samples_per_epoch)
+        sampler = RandomSampler(data, samples_per_epoch is not None, samples_per_epoch) if shuffle else None
         return DataLoader(data, positive_int(batch_size=config.batch_size), sampler=sampler, collate_fn=collate)
 
     trainer = DistributedTrainer(
@@ -120,8 +120,8 @@ def train(config: DictConfig) -> DistributedTrainer:
         metrics=instantiate(config.metrics),
         optimizer=optimizer,
         scheduler=scheduler,
-        train_dataloader=loader(config.train_data, config.samples_per_epoch),
-        eval_dataloader=loader(config.eval_data),
+        train_dataloader=loader(config.train_data, True, config.samples_per_epoch),
+        eval_dataloader=loader(config.eval_data, False),
         epochs=positive_int(epochs=config.epochs),
         device=device,
         save_path=config.save_path,
