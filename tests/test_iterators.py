@@ -35,21 +35,21 @@ N = 6
 
 
 class Weighted(dinv.optim.Prior):
-    """Half a weighted sum of squares, the weight learnable."""
+    """Half a weighted sum of squared distances to the level ``g_param``, the weight learnable."""
 
     def __init__(self, weight=1.0):
         super().__init__()
         self.explicit_prior = True
         self.weight = torch.nn.Parameter(torch.tensor(weight, dtype=F64))
 
-    def fn(self, x, *args, **kwargs):
-        return 0.5 * self.weight * x.flatten(1).pow(2).sum(1)
+    def fn(self, x, level=None, **kwargs):
+        return 0.5 * self.weight * (x - (0 if level is None else level)).flatten(1).pow(2).sum(1)
 
-    def grad(self, x, *args, **kwargs):
-        return self.weight * x
+    def grad(self, x, level=None, **kwargs):
+        return self.weight * (x - (0 if level is None else level))
 
-    def prox(self, x, *args, gamma=1.0, **kwargs):
-        return x / (1 + gamma * self.weight)
+    def prox(self, x, level=None, *, gamma=1.0, **kwargs):
+        return (x + gamma * self.weight * (0 if level is None else level)) / (1 + gamma * self.weight)
 
 
 class NonNegative(dinv.optim.Prior):
@@ -308,8 +308,8 @@ ALGORITHMS = {
     "DavisYin": (
         DavisYin,
         DavisYinIteration,
-        STEPS | {"beta": 0.9, "prior_2": Weighted(), "lambda_2": 0.2},
-        ["beta", "lambda_2"],
+        STEPS | {"beta": 0.9, "prior_2": Weighted(), "lambda_2": 0.2, "g_param_2": 0.6},
+        ["beta", "lambda_2", "g_param_2"],
     ),
     "NMAPG": (NMAPG, NMAPGIteration, STEPS, []),
     "IPiano": (IPiano, IPianoIteration, STEPS | {"inertia": 0.4}, ["inertia"]),
@@ -374,7 +374,7 @@ def test_each_sample_as_if_alone(name):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_unfolded_gradients(name):
     *_, more = ALGORITHMS[name]
-    model = build(name, "class", max_iter=4, unfold=True).double()
+    model = build(name, "class", max_iter=4, unfold=True, g_param=0.4).double()
     probe = random(2, 1, 1, N, seed=9)
 
     def loss():
@@ -383,7 +383,7 @@ def test_unfolded_gradients(name):
     model.zero_grad()
     loss().backward()
     trained = {n: p for n, p in model.named_parameters() if "params_algo" in n or n.startswith("prior.")}
-    assert {"stepsize", "lambda", *more} <= {n.split(".")[1] for n in trained}
+    assert {"stepsize", "lambda", "g_param", *more} <= {n.split(".")[1] for n in trained}
     for n, p in trained.items():
         expected = central_difference(loss, p.data, torch.ones_like(p), 1e-6)
         assert float(p.grad.sum()) == pytest.approx(float(expected), rel=1e-5, abs=1e-8), n
