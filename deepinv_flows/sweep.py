@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .patches import PatchIndex
-from .steps import Program, workspace
+from .steps import Program
+from .workspace import workspace
 
 LEAST_SHARE = 256  # patches that are worth a thread
 

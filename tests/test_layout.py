@@ -15,8 +15,9 @@ PACKAGE = ROOT / "deepinv_flows"
 # each module may import those of the rooms before its own
 ROOMS = [
     {"inputs"},
-    {"contract", "iterators.base", "lbfgs", "parallel", "patches", "portable", "splitting_masks", "steps"},
-    {"images", "iterators.optimizer", "iterators.search", "recognise", "splitting_model", "sweep"},
+    {"contract", "iterators.base", "lbfgs", "parallel", "patches", "portable", "splitting_masks", "workspace"},
+    {"images", "iterators.optimizer", "iterators.search", "splitting_model", "steps"},
+    {"recognise", "sweep"},
     {
         "iterators.condat_vu",
         "iterators.davis_yin",

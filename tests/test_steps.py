@@ -12,6 +12,7 @@ from deepinv_flows import PatchNR, Reversed, allinone_flow, as_flow, glow_flow, 
 from deepinv_flows.contract import evaluate
 from deepinv_flows.patches import PatchIndex
 from deepinv_flows.recognise import steps_of
+from deepinv_flows.workspace import Workspace
 
 BOTH_WAYS = [(name, way) for name in FLOWS for way in ("forward", "inverse") if (name, way) != ("reversed", "inverse")]
 
@@ -36,7 +37,7 @@ def test_value_and_all_gradients_against_autograd(name, way):
     known = steps_of(flow)
     grads = [[torch.zeros_like(w, requires_grad=False) for w in step.packed] for step in known]
     with torch.no_grad():
-        program = steps.Program(known, steps.Workspace(13, torch.float64, x.device, torch.float64), grads)
+        program = steps.Program(known, Workspace(13, torch.float64, x.device, torch.float64), grads)
         for _ in range(2):  # buffers are used again
             for own in grads:
                 for g in own:

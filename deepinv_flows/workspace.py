@@ -1,0 +1,66 @@
+"""Buffers for chunks of patches, kept from call to call."""
+
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SLAB = 2**23  # bytes
+
+
+class Workspace:
+    """
+    Buffers for chunks of n patches.
+
+    :param torch.dtype state_dtype: of all but matrix products.
+    :param torch.dtype dtype: of matrix products.
+    """
+
+    def __init__(self, n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype):
+        self.slabs = []
+        self.device = device
+        self.start(n, state_dtype, dtype)
+
+    def start(self, n: int, state_dtype: torch.dtype, dtype: torch.dtype) -> "Workspace":
+        """Take all buffers back, to be handed out for chunks of another size."""
+        self.n, self.state_dtype, self.dtype = n, state_dtype, dtype
+        self.slab, self.taken, self.by_name = 0, 0, {}
+        return self
+
+    def new(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.state_dtype
+        size = rows * self.n * dtype.itemsize
+        while self.slab < len(self.slabs) and self.taken + size > len(self.slabs[self.slab]):
+            self.slab, self.taken = self.slab + 1, 0
+        if self.slab == len(self.slabs):
+            self.slabs.append(_memory(max(size, SLAB), self.device))
+        flat = self.slabs[self.slab][self.taken : self.taken + size].view(dtype)
+        self.taken += -(-size // 64) * 64
+        return flat.view(rows, self.n)
+
+    def shared(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer whose content no one relies on later: the same memory for all steps, which stays in cache."""
+        key = name, rows, dtype
+        if key not in self.by_name:
+            self.by_name[key] = self.new(rows, dtype)
+        return self.by_name[key]
+
+
+_kept = threading.local()
+
+
+def workspace(n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> Workspace:
+    """On a CPU this thread's workspace, kept from call to call, as the first touch of memory is slow."""
+    if device.type != "cpu":
+        return Workspace(n, state_dtype, device, dtype)
+    if n > getattr(_kept, "capacity", 0):  # slabs that are too small for it would lie idle
+        _kept.capacity, _kept.space = n, Workspace(n, state_dtype, device, dtype)
+    return _kept.space.start(n, state_dtype, dtype)
+
+
+def _memory(size: int, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    # numpy asks for huge pages: the first touch of small ones takes longer than the work on a small image
+    return torch.from_numpy(np.empty(size, dtype=np.uint8))
