@@ -166,6 +166,14 @@ def bm3d(physics, y, sigma, strength):
     return dinv.models.BM3D()(y, sigma)
 
 
+def bm3d_rgb(physics, y, sigma, strength):
+    """The package's own way with colours, which denoises luminance and chrominance; deepinv's takes channels one by one."""
+    import bm3d
+
+    images = [bm3d.bm3d_rgb(image.permute(1, 2, 0).double().numpy(), sigma) for image in y]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+
+
 def patchnr(prior, iterations, physics, y, sigma, strength):
     """Adam on |Ax - y|^2 / 2 sigma^2 + strength HW/p^2 g(x), from TV's result."""
     start = total_variation(physics, y, sigma, sigma if isinstance(physics, dinv.physics.Denoising) else 0.03, 100)
@@ -275,7 +283,7 @@ def main():
     linear = {
         "Lasso DCT": (lasso_dct, [0.01, 0.03, 0.1]),
         "Lasso wavelet": (lasso_wavelet, [0.01, 0.03, 0.1]),
-        "TV": (total_variation, [0.01, 0.03, 0.1]),
+        "TV": (total_variation, [0.03, 0.1, 0.3, 1.0]),
         "PatchNR": (by_patches, [0.1, 0.3, 1.0]),
         "LatentMAP": (by_flow, [0.0, 1.0, 10.0, 30.0]),
     }
@@ -284,7 +292,8 @@ def main():
     def denoisers(sigma):
         found = {
             "noisy": (lambda physics, y, sigma, strength: y, [0]),
-            "BM3D": (bm3d, [0]),
+            "BM3D": (bm3d_rgb, [0]),
+            "BM3D, deepinv": (bm3d, [0]),
             "TV": (total_variation, [f * sigma for f in (0.5, 0.8, 1.2)]),
             "PatchNR": (by_patches, [0.3, 0.6, 1.0]),
             "LatentMAP": (by_flow, [30.0, 60.0, 100.0, 150.0]),
