@@ -179,14 +179,14 @@ def test_langevin_of_a_gaussian_posterior(problem):
                 p.zero_()
     # one pixel a patch and channel: g is the mean over pixels of |x|^2 / 2
     prior = PatchNR(flow, patch_size=1, channels=2)
-    y = torch.full((1, 2, 6, 6), 0.8)
+    y = torch.full((1, 2, 12, 12), 0.8)
     physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.5))
     sampler = dinv.sampling.sampling_builder(
         "ULA",
         data_fidelity=dinv.optim.L2(sigma=0.5),
         prior=prior,
-        params_algo={"step_size": 0.01, "alpha": 36.0, "sigma": 0.0},
-        max_iter=6000,
+        params_algo={"step_size": 0.01, "alpha": 144.0, "sigma": 0.0},
+        max_iter=2000,
         burnin_ratio=0.1,
         thinning=2,
         clip=(-20.0, 20.0),
