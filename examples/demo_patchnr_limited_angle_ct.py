@@ -139,8 +139,8 @@ def by_patches(prior, patch_size):
 psnr, ssim = dinv.metric.PSNR(), dinv.metric.SSIM()
 methods = {
     "total variation": (total_variation, [5.0, 10.0, 20.0]),
-    "EPLL": (by_patches(epll_prior, epll.patch_size), [0.4, 0.8, 1.6]),
-    "PatchNR": (by_patches(patchnr, patchnr.patch_size), [0.4, 0.8, 1.6]),
+    "EPLL": (by_patches(epll_prior, epll.patch_size), [0.8, 1.6, 3.2]),
+    "PatchNR": (by_patches(patchnr, patchnr.patch_size), [0.4, 0.8, 1.2]),
 }
 physics = make_physics(seed=0)
 y = physics(held_out)

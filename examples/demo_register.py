@@ -95,7 +95,10 @@ shown = axes[1, 0].imshow(difference[0, 0], cmap="magma")
 axes[1, 0].set_title("difference of the two")
 axes[1, 0].set_axis_off()
 figure.colorbar(shown, ax=axes[1, 0], shrink=0.8)
-for axis, key, scale, title in ((axes[1, 1], "seconds", 1e3, "ms an iteration"), (axes[1, 2], "megabytes", 1, "MB at the peak")):
+for axis, key, scale, title in (
+    (axes[1, 1], "seconds", 1e3, "ms an iteration"),
+    (axes[1, 2], "megabytes", 1, "MB at the peak"),
+):
     values = [scale * before[key], scale * after[key]]
     bars = axis.bar(["before", "after"], values, color=["0.6", "tab:orange"])
     axis.bar_label(bars, fmt="%.0f")
