@@ -134,7 +134,7 @@ def _read(path: Path, channels: int) -> list[Tensor]:
     from PIL import Image
 
     if path.suffix == ".npy":
-        images = np.load(path)
+        images = np.load(path, allow_pickle=False)
         if images.ndim != 3 or images.dtype.kind != "f" or not (images >= 0).all() or not (images <= 1).all():
             raise ValueError(f"expected (N, H, W) in [0, 1]; got {images.dtype} of shape {images.shape} in {path}")
         return list(torch.from_numpy(images).to(torch.get_default_dtype())[:, None].repeat(1, channels, 1, 1))
