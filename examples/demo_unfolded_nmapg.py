@@ -110,39 +110,47 @@ model = trainer.train()
 # The algorithm run to convergence, its regularisation parameter tuned on training pieces.
 
 
-def classical(y, physics, lambda_reg):
-    prior = dinv.optim.TVPrior(n_it_max=20)
-    return NMAPG(dinv.optim.L2(), prior, lambda_reg, max_iter=10 if SHORT else 25)(y, physics)
+def classical(lambda_reg):
+    return NMAPG(dinv.optim.L2(), dinv.optim.TVPrior(n_it_max=20), lambda_reg, max_iter=10 if SHORT else 40)
 
 
 physics = make_physics(train, seed=1)
 y = physics(train[:6])
-scores = {v: float(psnr(classical(y, physics, v), train[:6]).mean()) for v in (0.003, 0.006, 0.01, 0.02, 0.04)}
+scores = {v: float(psnr(classical(v)(y, physics), train[:6]).mean()) for v in (0.003, 0.006, 0.01, 0.02, 0.04)}
 lambda_reg = max(scores, key=scores.get)
 print("total variation, PSNR on training pieces:", {v: round(score, 2) for v, score in scores.items()})
 
 # %%
-# The test.
+# The test, iteration by iteration.
 
 physics = make_physics(test, seed=2)
 y = physics(test)
+images, progress = {"measurement": y}, {}
 with torch.no_grad():
-    images = {
-        "measurement": y,
-        "untrained": unfolded()(y, physics),
-        "converged TV": classical(y, physics, lambda_reg),
-        "trained": model(y, physics),
-    }
+    for name, way in (("untrained", unfolded()), ("converged TV", classical(lambda_reg)), ("trained", model)):
+        images[name], metrics = way(y, physics, x_gt=test, compute_metrics=True)
+        progress[name] = metrics["psnr"][0]
 figures = {name: round(float(psnr(x.clamp(0, 1), test)), 2) for name, x in images.items()}
+learnt = {name: [round(float(p), 5) for p in model.init_params_algo[name]] for name in ("stepsize", "lambda")}
 
-figure, axes = plt.subplots(1, 5, figsize=(14, 3.4))
-for axis, (name, x) in zip(axes, {**images, "ground truth": test}.items()):
+# %%
+# What it looks like: the images, the way there, and the sixteen numbers.
+
+figure, axes = plt.subplots(2, 4, figsize=(14, 7))
+for axis, (name, x) in zip(axes.flat, {**images, "ground truth": test}.items()):
     axis.imshow(x[0, 0].clamp(0, 1), cmap="gray", vmin=0, vmax=1)
     axis.set_title(f"{name}\n{figures[name]:.2f} dB" if name in figures else name)
     axis.set_axis_off()
+for name, values in progress.items():
+    axes[1, 1].plot(values, label=name)
+axes[1, 1].set(xlabel="iteration", title="PSNR (dB)")
+axes[1, 1].legend()
+for axis, (name, values) in zip(axes[1, 2:], learnt.items()):
+    axis.plot(range(1, max_iter + 1), values, "o-", color="tab:green")
+    axis.axhline({"stepsize": 1.0, "lambda": 0.01}[name], color="tab:blue")
+    axis.set(xlabel="iteration", title=f"{name}, trained and untrained")
 figure.tight_layout()
 OUTPUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUTPUT / "unfolded_nmapg.png", dpi=110)
 print("figure:", OUTPUT / "unfolded_nmapg.png")
-learnt = {name: [round(float(p), 4) for p in model.init_params_algo[name]] for name in ("stepsize", "lambda")}
 print(json.dumps({"psnr": figures, **learnt, "seconds": round(time.perf_counter() - start, 1)}))
