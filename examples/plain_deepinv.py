@@ -19,7 +19,7 @@ mask = (torch.rand(x.shape, generator=rng) < 0.4).float()
 physics = dinv.physics.Inpainting(x.shape[1:], mask=mask[0], noise_model=dinv.physics.GaussianNoise(0.02, rng=rng))
 y = physics(x)
 
-prior = PatchPrior(PatchNR(pretrained=weights, patch_size=6), patch_size=6)
+prior = PatchPrior(PatchNR(pretrained=weights, patch_size=6), patch_size=6).requires_grad_(False)
 data_fidelity = dinv.optim.L2()
 x_net = torch.where(mask > 0, y, y.sum() / mask.sum()).requires_grad_()
 optimizer = torch.optim.Adam([x_net], lr=0.03)

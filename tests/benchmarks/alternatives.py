@@ -96,7 +96,7 @@ def by_normflows():
     steps = []
     for _ in range(2 * LAYERS):
         network = nf.nets.MLP([DIM // 2, WIDTH, WIDTH, DIM], init_zeros=True)
-        steps += [nf.flows.AffineCouplingBlock(network, scale_map="sigmoid"), nf.flows.Permute(DIM, mode="shuffle")]
+        steps += [nf.flows.AffineCouplingBlock(network, scale_map="sigmoid_inv"), nf.flows.Permute(DIM, mode="shuffle")]
     return Unfolded(
         nf.NormalizingFlow(nf.distributions.DiagGaussian(DIM, trainable=False), steps), lambda flow, x: flow.log_prob(x)
     )
