@@ -56,7 +56,7 @@ def image_nll(
     if _transformed(x, *params.values()):
         return _checkpointed_nll(flow, x, index, len(index))
     trainable = weights_need_grad(flow)
-    if trainable and (index.per_image == 1 or torch.is_autocast_enabled(x.device.type) or steps_of(flow) is None):
+    if trainable and (torch.is_autocast_enabled(x.device.type) or steps_of(flow) is None):
         return _checkpointed_nll(flow, x, index, chunk_size)
     if trainable or (x.requires_grad and torch.is_grad_enabled()):
         return _ImageNLL.apply(x, flow, index, chunk_size, precision, tuple(params), *params.values())
@@ -95,6 +95,7 @@ class _ImageNLL(torch.autograd.Function):
     """
     :func:`image_nll` with its gradients computed at once, and recomputed with a graph only when the backward pass asks
     for one. What a caller will weigh the images of a batch by is not known yet: gradients in the weights are kept for each.
+    Single patches are too many for that; they are taken to count alike, as in a mean, and recomputed if they do not.
     """
 
     @staticmethod
@@ -114,8 +115,11 @@ class _ImageNLL(torch.autograd.Function):
         flow, index, chunk_size, names, trainable = ctx.call
         x, *tensors = ctx.saved_tensors
         values, grads = tensors[: len(names)], tensors[len(names) :]
+        params = dict(zip(names, values))
         if torch.is_grad_enabled():
-            grads = _gradients(flow, dict(zip(names, values)), trainable, x, scale, index, chunk_size)
+            grads = _gradients(flow, params, trainable, x, scale, index, chunk_size)
+        elif trainable and index.per_image == 1 and (scale != scale[0]).any():
+            grads = _scaled_grads(flow, params, trainable, x, scale, index, chunk_size)
         else:
             grads = _weighted(grads, scale)
         weight_grads = dict(zip(trainable, grads[1:]))
@@ -123,24 +127,42 @@ class _ImageNLL(torch.autograd.Function):
 
 
 def _weighted(grads, scale: Tensor) -> list[Tensor]:
-    """The gradient in a batch of images, and those in the weights, from those of each image."""
-    grad, *weight_grads = (g * scale.view(-1, *[1] * (g.ndim - 1)) for g in grads)
-    return [grad, *(g.sum(0) for g in weight_grads)]
+    """The gradient in a batch of images, and those in the weights, from those of each image or of all together."""
+    grad, *weight_grads = grads
+    parts = (g * scale[: len(g)].view(-1, *[1] * (g.ndim - 1)) for g in weight_grads)
+    return [grad * scale.view(-1, *[1] * (grad.ndim - 1)), *(g.sum(0) for g in parts)]
 
 
 def _all_grads(flow, params: dict, wanted, x: Tensor, index: PatchIndex, chunk_size: int | None) -> list[Tensor]:
-    """Values (B,), gradient like x, and for each image the gradients in the ``wanted`` parameters, (B, ...)."""
-    # aliases: the parameters' own hooks are for what reaches them in the end
+    """
+    Values (B,), gradient like x, and the gradients in the ``wanted`` parameters: for each image (B, ...), of single patches
+    for all together (1, ...).
+    """
+    aliases, steps = _trainable_steps(flow, params, wanted)
+    parts = []
+    for part, own in [(x, index)] if index.per_image == 1 else [(image[None], index.single()) for image in x]:
+        sums = sweep(steps, part, own, _fused_chunk(chunk_size, x, steps), weights=True)
+        grads = [g[None] for g in _in_parameters(steps, sums.grads, aliases)]
+        parts.append(
+            [(sums.value * index.weight).to(x.dtype), *(g * index.weight for g in [sums.grad.view_as(part), *grads])]
+        )
+    return [torch.cat(pieces) for pieces in zip(*parts)]
+
+
+def _scaled_grads(flow, params: dict, wanted, x: Tensor, scale: Tensor, index: PatchIndex, chunk_size: int | None):
+    """Gradients of sum_b scale_b g(x_b) in the image and in the ``wanted`` parameters."""
+    aliases, steps = _trainable_steps(flow, params, wanted)
+    sums = sweep(steps, x, index, _fused_chunk(chunk_size, x, steps), weights=True, scale=scale)
+    grads = _in_parameters(steps, sums.grads, aliases)
+    return [g * index.weight for g in [sums.grad.view_as(x), *grads]]
+
+
+def _trainable_steps(flow, params: dict, wanted) -> tuple[list[Tensor], list]:
+    """Aliases of the ``wanted`` parameters, and the flow's steps on them: the parameters' own hooks are for what reaches them."""
     aliases = {name: p.detach().requires_grad_(name in wanted) for name, p in params.items()}
     with torch.enable_grad():
         steps = under(flow, aliases, steps_of)
-    images = []
-    for image in x:
-        sums = sweep(steps, image[None], index.single(), _fused_chunk(chunk_size, x, steps), weights=True)
-        grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
-        image_grad = sums.grad.mul_(index.weight).view_as(image)
-        images.append([(sums.value[0] * index.weight).to(x.dtype), image_grad, *(g * index.weight for g in grads)])
-    return [torch.stack(parts) for parts in zip(*images)]
+    return [aliases[name] for name in wanted], steps
 
 
 def _in_parameters(steps: list, grads: list[list[Tensor]], weights) -> tuple[Tensor, ...]:
@@ -204,10 +226,8 @@ class _Gradient(torch.autograd.Function):
         ctx.call = flow, index, _autograd_chunk(chunk_size, x), names, wanted
         ctx.random = torch.get_rng_state(), *get_device_states(x)
         if wanted:
-            grads = _all_grads(flow, params, wanted, x, index, chunk_size)[1:]
-        else:
-            grads = [under(flow, params, value_and_grad, x, index, chunk_size)[1]]
-        return tuple(_weighted(grads, scale))
+            return tuple(_scaled_grads(flow, params, wanted, x, scale, index, chunk_size))
+        return tuple(_weighted([under(flow, params, value_and_grad, x, index, chunk_size)[1]], scale))
 
     @staticmethod
     def backward(ctx, *directions):

@@ -45,7 +45,14 @@ class Sums:
 
 
 def sweep(
-    steps: list, x: Tensor, index: PatchIndex, chunk_size: int, dtype=None, image: bool = True, weights: bool = False
+    steps: list,
+    x: Tensor,
+    index: PatchIndex,
+    chunk_size: int,
+    dtype=None,
+    image: bool = True,
+    weights: bool = False,
+    scale: Tensor | None = None,
 ) -> Sums:
     """
     Sums over all patches of an index.
@@ -56,6 +63,7 @@ def sweep(
     :param torch.dtype dtype: of matrix products; ``None`` for the dtype of x.
     :param bool image: whether to compute the gradient in the image.
     :param bool weights: whether to compute the gradients in the packed weights.
+    :param torch.Tensor scale: what the images count in the gradients (B,); ``None`` for 1.
     :return: sums, the same at each call with as many threads: shares and the order of additions are fixed.
     """
     flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another
@@ -79,7 +87,7 @@ def sweep(
             torch.index_select(flat, 0, flat_pixels, out=patches.view(-1))
             sums.value.index_add_(0, number, program.nll(patches).mul_(counts).to(sums.value.dtype))
             if image or weights:
-                grad = program.grad(counts)
+                grad = program.grad(counts if scale is None else counts * scale[number].to(counts.dtype))
             if image:
                 sums.grad.index_add_(0, flat_pixels, grad.view(-1))
         return sums

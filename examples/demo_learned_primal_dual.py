@@ -124,7 +124,7 @@ print("total variation, PSNR on training phantoms:", {v: round(score, 2) for v, 
 # The test.
 
 figures, rows = {}, {}
-for name, x in (("one of 4 unseen phantoms", unseen), ("Shepp-Logan", shepp_logan)):
+for name, x in (("unseen phantoms", unseen), ("Shepp-Logan", shepp_logan)):
     y = physics(x)
     with torch.no_grad():
         rows[name] = {

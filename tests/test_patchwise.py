@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from deepinv_flows import PatchNR
 from deepinv_flows.patches import PatchIndex
-from deepinv_flows.patchwise import differentiable_grad, image_nll, reference_nll, value_and_grad
+from deepinv_flows.patchwise import differentiable_grad, image_nll, patch_nll, reference_nll, value_and_grad
 
 CHUNKS = [7, 10_000]
+UNUSED = {"allow_unused": True, "materialize_grads": True}  # the global scale of a GIN block
 
 
 def close(actual, expected):
@@ -73,24 +74,23 @@ def test_all_paths_agree_with_whole_image_autograd(name, chunk_size):
     scale = torch.tensor([1.0, -2.0], dtype=torch.float64)
     (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
     direction = torch.randn_like(x)
-    unused = {"allow_unused": True, "materialize_grads": True}  # the global scale of a GIN block
-    first = torch.autograd.grad((value * scale).sum(), [x, *weights], retain_graph=True, **unused)
-    second = torch.autograd.grad((gradient * direction).sum(), [x, *weights], **unused)
+    first = torch.autograd.grad((value * scale).sum(), [x, *weights], retain_graph=True, **UNUSED)
+    second = torch.autograd.grad((gradient * direction).sum(), [x, *weights], **UNUSED)
 
     fast_value, fast_gradient = value_and_grad(flow, x.detach(), index, chunk_size)
     close(fast_value, value)
     close(fast_gradient, gradient)
 
     value_ = image_nll(flow, x, index, chunk_size)
-    for a, b in zip(torch.autograd.grad((value_ * scale).sum(), [x, *weights], **unused), first):
+    for a, b in zip(torch.autograd.grad((value_ * scale).sum(), [x, *weights], **UNUSED), first):
         close(a, b)
     value_ = image_nll(flow, x, index, chunk_size)
     (gradient_,) = torch.autograd.grad(value_.sum(), x, create_graph=True)
-    for a, b in zip(torch.autograd.grad((gradient_ * direction).sum(), [x, *weights], **unused), second):
+    for a, b in zip(torch.autograd.grad((gradient_ * direction).sum(), [x, *weights], **UNUSED), second):
         close(a, b)
     gradient_ = differentiable_grad(flow, x, index, chunk_size)
     close(gradient_, gradient)
-    for a, b in zip(torch.autograd.grad((gradient_ * direction).sum(), [x, *weights], **unused), second):
+    for a, b in zip(torch.autograd.grad((gradient_ * direction).sum(), [x, *weights], **UNUSED), second):
         close(a, b)
 
     flow.requires_grad_(False)
@@ -99,6 +99,20 @@ def test_all_paths_agree_with_whole_image_autograd(name, chunk_size):
     close(torch.autograd.grad((frozen * scale).sum(), x, retain_graph=True)[0], first[0])
     (gradient_,) = torch.autograd.grad(frozen.sum(), x, create_graph=True)
     close(torch.autograd.grad((gradient_ * direction).sum(), x)[0], second[0])
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("name", FLOWS)
+def test_weights_gradients_of_single_patches_that_count_alike_or_not(name, equal):
+    flow = make(name, 12)
+    prior = PatchNR(flow, patch_size=2, channels=3, chunk_size=7)
+    patches = torch.rand(2, 9, 12, dtype=torch.float64, requires_grad=True)
+    counts = torch.full((2, 9), 0.3, dtype=torch.float64) if equal else torch.rand(2, 9, dtype=torch.float64)
+    plain = patch_nll(flow, patches.flatten(0, 1)).view(2, 9)
+    targets = [patches, *trainable(flow)]
+    expected = torch.autograd.grad((plain * counts).sum(), targets, **UNUSED)
+    for a, b in zip(torch.autograd.grad((prior(patches) * counts).sum(), targets, **UNUSED), expected):
+        close(a, b)
 
 
 @pytest.mark.parametrize("trained", [False, True])
