@@ -36,8 +36,8 @@ class PatchNR(PatchWeights, Prior):
     measurements divided by :math:`2\sigma^2`. A sum over patches counts each pixel about :math:`p^2` times, so
     :math:`-\log p(x) \approx \frac{HW}{p^2} g(x)`. Beside ``L2(sigma=noise)`` start from :math:`0.2\,\frac{HW}{p^2}`
     (neighbouring patches are not independent, hence 0.2) and tune by factors of 2; beside ``L2()``, whose sigma is 1,
-    multiply by the variance of the noise. Langevin sampling (``deepinv.sampling``) with ``L2(sigma=noise)`` takes the same
-    factor as ``alpha``.
+    multiply by the variance of the noise. For Langevin sampling (``deepinv.sampling``) with ``L2(sigma=noise)`` start from
+    ``alpha`` = :math:`0.6\,\frac{HW}{p^2}`, where intervals were found to be calibrated.
 
     **Speed.** Flows whose parts are all known (those of our builders, FrEIA chains of the same blocks, deepinv's) are
     evaluated without a graph, on all of torch's threads, in memory that does not grow with the image. In a loop of your
