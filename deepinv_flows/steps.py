@@ -40,7 +40,7 @@ def relu() -> Activation:
     return Activation(
         True,
         lambda a, h: a.relu_(),
-        lambda g, h: g.mul_(h.gt_(0)),
+        lambda g, h: aten.threshold_backward.grad_input(g, h, 0, grad_input=g),
     )
 
 

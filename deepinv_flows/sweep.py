@@ -17,6 +17,7 @@ from .steps import Program
 from .workspace import workspace
 
 LEAST_SHARE = 256  # patches that are worth a thread
+ALIGNED = 16  # patches whose float32 entries fill a cache line: products of other rows are a sixth slower
 
 
 @dataclass
@@ -73,6 +74,7 @@ def sweep(
         sums = _zeros(steps, flat, index.batch, image, weights)
         # as many equal chunks as it takes; what the last lacks is filled with patches that count nothing
         size = math.ceil((stop - start) / math.ceil((stop - start) / chunk_size))
+        size = math.ceil(size / ALIGNED) * ALIGNED
         space = workspace(size, flat.dtype, flat.device, dtype or flat.dtype)
         program = Program(steps, space, sums.grads)
         patches = space.new(len(index.offsets))
