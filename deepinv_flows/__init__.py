@@ -3,6 +3,7 @@
 from .builders import DEQ_builder, unfolded_builder
 from .building import build_flow
 from .contract import Reversed, as_flow
+from .denoiser import FlowDenoiser
 from .dialects import CheckpointError
 from .distributed import DistributedPatchNR
 from .flow_prior import FlowPrior
@@ -45,6 +46,7 @@ __all__ = [
     "DistributedPatchNR",
     "DistributedTrainer",
     "EquivariantSplittingLoss",
+    "FlowDenoiser",
     "FlowModel",
     "FlowNLL",
     "FlowPrior",

@@ -59,26 +59,34 @@ def _symmetry(patches: Tensor, k: int) -> Tensor:
 
 class ImageSamples(Dataset):
     """
-    Images of one size as training samples; every second of a batch mirrored, if asked for.
+    Images of one size as training samples, themselves or under noise; every second of a batch mirrored, if asked for.
 
     :param torch.Tensor images: (B, C, H, W).
     :param bool augment: whether to mirror.
+    :param float sigma: standard deviation of the Gaussian noise in ``y``.
+    :param torch.Generator generator: its source; ``None`` is one of its own, with a fixed seed.
     """
 
-    def __init__(self, images: Tensor, augment: bool = False):
-        self.images, self.augment = images, augment
+    def __init__(
+        self, images: Tensor, augment: bool = False, sigma: float = 0.0, generator: torch.Generator | None = None
+    ):
+        self.images, self.augment, self.sigma = images, augment, sigma
+        self.generator = torch.Generator() if generator is None else generator
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"x": self.images[i], "y": self.images[i]}
+        return {key: value[0] for key, value in self.__getitems__([i]).items()}
 
     def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
         x = self.images[numbers]
-        if self.augment:
+        if self.augment and len(x) > 1:
             x[::2] = x[::2].flip(3)
-        return {"x": x, "y": x}
+        if not self.sigma:
+            return {"x": x, "y": x}
+        noise = torch.randn(x.shape, generator=self.generator, device=self.generator.device, dtype=x.dtype)
+        return {"x": x, "y": x + self.sigma * noise.to(x.device)}
 
 
 def spread(samples: PatchSamples, size: int = 16384) -> Dataset:

@@ -1,25 +1,24 @@
 """Images in, trained flow out."""
 
-import contextlib
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from deepinv import Trainer
-from deepinv.physics import Denoising
+from deepinv.loss import SupLoss
+from deepinv.models import ArtifactRemoval
+from deepinv.physics import Denoising, GaussianNoise
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from . import checkpoints
+from .denoiser import FlowDenoiser
+from .flow_prior import FlowPrior
 from .flows import glow_flow
 from .inputs import check_input, positive_int
 from .likelihood import FlowModel, FlowNLL
 from .patchnr import PatchNR
+from .runs import fit
 from .samples import ImageSamples, PatchSamples, image_list, same, spread, stacked
 
 
@@ -111,7 +110,10 @@ def fit_patchnr(
         verbose=verbose,
         grad_clip=100.0,
     )
-    _fit(model, images, lr, save_path, resume, keep_best=eval_images is not None, **loaders, **options)
+    fit(
+        model, _largest(images), FlowNLL(), lr, save_path, resume, keep_best=eval_images is not None,
+        physics=Denoising(), **loaders, **options,
+    )  # fmt: skip
     return prior.to(device)
 
 
@@ -124,6 +126,7 @@ def fit_flow(
     batch_size: int = 16,
     lr: float = 2e-3,
     dequantise: float = 1 / 255,
+    sigma: float = 0.0,
     augment: bool = True,
     early_stop: int | None = None,
     save_path: str | Path | None = None,
@@ -138,7 +141,9 @@ def fit_flow(
     Train a flow on whole images, in place, by :class:`deepinv.Trainer`.
 
     An epoch shows each image once. Adam, with a rate that rises over the first epochs and falls to zero along a cosine.
-    A new :func:`deepinv_flows.image_flow` is first initialised from up to 256 of the images.
+    A new :func:`deepinv_flows.image_flow` is first initialised from up to 256 of the images. By maximum likelihood, or with
+    ``sigma`` by denoising score matching, the mean squared error of :class:`deepinv_flows.FlowDenoiser` at that noise level:
+    smooth activations (``image_flow(..., activation="silu")``) and small batches suit it, and an epoch takes three times longer.
 
     :param torch.nn.Module flow: flow on images, to train from its present weights.
     :param torch.Tensor images: (B, C, H, W), in the range the prior will see; 8-bit data in [0, 1] for the default
@@ -148,7 +153,8 @@ def fit_flow(
     :param int epochs: number of epochs.
     :param int batch_size: images in a batch.
     :param float lr: largest learning rate.
-    :param float dequantise: width of the uniform noise added to the images.
+    :param float dequantise: width of the uniform noise added to the images, by maximum likelihood.
+    :param float sigma: standard deviation of the Gaussian noise that the flow learns to remove; 0 for maximum likelihood.
     :param bool augment: mirror every second image of a batch, left to right.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch, of which the newest and about
@@ -168,6 +174,8 @@ def fit_flow(
     >>> flow = fit_flow(flow, torch.rand(32, 1, 8, 8), epochs=1, verbose=False)
     """
     positive_int(epochs=epochs), positive_int(batch_size=batch_size)
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"expected a finite noise level sigma >= 0; got {sigma}")
     generator = torch.Generator() if generator is None else generator
     images = stacked(images)
     held_out = images if eval_images is None else stacked(eval_images)
@@ -175,23 +183,37 @@ def fit_flow(
         raise ValueError("the weights of the flow are frozen; flow.requires_grad_(True) makes them trainable")
     _check_range(images, dequantise)
     model = FlowModel(flow.to(device), dequantise, generator, compile)
-    initialised(model.flow, images, dequantise, generator)
+    initialised(model.flow, images, dequantise, generator, sigma)
+    objective = dict(losses=FlowNLL(), physics=Denoising(), grad_clip=2.0 * images[0].numel())
+    if sigma:
+        model = ArtifactRemoval(FlowDenoiser(FlowPrior(model.flow)), mode="direct")
+        objective = dict(losses=SupLoss(), physics=Denoising(GaussianNoise(sigma)), grad_clip=sigma**2)
     batches = dict(batch_size=batch_size, collate_fn=same, generator=generator)
-    samples = ImageSamples(images, augment)
+    samples, eval_samples = (
+        ImageSamples(images, augment, sigma, generator),
+        ImageSamples(held_out, False, sigma, generator),
+    )
     loaders = {
         "train_dataloader": DataLoader(samples, sampler=RandomSampler(samples, generator=generator), **batches),
-        "eval_dataloader": DataLoader(ImageSamples(held_out), **batches),
+        "eval_dataloader": DataLoader(eval_samples, **batches),
     }
     options = dict(
-        epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device, verbose=verbose
-    )
-    options |= dict(keep_interval=max(1, epochs // 20), grad_clip=2.0 * images[0].numel())
-    _fit(model, images, lr, save_path, resume, keep_best=eval_images is not None, **loaders, **options)
+        epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device, verbose=verbose,
+        keep_interval=max(1, epochs // 20),
+    )  # fmt: skip
+    fit(
+        model, _largest(images), lr=lr, save_path=save_path, resume=resume, keep_best=eval_images is not None,
+        **objective, **loaders, **options,
+    )  # fmt: skip
     return flow
 
 
 def initialised(
-    flow: nn.Module, images: Tensor, dequantise: float = 1 / 255, generator: torch.Generator | None = None
+    flow: nn.Module,
+    images: Tensor,
+    dequantise: float = 1 / 255,
+    generator: torch.Generator | None = None,
+    sigma: float = 0.0,
 ) -> nn.Module:
     """
     A new :func:`deepinv_flows.image_flow`, its affine maps set by up to 256 of the images it will learn; any other flow as it is.
@@ -200,6 +222,7 @@ def initialised(
     :param torch.Tensor images: (B, C, H, W)
     :param float dequantise: width of the uniform noise added to the images.
     :param torch.Generator generator: source of noise and choice; ``None`` is one with a fixed seed.
+    :param float sigma: standard deviation of Gaussian noise added instead.
     :return: ``flow``.
 
     >>> import torch
@@ -210,85 +233,20 @@ def initialised(
     if not getattr(flow, "initialised", True):
         generator = torch.Generator() if generator is None else generator
         first = images[torch.randperm(len(images), generator=generator)[:256]]
-        noise = torch.rand(first.shape, generator=generator, dtype=first.dtype)
-        flow.initialise((first + dequantise * (noise - 0.5)).to(next(flow.parameters()).device))
+        if sigma:
+            noise = sigma * torch.randn(first.shape, generator=generator, dtype=first.dtype)
+        else:
+            noise = dequantise * (torch.rand(first.shape, generator=generator, dtype=first.dtype) - 0.5)
+        flow.initialise((first + noise).to(next(flow.parameters()).device))
     return flow
 
 
-def _fit(model: FlowModel, images, lr: float, save_path, resume: bool, keep_best: bool, **options) -> None:
-    with tempfile.TemporaryDirectory() as scratch, torch.enable_grad():
-        runs = _train(model, lr, Path(save_path or scratch), resume, **options)
-        if keep_best:
-            model.load_state_dict(_best(runs))
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-        largest = max(float(image.abs().max()) for image in images)
-        raise ValueError(f"the training diverged: weights are not finite (lr {lr}, images up to {largest:.3g})")
-
-
-def _train(model: FlowModel, lr: float, folder: Path, resume: bool, **options) -> list[Path]:
-    """Train by deepinv's Trainer in a new run folder; returns that folder and those of the runs it continues."""
-    runs = sorted(folder.glob("run_*"), key=lambda path: int(path.name[4:]))
-    run = folder / f"run_{len(runs)}"
-    earlier = runs if resume else []
-    newest = _newest(earlier)
-    if newest is not None:
-        with checkpoints.guarded(newest):  # of another architecture?
-            checkpoints.load_into(model, checkpoints.read_torch(newest)["state_dict"])
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(weights, lr=lr, fused=weights[0].device.type in ("cpu", "cuda"))
-    _Trainer(
-        model=model,
-        physics=Denoising(),
-        optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmCosine(options["epochs"])),
-        losses=FlowNLL(),
-        metrics=None,
-        compute_train_metrics=False,
-        compute_eval_losses=True,
-        early_stop_on_losses=True,
-        check_grad=True,  # deepinv 0.5.0 clips only when it also checks
-        ckpt_pretrained=newest,
-        save_path=run,
-        freq_update_progress_bar=25,
-        non_blocking_transfers=False,
-        show_progress_bar=options["verbose"],
-        **options,
-    ).train()
-    return [*earlier, run]
-
-
-@dataclass
-class _Trainer(Trainer):
-    """
-    deepinv's Trainer, which writes where the last good checkpoint is, with writes that cannot break it.
-
-    :param int keep_interval: of the checkpoints of every epoch those of every such epoch stay, and the newest.
-    """
-
-    keep_interval: int = 1
-
-    def save_model(self, filename: str, epoch: int, state: dict | None = None) -> None:
-        folder = Path(self.save_path)
-        super().save_model(f"{filename}.part", epoch, state)
-        os.replace(folder / f"{filename}.part", folder / filename)
-        if filename == f"ckp_{epoch}.pth.tar" and (epoch - 1) % self.keep_interval:
-            (folder / f"ckp_{epoch - 1}.pth.tar").unlink(missing_ok=True)
-
-
-class _WarmCosine:
-    """Factor of the learning rate at an epoch: up over the first twentieth of the epochs, then down along a cosine."""
-
-    def __init__(self, epochs: int):
-        self.epochs, self.warm = epochs, epochs / 20
-
-    def __call__(self, epoch: int) -> float:
-        if epoch < self.warm:
-            return (epoch + 0.5) / (self.warm + 0.5)
-        return 0.5 + 0.5 * math.cos(math.pi * epoch / self.epochs)
+def _largest(images: Iterable[Tensor]) -> float:
+    return max(float(image.abs().max()) for image in images)
 
 
 def _check_range(images: Iterable[Tensor], dequantise: float) -> None:
-    if 0 < dequantise < 1 and max(float(image.abs().max()) for image in images) > 10:
+    if 0 < dequantise < 1 and _largest(images) > 10:
         warnings.warn(
             f"dequantise={dequantise:.4g} is for images in [0, 1]; divide by their range, or pass their grey-level step",
             stacklevel=3,
@@ -301,26 +259,3 @@ def _check_fit(prior: PatchNR, images: list[Tensor]) -> None:
     like = next(p for p in prior.parameters() if p.requires_grad).cpu()
     for image in images:
         check_input(image[None], like, prior.patch_size, prior.channels, images_only=True)
-
-
-def _readable(runs: list[Path], pattern: str) -> list[tuple[dict, Path]]:
-    """Checkpoints of deepinv's Trainer in some runs; one cut short by an interruption is passed over."""
-    found = []
-    for path in (path for run in runs for path in run.glob(f"*/{pattern}")):
-        with contextlib.suppress(checkpoints.CheckpointError):
-            found.append((checkpoints.read_torch(path), path))
-    return found
-
-
-def _newest(runs: list[Path]) -> Path | None:
-    # of two from one epoch, the numbered one was written after the scheduler's step
-    order = [(raw["epoch"], "best" not in path.name, path) for raw, path in _readable(runs, "ckp_*.pth.tar")]
-    return max(order)[2] if order else None
-
-
-def _best(runs: list[Path]) -> dict[str, Tensor]:
-    scored = [(raw["eval_loss"]["FlowNLL"][-1], raw["state_dict"]) for raw, _ in _readable(runs, "ckp_best.pth.tar")]
-    scored = [(loss, state) for loss, state in scored if math.isfinite(loss)]
-    if not scored:
-        raise ValueError("the training diverged: no evaluation loss is finite")
-    return min(scored, key=lambda pair: pair[0])[1]

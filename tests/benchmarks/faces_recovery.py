@@ -7,7 +7,8 @@ Recovery of faces, in the latent space of an image flow and with a PatchNR, afte
 N x 64 x 64 x 3, 8 bit. Both flows are trained on ``train`` unless weights are given; an interrupted training goes on from RUNS.
 ``--side 32`` halves the images first. Strengths of all methods are chosen on images of ``val``, from the grids printed.
 
-- ``denoising``: noise of standard deviation 0.05, 0.1, 0.2; BM3D (package bm3d), TV, PatchNR, LatentMAP with gamma |z|;
+- ``denoising``: noise of standard deviation 0.05, 0.1, 0.2; BM3D (package bm3d), TV, PatchNR, LatentMAP with gamma |z|, and
+  FlowDenoiser, with a flow trained by score matching at each level;
 - ``sensing``: m Gaussian measurements of entries N(0, 1/m), noise N(0, 0.01/m); Lasso in DCT and Haar, TV, PatchNR, LatentMAP;
 - ``inpainting``: a centred square of a third of the side is missing;
 - ``ood``: the same sensing of images that are no faces;
@@ -17,8 +18,10 @@ The published figures stand beside ours. The last line is one JSON object.
 """
 
 import argparse
+import copy
 import functools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -29,7 +32,17 @@ import torch.nn.functional as F
 from common import versions
 from deepinv.physics.functional import dct_2d, idct_2d
 
-from deepinv_flows import BitsPerDim, FlowModel, FlowPrior, LatentMAP, PatchNR, fit_flow, fit_patchnr, image_flow
+from deepinv_flows import (
+    BitsPerDim,
+    FlowDenoiser,
+    FlowModel,
+    FlowPrior,
+    LatentMAP,
+    PatchNR,
+    fit_flow,
+    fit_patchnr,
+    image_flow,
+)
 
 PUBLISHED = {
     "denoising": {
@@ -195,6 +208,12 @@ def latent(flow, iterations, physics, y, sigma, strength, **options):
     return LatentMAP(flow, fidelity, lambda_reg=strength, max_iter=iterations, **options)(y, physics)
 
 
+def by_score(denoiser, physics, y, sigma, strength):
+    """The mean of an image's and its mirror image's estimates."""
+    with torch.no_grad():
+        return (denoiser(y, sigma) + denoiser(y.flip(3), sigma).flip(3)) / 2
+
+
 # --- the experiment ---
 
 
@@ -223,6 +242,33 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
         prior.save(runs / f"patch{args.side}.safetensors")
     seconds["seconds_patch"] = round(time.perf_counter() - start) - seconds["seconds_flow"]
     return flow.requires_grad_(False).cpu(), prior.requires_grad_(False).cpu(), seconds
+
+
+def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]:
+    """A flow for each noise level by denoising score matching: the middle level's from the start, the others' from that."""
+    start, runs, found = time.perf_counter(), args.save_path or Path("runs_faces"), {}
+    middle = sorted(args.noise)[len(args.noise) // 2]
+    for sigma in sorted(args.noise, key=lambda sigma: sigma != middle):
+        file = runs / f"denoiser{args.side}_{sigma}.safetensors"
+        if file.exists():
+            flow = FlowPrior(pretrained=file).normalizing_flow
+        else:
+            flow = (
+                copy.deepcopy(found[middle].prior.normalizing_flow)
+                if found
+                else image_flow(
+                    images["train"].shape[1:], args.levels, args.steps, args.hidden, args.coupling, activation="silu",
+                    generator=torch.Generator().manual_seed(0),
+                )
+            )  # fmt: skip
+            fit_flow(
+                flow.requires_grad_(True).to(args.device), images["train"], images["val"], sigma=sigma, batch_size=8,
+                epochs=math.ceil(args.denoiser_epochs / 4) if found else args.denoiser_epochs, lr=5e-4 if found else 1.5e-3,
+                save_path=runs / f"denoiser{args.side}_{sigma}", resume=True, device=args.device,
+            )  # fmt: skip
+            FlowPrior(flow).save(file)
+        found[sigma] = FlowDenoiser(FlowPrior(flow.requires_grad_(False).cpu()))
+    return found, round(time.perf_counter() - start)
 
 
 def compare(title, problem, methods, tune, test, published) -> dict[str, float]:
@@ -258,6 +304,9 @@ def main():
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--patch-epochs", type=int, default=40, help="epochs of 250 batches of 1024 patches")
+    parser.add_argument(
+        "--denoiser-epochs", type=int, default=30, help="of the middle noise level; others take a quarter"
+    )
     parser.add_argument("--device", default="cpu", help="of the trainings")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.1, 0.2])
@@ -270,6 +319,9 @@ def main():
 
     images = load(args.data, args.side)
     flow, prior, result = train(images, args)
+    by_level = {}
+    if "denoising" in args.sections and "FlowDenoiser" not in args.without:
+        by_level, result["seconds_denoisers"] = train_denoisers(images, args)
     prior.n_patches, prior.subset = max(256, args.side**2 // 4), "grid"
     model = FlowModel(flow)
     with torch.no_grad():
@@ -298,6 +350,8 @@ def main():
             "PatchNR": (by_patches, [0.3, 0.6, 1.0]),
             "LatentMAP": (by_flow, [30.0, 60.0, 100.0, 150.0]),
         }
+        if by_level:
+            found["FlowDenoiser"] = (functools.partial(by_score, by_level[sigma]), [0])
         return {name: method for name, method in found.items() if name not in args.without}
 
     run = functools.partial(compare, tune=tune, test=test)
