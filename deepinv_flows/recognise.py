@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .steps import Activation, Affine, Coupling, Network, gelu, leaky_relu, relu, silu
+from .networks import Activation, Network, gelu, leaky_relu, relu, silu
+from .steps import Affine, Coupling
 
 
 class _Unknown(Exception):

@@ -7,117 +7,25 @@ weights, :math:`W h + b = [W\;b]\,[h;1]`, and its gradient a column of theirs.
 
 Each step has ``packed`` weights, which are functions of the flow's parameters (autograd maps their gradients back), and
 
-- ``forward(x, log_det, tape)``: the new state; ``log_det`` (N,) is added to, ``tape`` keeps what ``backward`` needs;
-- ``backward(g, weight, tape, grads)``: from :math:`g = \partial L/\partial` (new state) the one of the old state, for
+- ``forward(do, x, log_det, tape)``: the new state; ``log_det`` (N,) is added to, ``tape`` holds what ``backward`` needs;
+- ``backward(do, g, weight, tape, grads)``: from :math:`g = \partial L/\partial` (new state) the one of the old state, for
   :math:`L = \sum_i w_i (\tfrac12 \|z_i\|^2 - \log|\det J|_i)`, adding to ``grads`` (as ``packed``) unless it is ``None``;
 - ``inverse()``: the step that undoes it.
+
+Both are called once, and write down by ``do(operation, ...)`` what is then done to each chunk. An operation writes into a
+buffer, never to a new tensor, and costs the interpreter, for which threads wait, one call.
 """
 
 import copy
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from .networks import Network
 from .workspace import Workspace
-
-aten = torch.ops.aten
-
-
-@dataclass
-class Activation:
-    """``apply(a, h)`` writes h = f(a); ``backward(g, kept)`` multiplies g by f'(a) in place, ``kept`` (lost) being h if f works
-    in place and a if not."""
-
-    in_place: bool
-    apply: Callable[[Tensor, Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
-
-def relu() -> Activation:
-    return Activation(
-        True,
-        lambda a, h: a.relu_(),
-        lambda g, h: aten.threshold_backward.grad_input(g, h, 0, grad_input=g),
-    )
-
-
-def leaky_relu(slope: float) -> Activation:
-    return Activation(
-        True,
-        lambda a, h: aten.leaky_relu_(a, slope),
-        lambda g, h: aten.leaky_relu_backward.grad_input(g, h, slope, True, grad_input=g),
-    )
-
-
-def silu() -> Activation:
-    return Activation(
-        False,
-        lambda a, h: aten.silu.out(a, out=h),
-        lambda g, a: aten.silu_backward.grad_input(g, a, grad_input=g),
-    )
-
-
-def gelu(approximate: str) -> Activation:
-    return Activation(
-        False,
-        lambda a, h: aten.gelu.out(a, approximate=approximate, out=h),
-        lambda g, a: aten.gelu_backward.grad_input(g, a, approximate=approximate, grad_input=g),
-    )
-
-
-class Network:
-    """
-    A fully connected network.
-
-    :param list packed: [W b] of each layer, (out, in + 1).
-    :param list activations: one after each layer but the last.
-    """
-
-    def __init__(self, packed: list[Tensor], activations: list[Activation]):
-        self.packed, self.activations = packed, activations
-
-    def prepare(self, space: Workspace) -> SimpleNamespace:
-        weights = [w.detach().to(space.dtype) for w in self.packed]
-        inputs = [space.new(w.shape[1], space.dtype) for w in weights]
-        for h in inputs:
-            h[-1].fill_(1)
-        kept = [
-            h[:-1] if act.in_place else space.new(len(h) - 1, space.dtype)
-            for h, act in zip(inputs[1:], self.activations)
-        ]
-        return SimpleNamespace(
-            weights=weights,
-            transposed=[w[:, :-1].t() for w in weights],
-            inputs=inputs,
-            hidden=[h[:-1] for h in inputs],
-            kept=kept,
-            grads=[space.shared(f"hidden {k % 2}", len(h) - 1, space.dtype) for k, h in enumerate(inputs)],
-        )
-
-    def forward(self, x: Tensor, tape: SimpleNamespace, out: Tensor) -> None:
-        tape.hidden[0].copy_(x)
-        for k, act in enumerate(self.activations):
-            torch.mm(tape.weights[k], tape.inputs[k], out=tape.kept[k])
-            act.apply(tape.kept[k], tape.hidden[k + 1])
-        torch.mm(tape.weights[-1], tape.inputs[-1], out=out)
-
-    def backward(self, g: Tensor, tape: SimpleNamespace, grads: list[Tensor] | None, into: Tensor) -> None:
-        """Add to ``into`` the gradient in the input."""
-        for k in range(len(tape.weights) - 1, -1, -1):
-            if grads is not None:
-                grads[k].addmm_(g, tape.inputs[k].t())
-            if k == 0:
-                break
-            torch.mm(tape.transposed[k], g, out=tape.grads[k])
-            g = tape.grads[k]
-            self.activations[k - 1].backward(g, tape.kept[k - 1])
-        if into.dtype == g.dtype:
-            into.addmm_(tape.transposed[0], g)
-        else:
-            into.add_(torch.mm(tape.transposed[0], g))
 
 
 class Affine:
@@ -136,23 +44,32 @@ class Affine:
 
     def prepare(self, space: Workspace) -> SimpleNamespace:
         dim = len(self.packed[0])
-        # in turns, as the output of one is the input of the next
+        weights = [w.detach() for w in self.packed]
         return SimpleNamespace(
-            weights=[w.detach() for w in self.packed], out=space.new(dim), grad=space.new(dim), input=None
+            weights=weights,
+            out=space.new(dim),
+            grad=space.new(dim),
+            input=None,
+            sums=[torch.empty_like(w) for w in weights[1:]],
         )
 
-    def forward(self, x: Tensor, log_det: Tensor, tape: SimpleNamespace) -> Tensor:
+    def forward(self, do: Callable, x: Tensor, log_det: Tensor, tape: SimpleNamespace) -> Tensor:
         matrix, offset, constant = tape.weights
-        log_det.add_(constant)
+        do(log_det.add_, constant)
         tape.input = x
-        return torch.mm(matrix, x, out=tape.out).add_(offset)
+        do(torch.mm, matrix, x, out=tape.out)
+        do(tape.out.add_, offset)
+        return tape.out
 
-    def backward(self, g: Tensor, weight: Tensor, tape: SimpleNamespace, grads: list[Tensor] | None) -> Tensor:
+    def backward(self, do: Callable, g: Tensor, weight: Tensor, tape: SimpleNamespace, grads: list | None) -> Tensor:
         if grads is not None:
-            grads[0].addmm_(g, tape.input.t())
-            grads[1].add_(g.sum(1, keepdim=True))
-            grads[2].sub_(weight.sum())
-        return torch.mm(tape.weights[0].t(), g, out=tape.grad)
+            do(grads[0].addmm_, g, tape.input.t())
+            do(torch.sum, g, 1, keepdim=True, out=tape.sums[0])
+            do(grads[1].add_, tape.sums[0])
+            do(torch.sum, weight, 0, out=tape.sums[1])
+            do(grads[2].sub_, tape.sums[1])
+        do(torch.mm, tape.weights[0].t(), g, out=tape.grad)
+        return tape.grad
 
 
 class Coupling:
@@ -197,6 +114,8 @@ class Coupling:
             t=state[-d:],
             factor=space.new(d),
             product=space.new(d),
+            sum=space.shared("sum", 1)[0],
+            cast=None if space.dtype == space.state_dtype else space.shared("cast", rows, space.dtype),
             grad=grad,
             grad_a=grad[:-d],
             grad_t=grad[-d:],
@@ -207,89 +126,110 @@ class Coupling:
     def _slope(self) -> float:
         return self.sign * (self.alpha if self.function == "tanh" else 1 / self.alpha)
 
-    def forward(self, x: Tensor, log_det: Tensor, tape: SimpleNamespace) -> Tensor:
+    def forward(self, do: Callable, x: Tensor, log_det: Tensor, tape: SimpleNamespace) -> Tensor:
         for network, network_tape, out in zip(self.networks, tape.networks, tape.outs):
-            network.forward(x[self.kept], network_tape, out)
+            network.forward(do, x[self.kept], network_tape, out)
         if tape.state is not tape.out:
-            tape.state.copy_(tape.out)
-        m = x[self.moved]
+            do(tape.state.copy_, tape.out)
+        m, s = x[self.moved], tape.factor
         if self.function is None:
-            m.add_(tape.t, alpha=self.sign)
+            do(m.add_, tape.t, alpha=self.sign)
             return x
-        s = tape.factor
-        (torch.tanh if self.function == "tanh" else torch.atan)(tape.a, out=s).mul_(self.sign * self.alpha)
+        do(torch.tanh if self.function == "tanh" else torch.atan, tape.a, out=s)
+        do(s.mul_, self.sign * self.alpha)
         if self.centred:
-            s.sub_(s.mean(0))
+            self._centre(do, s, tape)
         else:
-            log_det.add_(s.sum(0))
-        s.exp_()
+            do(torch.sum, s, 0, out=tape.sum)
+            do(log_det.add_, tape.sum)
+        do(s.exp_)
         if self.sign > 0:
-            torch.mul(m, s, out=tape.product)
-            torch.add(tape.product, tape.t, out=m)
+            do(torch.mul, m, s, out=tape.product)
+            do(torch.add, tape.product, tape.t, out=m)
         else:
-            torch.mul(m.sub_(tape.t), s, out=tape.product)
-            m.copy_(tape.product)
+            do(m.sub_, tape.t)
+            do(torch.mul, m, s, out=tape.product)
+            do(m.copy_, tape.product)
         return x
 
-    def backward(self, g: Tensor, weight: Tensor, tape: SimpleNamespace, grads: list[Tensor] | None) -> Tensor:
-        gm = g[self.moved]
+    def backward(self, do: Callable, g: Tensor, weight: Tensor, tape: SimpleNamespace, grads: list | None) -> Tensor:
+        gm, grad = g[self.moved], tape.grad
         if self.function is None:
-            torch.mul(gm, self.sign, out=tape.grad)
+            do(torch.mul, gm, self.sign, out=grad)
         else:
-            self._backward_affine(gm, weight, tape)
-        grad = tape.grad.to(tape.out.dtype)
+            self._backward_affine(do, gm, weight, tape)
+        if tape.cast is not None:
+            do(tape.cast.copy_, grad)
+            grad = tape.cast
         start = 0
         for network, network_tape, part in zip(self.networks, tape.networks, grad.chunk(len(self.networks))):
             own = None if grads is None else grads[start : start + len(network.packed)]
-            network.backward(part, network_tape, own, g[self.kept])
+            network.backward(do, part, network_tape, own, g[self.kept])
             start += len(network.packed)
         return g
 
-    def _backward_affine(self, gm: Tensor, weight: Tensor, tape: SimpleNamespace) -> None:
+    def _backward_affine(self, do: Callable, gm: Tensor, weight: Tensor, tape: SimpleNamespace) -> None:
         """From the gradient in the moved half those in a and t (in ``tape.grad``) and, in place, in its old value."""
         if self.sign > 0:
-            tape.grad_t.copy_(gm)
-        ds = torch.mul(gm, tape.product, out=tape.grad_a).sub_(weight)  # the log-determinant's part
+            do(tape.grad_t.copy_, gm)
+        a, ds = tape.a, tape.grad_a
+        do(torch.mul, gm, tape.product, out=ds)
+        do(ds.sub_, weight)  # the log-determinant's part
         if self.centred:
-            ds.sub_(ds.mean(0))
-        gm.mul_(tape.factor)
+            self._centre(do, ds, tape)
+        do(gm.mul_, tape.factor)
         if self.sign < 0:
-            torch.neg(gm, out=tape.grad_t)
-        a = tape.a
+            do(torch.neg, gm, out=tape.grad_t)
         if self.function == "tanh":
-            a.tanh_()
-            ds.mul_(torch.addcmul(tape.slope, a, a, value=-self._slope(), out=a))
+            do(a.tanh_)
+            do(torch.addcmul, tape.slope, a, a, value=-self._slope(), out=a)
+            do(ds.mul_, a)
         else:
-            ds.div_(torch.addcmul(tape.slope, a, a, value=self._slope(), out=a))
+            do(torch.addcmul, tape.slope, a, a, value=self._slope(), out=a)
+            do(ds.div_, a)
+
+    @staticmethod
+    def _centre(do: Callable, s: Tensor, tape: SimpleNamespace) -> None:
+        do(torch.mean, s, 0, out=tape.sum)
+        do(s.sub_, tape.sum)
 
 
 class Program:
     """
-    A flow's steps, run on chunks of columns; one for each thread.
+    What is done to each chunk by a flow's steps; one for each thread.
 
     :param list steps: as :func:`deepinv_flows.recognise.steps_of` gives them.
+    :param int dim: entries of a patch.
     :param Workspace space: buffers.
+    :param bool backward: whether gradients are wanted.
     :param list grads: where to add the gradients in the packed weights of each step; ``None`` for nowhere.
+
+    ``x`` (D, n) takes the patches, ``weight`` (n,) what each counts in gradients; after :meth:`run`, ``value`` (n,) holds their
+    negative log-likelihoods and ``grad`` (D, n) the gradient of the weighted sum in x, whose entries are lost.
     """
 
-    def __init__(self, steps: list, space: Workspace, grads: list[list[Tensor]] | None = None):
-        self.steps, self.space = steps, space
-        self.tapes = [step.prepare(space) for step in steps]
-        self.log_det = space.new(1)[0]
-        self.grads = [None] * len(steps) if grads is None else grads
+    def __init__(self, steps: list, dim: int, space: Workspace, backward: bool = True, grads: list | None = None):
+        self.operations = []
+        self.x, self.weight, self.value, log_det = space.new(dim), *(space.new(1)[0] for _ in range(3))
+        tapes, do = [step.prepare(space) for step in steps], self._note
+        z = self.x
+        do(log_det.zero_)
+        for step, tape in zip(steps, tapes):
+            z = step.forward(do, z, log_det, tape)
+        g = space.shared("gradient", dim)
+        do(torch.mul, z, z, out=g)
+        do(torch.sum, g, 0, out=self.value)
+        do(self.value.mul_, 0.5)
+        do(self.value.sub_, log_det)
+        if backward:
+            do(torch.mul, z, self.weight, out=g)
+            for step, tape, own in zip(steps[::-1], tapes[::-1], (grads or [None] * len(steps))[::-1]):
+                g = step.backward(do, g, self.weight, tape, own)
+        self.grad = g
 
-    def nll(self, x: Tensor) -> Tensor:
-        """Negative log-likelihood (n,) of the columns of x (D, n), which is overwritten."""
-        log_det = self.log_det.zero_()
-        for step, tape in zip(self.steps, self.tapes):
-            x = step.forward(x, log_det, tape)
-        self.z = x
-        square = torch.mul(x, x, out=self.space.shared("gradient", len(x)))
-        return square.sum(0).mul_(0.5).sub_(log_det)
+    def _note(self, operation: Callable, *args, **kwargs) -> None:
+        self.operations.append(functools.partial(operation, *args, **kwargs))
 
-    def grad(self, weight: Tensor) -> Tensor:
-        """Gradient (D, n) of the sum of the last call's values times ``weight`` (n,)."""
-        g = torch.mul(self.z, weight, out=self.space.shared("gradient", len(self.z)))
-        for step, tape, grads in zip(self.steps[::-1], self.tapes[::-1], self.grads[::-1]):
-            g = step.backward(g, weight, tape, grads)
-        return g
+    def run(self) -> None:
+        for operation in self.operations:
+            operation()

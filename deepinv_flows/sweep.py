@@ -76,8 +76,7 @@ def sweep(
         size = math.ceil((stop - start) / math.ceil((stop - start) / chunk_size))
         size = math.ceil(size / ALIGNED) * ALIGNED
         space = workspace(size, flat.dtype, flat.device, dtype or flat.dtype)
-        program = Program(steps, space, sums.grads)
-        patches = space.new(len(index.offsets))
+        program = Program(steps, len(index.offsets), space, image or weights, sums.grads)
         pixels = space.new(len(index.offsets), torch.int64)
         for first in range(start, stop, size):
             if stopped.is_set():
@@ -86,12 +85,12 @@ def sweep(
             counts = (numbers < stop).to(flat.dtype)
             number, flat_pixels = index.columns(numbers.clamp_(max=stop - 1), pixels)
             flat_pixels = flat_pixels.view(-1)
-            torch.index_select(flat, 0, flat_pixels, out=patches.view(-1))
-            sums.value.index_add_(0, number, program.nll(patches).mul_(counts).to(sums.value.dtype))
-            if image or weights:
-                grad = program.grad(counts if scale is None else counts * scale[number].to(counts.dtype))
+            torch.index_select(flat, 0, flat_pixels, out=program.x.view(-1))
+            program.weight.copy_(counts if scale is None else counts * scale[number])
+            program.run()
+            sums.value.index_add_(0, number, (program.value * counts).to(sums.value.dtype))
             if image:
-                sums.grad.index_add_(0, flat_pixels, grad.view(-1))
+                sums.grad.index_add_(0, flat_pixels, program.grad.view(-1))
         return sums
 
     shares = _in_threads(share, _split(len(index), _thread_count(flat, len(index))), stopped)

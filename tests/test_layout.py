@@ -16,7 +16,8 @@ PACKAGE = ROOT / "deepinv_flows"
 ROOMS = [
     {"inputs"},
     {"contract", "iterators.base", "lbfgs", "parallel", "patches", "portable", "splitting_masks", "workspace"},
-    {"images", "iterators.optimizer", "iterators.search", "splitting_model", "steps"},
+    {"images", "iterators.optimizer", "iterators.search", "networks", "splitting_model"},
+    {"steps"},
     {"recognise", "sweep"},
     {
         "iterators.condat_vu",

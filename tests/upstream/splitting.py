@@ -1,5 +1,6 @@
 """EquivariantSplittingLoss."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -154,6 +155,22 @@ def without_gradients(side):
 def works(copier, side):
     loss, model, y, physics = splitting(side)
     return bool(run(loss, copier(model), y, physics).isfinite().all())
+
+
+@contextlib.contextmanager
+def lone_process():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@defect("the adapted model in DistributedDataParallel: a finite loss", "RuntimeError: Unregistered model", True)
+def distributed(side):
+    with lone_process():
+        return works(torch.nn.parallel.DistributedDataParallel, side)
 
 
 for title, copier, found in [
