@@ -1,9 +1,12 @@
-"""A flow as a Gaussian denoiser."""
+"""A flow as a Gaussian denoiser, and how it learns to be one."""
 
 import torch
+from deepinv.loss import Loss
+from deepinv.models import ArtifactRemoval
 from deepinv.models.base import Denoiser
 from torch import Tensor
 
+from .contract import KnowsItsConfig
 from .flow_prior import FlowPrior
 
 
@@ -20,10 +23,10 @@ class FlowDenoiser(Denoiser):
     density of *noisy* images, at one noise level: ``fit_flow(flow, images, sigma=sigma)`` trains it for that, by the error of D
     itself, which is denoising score matching. D is a gradient field, of a known potential.
 
-    Works wherever a deepinv denoiser does: as ``dinv.optim.PnP(denoiser=...)``, or trained by :class:`deepinv.Trainer` as
-    ``dinv.models.ArtifactRemoval(denoiser, mode="direct")``, with any loss.
+    Works wherever a deepinv denoiser does, save under :func:`torch.inference_mode`: in ``dinv.optim.PnP``, or trained by
+    :class:`deepinv.Trainer` as ``dinv.models.ArtifactRemoval(denoiser, mode="direct")``, with any loss.
 
-    :param FlowPrior prior: what knows :math:`-\log p`, in nats.
+    :param FlowPrior prior: what knows :math:`-\log p`.
     :raises TypeError: for anything else.
 
     Source: Robbins 1956 (Tweedie's formula); Vincent, "A connection between score matching and denoising autoencoders", Neural
@@ -38,9 +41,8 @@ class FlowDenoiser(Denoiser):
 
     def __init__(self, prior: FlowPrior):
         super().__init__()
-        if not isinstance(prior, FlowPrior) or prior.per_dim:
-            found = "one with per_dim=True" if isinstance(prior, FlowPrior) else type(prior).__name__
-            raise TypeError(f"expected a FlowPrior in nats; got {found}")
+        if not isinstance(prior, FlowPrior):
+            raise TypeError(f"expected a FlowPrior; got {type(prior).__name__}")
         self.prior = prior
 
     def forward(self, x: Tensor, sigma: float | Tensor, **kwargs) -> Tensor:
@@ -51,8 +53,61 @@ class FlowDenoiser(Denoiser):
         :param float, torch.Tensor sigma: standard deviation of their noise: one number, or one an image.
         :return: tensor like x; with a graph where x or the weights ask for one.
         :raises ValueError: for a level that is negative or not finite, and for images that :class:`FlowPrior` refuses.
+        :raises TypeError: for a level that is no number, and for images that :class:`FlowPrior` refuses.
+        :raises RuntimeError: under :func:`torch.inference_mode`.
         """
-        sigma = self._handle_sigma(sigma, reference_tensor=x)
-        if not bool((sigma.detach() >= 0).all()) or not bool(torch.isfinite(sigma.detach()).all()):
-            raise ValueError(f"expected a finite sigma >= 0; got {sigma.detach().flatten().tolist()}")
-        return x - sigma**2 * self.prior.grad(x)
+        score = -self.prior.grad(x) * (x[0].numel() if self.prior.per_dim else 1)
+        return x + _variance(sigma, x) * score
+
+
+def _variance(sigma, x: Tensor) -> Tensor:
+    """The square of a noise level, to multiply ``x``."""
+    try:
+        sigma = torch.as_tensor(sigma, device=x.device)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"expected sigma to be a number, or one for each image; got {type(sigma).__name__}") from None
+    sigma = (
+        sigma if sigma.dtype in (torch.float32, torch.float64) else sigma.float()
+    )  # squares vanish in half precision
+    if sigma.numel() not in (1, len(x)):
+        raise ValueError(
+            f"expected sigma to be one number, or one for each of {len(x)} images; got {tuple(sigma.shape)}"
+        )
+    if not bool((sigma.detach() >= 0).all()) or not bool(torch.isfinite(sigma.detach()).all()):
+        raise ValueError(f"expected a finite sigma >= 0; got {sigma.detach().flatten().tolist()}")
+    return (sigma.reshape(-1, 1, 1, 1) ** 2).to(x.dtype)
+
+
+class ScoreModel(KnowsItsConfig, ArtifactRemoval):
+    """
+    A denoiser as the model that :class:`deepinv.Trainer` trains at one noise level, which its checkpoints remember.
+
+    :param FlowDenoiser denoiser: the denoiser.
+    :param float sigma: the noise level.
+    """
+
+    def __init__(self, denoiser: FlowDenoiser, sigma: float):
+        super().__init__(denoiser, mode="direct")
+        self.config = {"sigma": sigma}
+
+
+class ScoreMatching(Loss):
+    r"""
+    Denoising score matching: :math:`\|D(y) - x\|^2 / (\sigma^2 n)` for images of n entries, whatever their unit.
+
+    :param float sigma: the noise level.
+
+    Source: Vincent, "A connection between score matching and denoising autoencoders", Neural Computation 2011.
+    """
+
+    def __init__(self, sigma: float):
+        super().__init__()
+        self.sigma = sigma
+
+    def forward(self, x_net: Tensor, x: Tensor, *args, **kwargs) -> Tensor:
+        """
+        :param torch.Tensor x_net: denoised images (B, C, H, W).
+        :param torch.Tensor x: the images.
+        :return: (B,)
+        """
+        return (((x_net - x) / self.sigma) ** 2).flatten(1).mean(1)

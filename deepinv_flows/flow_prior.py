@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import checkpoints, proximal
 from .building import build_flow
 from .contract import as_flow, evaluate, like_weights
-from .inputs import check_input, positive_int
+from .inputs import check_autograd, check_input, positive_int
 
 
 class FlowPrior(Prior):
@@ -83,7 +83,7 @@ class FlowPrior(Prior):
         :raises ValueError: for another shape, NaN or infinite entries.
         :raises TypeError: when x is no real floating-point tensor of the weights' dtype.
         """
-        self._check(x)
+        self.check(x)
         z, log_det = evaluate(self.normalizing_flow, x)
         dim = x[0].numel()
         nll = 0.5 * (z**2).flatten(1).sum(1) + 0.5 * dim * math.log(2 * math.pi) - log_det
@@ -95,7 +95,10 @@ class FlowPrior(Prior):
 
         :param torch.Tensor x: images (B, C, H, W).
         :return: tensor like x; with a graph if x asks for a gradient and gradients are enabled.
+        :raises RuntimeError: under :func:`torch.inference_mode`.
         """
+        check_autograd("FlowPrior")
+        self.check(x)
         return proximal.gradient(self.fn, x, self.normalizing_flow)
 
     def prox(
@@ -120,7 +123,7 @@ class FlowPrior(Prior):
         :param float tol_inter: stop once a step is shorter than this times the norm of u.
         :return: tensor like x.
         """
-        self._check(x)
+        self.check(x)
         gamma = proximal.gamma_like(gamma, x)
 
         def value_and_grad(u):
@@ -138,7 +141,7 @@ class FlowPrior(Prior):
         :param torch.Tensor x: images (B, C, H, W).
         :return: z, as many numbers.
         """
-        self._check(x)
+        self.check(x)
         return evaluate(self.normalizing_flow, x)[0]
 
     def decode(self, z: Tensor) -> Tensor:
@@ -182,7 +185,8 @@ class FlowPrior(Prior):
         """
         checkpoints.write(path, self.normalizing_flow)
 
-    def _check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
+        """Refuse what is no batch of images that the flow knows."""
         found = x.shape[1:2] if torch.is_tensor(x) and x.ndim == 4 else (1,)
         channels = getattr(self.normalizing_flow, "img_size", found)[0]
         check_input(x, like_weights(self, x), patch_size=1, channels=channels, images_only=True)

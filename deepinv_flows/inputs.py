@@ -48,6 +48,13 @@ def check_input(x: Tensor, like: Tensor, patch_size: int, channels: int, images_
         )
 
 
+def check_autograd(who: str) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"the gradient of {who} needs autograd, which torch.inference_mode rules out: use torch.no_grad"
+        )
+
+
 def positive_int(**named: int) -> int:
     ((name, value),) = named.items()
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import patchwise, proximal
 from .contract import as_flow, evaluate, like_weights
 from .flows import glow_flow
-from .inputs import check_input, positive_int
+from .inputs import check_autograd, check_input, positive_int
 from .patches import SUBSETS, PatchIndex
 from .weights_io import PatchWeights
 
@@ -159,7 +159,7 @@ class PatchNR(PatchWeights, Prior):
         :return: tensor like x.
         """
         self._check(x)
-        self._check_autograd()
+        check_autograd("PatchNR")
         if x.ndim != 4:
             return self._patch_grad(x)
         return self._image_grad(x, self._index(self._padded(x)))
@@ -190,7 +190,7 @@ class PatchNR(PatchWeights, Prior):
         :raises ValueError: for a negative or non-finite gamma, and as :meth:`fn`.
         """
         self._check(x, images_only=True)
-        self._check_autograd()
+        check_autograd("PatchNR")
         gamma = proximal.gamma_like(gamma, x)
         index = self._index(self._padded(x))
 
@@ -259,12 +259,6 @@ class PatchNR(PatchWeights, Prior):
     def _check(self, x: Tensor, images_only: bool = False) -> None:
         self._check_options()
         check_input(x, self._like(), self.patch_size, self.channels, images_only)
-
-    def _check_autograd(self) -> None:
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "the gradient of PatchNR needs autograd, which torch.inference_mode rules out: use torch.no_grad"
-            )
 
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, [self.patch_size - 1] * 4, mode=self.pad) if self.pad else x

@@ -59,18 +59,24 @@ def _symmetry(patches: Tensor, k: int) -> Tensor:
 
 class ImageSamples(Dataset):
     """
-    Images of one size as training samples, themselves or under noise; every second of a batch mirrored, if asked for.
+    Images of one size as training samples ``x``, and themselves or noisy images as ``y``.
 
     :param torch.Tensor images: (B, C, H, W).
-    :param bool augment: whether to mirror.
-    :param float sigma: standard deviation of the Gaussian noise in ``y``.
-    :param torch.Generator generator: its source; ``None`` is one of its own, with a fixed seed.
+    :param bool augment: whether to mirror half of them, at random.
+    :param float sigma: standard deviation of Gaussian noise in ``y``, new at each look.
+    :param torch.Generator generator: source of both; ``None`` is one of its own, with a fixed seed.
+    :param torch.Tensor y: what is seen of the images, if that is fixed (B, C, H, W).
     """
 
     def __init__(
-        self, images: Tensor, augment: bool = False, sigma: float = 0.0, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        augment: bool = False,
+        sigma: float = 0.0,
+        generator: torch.Generator | None = None,
+        y: Tensor | None = None,
     ):
-        self.images, self.augment, self.sigma = images, augment, sigma
+        self.images, self.augment, self.sigma, self.y = images, augment, sigma, y
         self.generator = torch.Generator() if generator is None else generator
 
     def __len__(self) -> int:
@@ -81,12 +87,19 @@ class ImageSamples(Dataset):
 
     def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
         x = self.images[numbers]
-        if self.augment and len(x) > 1:
-            x[::2] = x[::2].flip(3)
-        if not self.sigma:
-            return {"x": x, "y": x}
-        noise = torch.randn(x.shape, generator=self.generator, device=self.generator.device, dtype=x.dtype)
-        return {"x": x, "y": x + self.sigma * noise.to(x.device)}
+        if self.y is not None:
+            return {"x": x, "y": self.y[numbers]}
+        if self.augment:
+            source = {"generator": self.generator, "device": self.generator.device}
+            mirrored = torch.rand(len(x), **source).to(x.device) < 0.5
+            x[mirrored] = x[mirrored].flip(3)
+        return {"x": x, "y": noisy(x, self.sigma, self.generator) if self.sigma else x}
+
+
+def noisy(x: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+    """``x`` under Gaussian noise."""
+    noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
+    return x + sigma * noise.to(x.device)
 
 
 def spread(samples: PatchSamples, size: int = 16384) -> Dataset:

@@ -60,7 +60,7 @@ def sweep(
 
     :param list steps: as :func:`deepinv_flows.recognise.steps_of` gives them.
     :param torch.Tensor x: images (B, C, H, W).
-    :param int chunk_size: patches at a time, in each thread.
+    :param int chunk_size: patches at a time, in each thread; rounded up to a multiple of 16.
     :param torch.dtype dtype: of matrix products; ``None`` for the dtype of x.
     :param bool image: whether to compute the gradient in the image.
     :param bool weights: whether to compute the gradients in the packed weights.

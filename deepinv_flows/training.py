@@ -3,23 +3,23 @@
 import math
 import warnings
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 
 import torch
-from deepinv.loss import SupLoss
-from deepinv.models import ArtifactRemoval
 from deepinv.physics import Denoising, GaussianNoise
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from .denoiser import FlowDenoiser
+from .contract import like_weights
+from .denoiser import FlowDenoiser, ScoreMatching, ScoreModel
 from .flow_prior import FlowPrior
 from .flows import glow_flow
 from .inputs import check_input, positive_int
 from .likelihood import FlowModel, FlowNLL
 from .patchnr import PatchNR
 from .runs import fit
-from .samples import ImageSamples, PatchSamples, image_list, same, spread, stacked
+from .samples import ImageSamples, PatchSamples, image_list, noisy, same, spread, stacked
 
 
 def fit_patchnr(
@@ -155,18 +155,20 @@ def fit_flow(
     :param float lr: largest learning rate.
     :param float dequantise: width of the uniform noise added to the images, by maximum likelihood.
     :param float sigma: standard deviation of the Gaussian noise that the flow learns to remove; 0 for maximum likelihood.
-    :param bool augment: mirror every second image of a batch, left to right.
+    :param bool augment: mirror half of the images, left to right, at random.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch, of which the newest and about
         20 others stay; ``None`` keeps none.
     :param bool resume: continue from the newest readable checkpoint under ``save_path``, as :func:`fit_patchnr` does.
     :param bool, str mixed_precision: as in :class:`deepinv.Trainer`.
-    :param bool compile: compile the flow by :func:`torch.compile`.
+    :param bool compile: compile the flow by :func:`torch.compile`; not with ``sigma``.
     :param str device: where to train.
     :param torch.Generator generator: source of batches and noise; ``None`` is one with a fixed seed.
     :param bool verbose: progress bars and losses.
     :return: ``flow``, trained.
-    :raises ValueError: for images that are not finite, floating-point and of one size, or not of the flow's.
+    :raises ValueError: for images that are not finite, floating-point and of one size, or not of the flow's; for a noise
+        level that is negative or not finite; when the training diverges.
+    :raises TypeError: for images of another dtype than the weights'.
 
     >>> import torch
     >>> from deepinv_flows import fit_flow, image_flow
@@ -174,25 +176,30 @@ def fit_flow(
     >>> flow = fit_flow(flow, torch.rand(32, 1, 8, 8), epochs=1, verbose=False)
     """
     positive_int(epochs=epochs), positive_int(batch_size=batch_size)
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"expected a finite noise level sigma >= 0; got {sigma}")
+    if not (isinstance(sigma, Real) and math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"expected a finite noise level sigma >= 0; got {sigma!r}")
+    if sigma and compile:
+        raise ValueError("expected compile=False with sigma: torch.compile has no second derivatives")
     generator = torch.Generator() if generator is None else generator
     images = stacked(images)
     held_out = images if eval_images is None else stacked(eval_images)
     if not any(p.requires_grad for p in flow.parameters()):
         raise ValueError("the weights of the flow are frozen; flow.requires_grad_(True) makes them trainable")
-    _check_range(images, dequantise)
+    prior = FlowPrior(getattr(flow, "normalizing_flow", flow))
+    for batch in (images, held_out):
+        prior.check(batch.to(like_weights(flow, batch).device))
     model = FlowModel(flow.to(device), dequantise, generator, compile)
     initialised(model.flow, images, dequantise, generator, sigma)
-    objective = dict(losses=FlowNLL(), physics=Denoising(), grad_clip=2.0 * images[0].numel())
     if sigma:
-        model = ArtifactRemoval(FlowDenoiser(FlowPrior(model.flow)), mode="direct")
-        objective = dict(losses=SupLoss(), physics=Denoising(GaussianNoise(sigma)), grad_clip=sigma**2)
+        model = ScoreModel(FlowDenoiser(prior), float(sigma))
+        objective = dict(losses=ScoreMatching(sigma), physics=Denoising(GaussianNoise(sigma)), grad_clip=1.0)
+        eval_samples = ImageSamples(held_out, y=noisy(held_out, sigma, torch.Generator()))
+    else:
+        _check_range(images, dequantise)
+        objective = dict(losses=FlowNLL(), physics=Denoising(), grad_clip=2.0 * images[0].numel())
+        eval_samples = ImageSamples(held_out)
     batches = dict(batch_size=batch_size, collate_fn=same, generator=generator)
-    samples, eval_samples = (
-        ImageSamples(images, augment, sigma, generator),
-        ImageSamples(held_out, False, sigma, generator),
-    )
+    samples = ImageSamples(images, augment, sigma, generator)
     loaders = {
         "train_dataloader": DataLoader(samples, sampler=RandomSampler(samples, generator=generator), **batches),
         "eval_dataloader": DataLoader(eval_samples, **batches),
@@ -234,10 +241,10 @@ def initialised(
         generator = torch.Generator() if generator is None else generator
         first = images[torch.randperm(len(images), generator=generator)[:256]]
         if sigma:
-            noise = sigma * torch.randn(first.shape, generator=generator, dtype=first.dtype)
+            first = noisy(first, sigma, generator)
         else:
-            noise = dequantise * (torch.rand(first.shape, generator=generator, dtype=first.dtype) - 0.5)
-        flow.initialise((first + noise).to(next(flow.parameters()).device))
+            first = first + dequantise * (torch.rand(first.shape, generator=generator, dtype=first.dtype) - 0.5)
+        flow.initialise(first.to(next(flow.parameters()).device))
     return flow
 
 

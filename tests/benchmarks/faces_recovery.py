@@ -244,14 +244,14 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
     return flow.requires_grad_(False).cpu(), prior.requires_grad_(False).cpu(), seconds
 
 
-def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]:
+def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None]:
     """A flow for each noise level by denoising score matching: the middle level's from the start, the others' from that."""
     start, runs, found = time.perf_counter(), args.save_path or Path("runs_faces"), {}
     middle = sorted(args.noise)[len(args.noise) // 2]
     for sigma in sorted(args.noise, key=lambda sigma: sigma != middle):
-        file = runs / f"denoiser{args.side}_{sigma}.safetensors"
-        if file.exists():
-            flow = FlowPrior(pretrained=file).normalizing_flow
+        given = args.denoisers[args.noise.index(sigma)] if args.denoisers else None
+        if given:
+            flow = FlowPrior(pretrained=given).normalizing_flow
         else:
             flow = (
                 copy.deepcopy(found[middle].prior.normalizing_flow)
@@ -266,9 +266,9 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]:
                 epochs=math.ceil(args.denoiser_epochs / 4) if found else args.denoiser_epochs, lr=5e-4 if found else 1.5e-3,
                 save_path=runs / f"denoiser{args.side}_{sigma}", resume=True, device=args.device,
             )  # fmt: skip
-            FlowPrior(flow).save(file)
+            FlowPrior(flow).save(runs / f"denoiser{args.side}_{sigma}.safetensors")
         found[sigma] = FlowDenoiser(FlowPrior(flow.requires_grad_(False).cpu()))
-    return found, round(time.perf_counter() - start)
+    return found, None if args.denoisers else round(time.perf_counter() - start)
 
 
 def compare(title, problem, methods, tune, test, published) -> dict[str, float]:
@@ -297,6 +297,7 @@ def main():
     parser.add_argument("--flow", help="weights of an image flow, instead of training")
     parser.add_argument("--patch", help="weights of a PatchNR, instead of training")
     parser.add_argument("--side", type=int, choices=(64, 32), default=64)
+    parser.add_argument("--denoisers", nargs="+", help="weights of FlowDenoisers, for each level of --noise")
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=64)
