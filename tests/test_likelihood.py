@@ -16,7 +16,8 @@ import torch
 from cases import make, mlp
 
 from deepinv_flows import BitsPerDim, FlowModel, FlowNLL, PatchNR, allinone_flow, fit_patchnr, glow_flow
-from deepinv_flows.training import PatchSamples, _newest
+from deepinv_flows.runs import _newest
+from deepinv_flows.samples import PatchSamples
 
 
 def samples(x):
