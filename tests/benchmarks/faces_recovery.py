@@ -247,11 +247,11 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
 def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None]:
     """A flow for each noise level by denoising score matching: the middle level's from the start, the others' from that."""
     start, runs, found = time.perf_counter(), args.save_path or Path("runs_faces"), {}
+    given = {float(level): file for level, file in (pair.split("=") for pair in args.denoisers)}
     middle = sorted(args.noise)[len(args.noise) // 2]
     for sigma in sorted(args.noise, key=lambda sigma: sigma != middle):
-        given = args.denoisers[args.noise.index(sigma)] if args.denoisers else None
-        if given:
-            flow = FlowPrior(pretrained=given).normalizing_flow
+        if sigma in given:
+            flow = FlowPrior(pretrained=given[sigma]).normalizing_flow
         else:
             flow = (
                 copy.deepcopy(found[middle].prior.normalizing_flow)
@@ -268,7 +268,7 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None
             )  # fmt: skip
             FlowPrior(flow).save(runs / f"denoiser{args.side}_{sigma}.safetensors")
         found[sigma] = FlowDenoiser(FlowPrior(flow.requires_grad_(False).cpu()))
-    return found, None if args.denoisers else round(time.perf_counter() - start)
+    return found, None if given else round(time.perf_counter() - start)
 
 
 def compare(title, problem, methods, tune, test, published) -> dict[str, float]:
@@ -297,7 +297,7 @@ def main():
     parser.add_argument("--flow", help="weights of an image flow, instead of training")
     parser.add_argument("--patch", help="weights of a PatchNR, instead of training")
     parser.add_argument("--side", type=int, choices=(64, 32), default=64)
-    parser.add_argument("--denoisers", nargs="+", help="weights of FlowDenoisers, for each level of --noise")
+    parser.add_argument("--denoisers", nargs="+", default=[], help="weights of FlowDenoisers, as 0.1=FILE")
     parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=64)
