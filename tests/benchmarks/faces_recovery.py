@@ -245,30 +245,32 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
 
 
 def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None]:
-    """A flow for each noise level by denoising score matching: the middle level's from the start, the others' from that."""
-    start, runs, found = time.perf_counter(), args.save_path or Path("runs_faces"), {}
-    given = {float(level): file for level, file in (pair.split("=") for pair in args.denoisers)}
-    middle = sorted(args.noise)[len(args.noise) // 2]
-    for sigma in sorted(args.noise, key=lambda sigma: sigma != middle):
-        if sigma in given:
-            flow = FlowPrior(pretrained=given[sigma]).normalizing_flow
-        else:
-            flow = (
-                copy.deepcopy(found[middle].prior.normalizing_flow)
-                if found
-                else image_flow(
-                    images["train"].shape[1:], args.levels, args.steps, args.hidden, args.coupling, activation="silu",
-                    generator=torch.Generator().manual_seed(0),
-                )
-            )  # fmt: skip
-            fit_flow(
-                flow.requires_grad_(True).to(args.device), images["train"], images["val"], sigma=sigma, batch_size=8,
-                epochs=math.ceil(args.denoiser_epochs / 4) if found else args.denoiser_epochs, lr=5e-4 if found else 1.5e-3,
-                save_path=runs / f"denoiser{args.side}_{sigma}", resume=True, device=args.device,
-            )  # fmt: skip
-            FlowPrior(flow).save(runs / f"denoiser{args.side}_{sigma}.safetensors")
-        found[sigma] = FlowDenoiser(FlowPrior(flow.requires_grad_(False).cpu()))
-    return found, None if given else round(time.perf_counter() - start)
+    """A flow for each noise level by denoising score matching: one at the middle level, then that a while longer at each."""
+    start, runs = time.perf_counter(), args.save_path or Path("runs_faces")
+
+    def fitted(flow, sigma, name, epochs, lr):
+        fit_flow(
+            flow.requires_grad_(True).to(args.device), images["train"], images["val"], sigma=sigma, batch_size=8,
+            epochs=epochs, lr=lr, save_path=runs / f"{name}{args.side}", resume=True, device=args.device,
+        )  # fmt: skip
+        FlowPrior(flow).save(runs / f"{name}{args.side}.safetensors")
+        return flow
+
+    flows = {}
+    for pair in args.denoisers:
+        level, file = pair.split("=")
+        flows[float(level)] = FlowPrior(pretrained=file).normalizing_flow
+    missing = [sigma for sigma in args.noise if sigma not in flows]
+    if missing:
+        middle, generator = sorted(args.noise)[len(args.noise) // 2], torch.Generator().manual_seed(0)
+        sizes = args.levels, args.steps, args.hidden, args.coupling
+        common = image_flow(images["train"].shape[1:], *sizes, activation="silu", generator=generator)
+        fitted(common, middle, "denoiser", args.denoiser_epochs, lr=1.5e-3)
+    for sigma in missing:
+        longer = math.ceil(args.denoiser_epochs / 4)
+        flows[sigma] = fitted(copy.deepcopy(common), sigma, f"denoiser_{sigma}_", longer, lr=5e-4)
+    found = {sigma: FlowDenoiser(FlowPrior(flow.requires_grad_(False).cpu())) for sigma, flow in flows.items()}
+    return found, round(time.perf_counter() - start) if missing else None
 
 
 def compare(title, problem, methods, tune, test, published) -> dict[str, float]:
@@ -306,7 +308,7 @@ def main():
     parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--patch-epochs", type=int, default=40, help="epochs of 250 batches of 1024 patches")
     parser.add_argument(
-        "--denoiser-epochs", type=int, default=30, help="of the middle noise level; others take a quarter"
+        "--denoiser-epochs", type=int, default=30, help="at the middle level; a quarter more follow at each"
     )
     parser.add_argument("--device", default="cpu", help="of the trainings")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
