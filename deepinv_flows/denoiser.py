@@ -66,9 +66,8 @@ def _variance(sigma, x: Tensor) -> Tensor:
         sigma = torch.as_tensor(sigma, device=x.device)
     except (RuntimeError, TypeError, ValueError):
         raise TypeError(f"expected sigma to be a number, or one for each image; got {type(sigma).__name__}") from None
-    sigma = (
-        sigma if sigma.dtype in (torch.float32, torch.float64) else sigma.float()
-    )  # squares vanish in half precision
+    if sigma.dtype not in (torch.float32, torch.float64):
+        sigma = sigma.float()  # squares vanish in half precision
     if sigma.numel() not in (1, len(x)):
         raise ValueError(
             f"expected sigma to be one number, or one for each of {len(x)} images; got {tuple(sigma.shape)}"

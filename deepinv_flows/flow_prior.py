@@ -84,6 +84,9 @@ class FlowPrior(Prior):
         :raises TypeError: when x is no real floating-point tensor of the weights' dtype.
         """
         self.check(x)
+        return self._value(x)
+
+    def _value(self, x: Tensor) -> Tensor:
         z, log_det = evaluate(self.normalizing_flow, x)
         dim = x[0].numel()
         nll = 0.5 * (z**2).flatten(1).sum(1) + 0.5 * dim * math.log(2 * math.pi) - log_det
@@ -99,7 +102,7 @@ class FlowPrior(Prior):
         """
         check_autograd("FlowPrior")
         self.check(x)
-        return proximal.gradient(self.fn, x, self.normalizing_flow)
+        return proximal.gradient(self._value, x, self.normalizing_flow)
 
     def prox(
         self,

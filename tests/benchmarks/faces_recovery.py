@@ -219,7 +219,7 @@ def by_score(denoiser, physics, y, sigma, strength):
 
 def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
     start, shape, generator = time.perf_counter(), images["train"].shape[1:], torch.Generator().manual_seed(0)
-    runs = args.save_path or Path("runs_faces")
+    runs = args.save_path
     if args.flow:
         flow = FlowPrior(pretrained=args.flow).normalizing_flow
     else:
@@ -246,7 +246,7 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
 
 def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None]:
     """A flow for each noise level by denoising score matching: one at the middle level, then that a while longer at each."""
-    start, runs = time.perf_counter(), args.save_path or Path("runs_faces")
+    start, runs = time.perf_counter(), args.save_path
 
     def fitted(flow, sigma, name, epochs, lr):
         fit_flow(
@@ -295,7 +295,9 @@ def compare(title, problem, methods, tune, test, published) -> dict[str, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--save-path", type=Path, help="folder for checkpoints and weights of the trainings")
+    parser.add_argument(
+        "--save-path", type=Path, default=Path("runs_faces"), help="folder for checkpoints and weights of the trainings"
+    )
     parser.add_argument("--flow", help="weights of an image flow, instead of training")
     parser.add_argument("--patch", help="weights of a PatchNR, instead of training")
     parser.add_argument("--side", type=int, choices=(64, 32), default=64)
