@@ -21,7 +21,6 @@ import argparse
 import copy
 import functools
 import json
-import math
 import time
 from pathlib import Path
 
@@ -175,6 +174,14 @@ def lasso_wavelet(physics, y, sigma, strength, iterations=200):
     return proximal_descent(Lasso(haar, inverse_haar), physics, y, sigma, strength, iterations)
 
 
+def first_by_dct(physics, y, sigma):
+    return lasso_dct(physics, y, sigma, 0.1)
+
+
+def first_by_tv(physics, y, sigma):
+    return total_variation(physics, y, sigma, sigma, 100)
+
+
 def bm3d(physics, y, sigma, strength):
     return dinv.models.BM3D()(y, sigma)
 
@@ -187,11 +194,10 @@ def bm3d_rgb(physics, y, sigma, strength):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
 
 
-def patchnr(prior, iterations, physics, y, sigma, strength):
-    """Adam on |Ax - y|^2 / 2 sigma^2 + strength HW/p^2 g(x), from TV's result."""
-    start = total_variation(physics, y, sigma, sigma if isinstance(physics, dinv.physics.Denoising) else 0.03, 100)
-    x = start.clone().requires_grad_()
-    weight = strength * sigma**2 * x[0, 0].numel() / prior.patch_size**2
+def patchnr(prior, iterations, start, physics, y, sigma, strength):
+    """Adam on |Ax - y|^2 / 2 + strength HW/p^2 g(x), from another method's result."""
+    x = start(physics, y, sigma).clone().requires_grad_()
+    weight = strength * x[0, 0].numel() / prior.patch_size**2
     optimizer = torch.optim.Adam([x], lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
@@ -209,9 +215,16 @@ def latent(flow, iterations, physics, y, sigma, strength, **options):
 
 
 def by_score(denoiser, physics, y, sigma, strength):
-    """The mean of an image's and its mirror image's estimates."""
-    with torch.no_grad():
-        return (denoiser(y, sigma) + denoiser(y.flip(3), sigma).flip(3)) / 2
+    """The mean of the estimates from an image, the same moved by a pixel each way, and their mirror images."""
+    padded, (height, width) = F.pad(y, (1, 1, 1, 1), mode="reflect"), y.shape[-2:]
+    total, count = torch.zeros_like(padded), torch.zeros_like(padded)
+    for i, j in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2)):
+        window = (..., slice(i, i + height), slice(j, j + width))
+        moved = padded[window]
+        with torch.no_grad():
+            total[window] += denoiser(moved, sigma) + denoiser(moved.flip(3), sigma).flip(3)
+        count[window] += 2
+    return (total / count.clamp(min=1))[..., 1:-1, 1:-1]
 
 
 # --- the experiment ---
@@ -267,8 +280,7 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None
         common = image_flow(images["train"].shape[1:], *sizes, activation="silu", generator=generator)
         fitted(common, middle, "denoiser", args.denoiser_epochs, lr=1.5e-3)
     for sigma in missing:
-        longer = math.ceil(args.denoiser_epochs / 4)
-        flows[sigma] = fitted(copy.deepcopy(common), sigma, f"denoiser_{sigma}_", longer, lr=5e-4)
+        flows[sigma] = fitted(copy.deepcopy(common), sigma, f"denoiser_{sigma}_", args.level_epochs, lr=1e-3)
     found = {sigma: FlowDenoiser(FlowPrior(flow.requires_grad_(False).cpu())) for sigma, flow in flows.items()}
     return found, round(time.perf_counter() - start) if missing else None
 
@@ -309,16 +321,16 @@ def main():
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--patch-epochs", type=int, default=40, help="epochs of 250 batches of 1024 patches")
-    parser.add_argument(
-        "--denoiser-epochs", type=int, default=30, help="at the middle level; a quarter more follow at each"
-    )
+    parser.add_argument("--denoiser-epochs", type=int, default=30, help="at the middle level")
+    parser.add_argument("--level-epochs", type=int, default=30, help="at each level, after these")
     parser.add_argument("--device", default="cpu", help="of the trainings")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--noise", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     parser.add_argument("--measurements", type=int, nargs="+", default=[500, 1000, 2500, 5000])
     parser.add_argument("--images", type=int, default=12, help="test images of each kind")
     parser.add_argument("--tuning-images", type=int, default=4)
-    parser.add_argument("--iterations", type=int, default=150, help="of LatentMAP and PatchNR")
+    parser.add_argument("--iterations", type=int, default=150, help="of LatentMAP")
+    parser.add_argument("--patch-iterations", type=int, default=200, help="of PatchNR")
     parser.add_argument("--without", nargs="+", default=[], help="methods to leave out")
     args = parser.parse_args()
 
@@ -336,12 +348,12 @@ def main():
 
     tune, test, ood = images["val"][: args.tuning_images], images["test"][: args.images], images["ood"][: args.images]
     by_flow = functools.partial(latent, flow, args.iterations)
-    by_patches = functools.partial(patchnr, prior, args.iterations)
+    by_patches = functools.partial(patchnr, prior, args.patch_iterations)
     linear = {
         "Lasso DCT": (lasso_dct, [0.01, 0.03, 0.1]),
         "Lasso wavelet": (lasso_wavelet, [0.01, 0.03, 0.1]),
-        "TV": (total_variation, [0.03, 0.1, 0.3, 1.0]),
-        "PatchNR": (by_patches, [0.1, 0.3, 1.0]),
+        "TV": (total_variation, [0.1, 0.3, 1.0, 3.0]),
+        "PatchNR": (functools.partial(by_patches, first_by_dct), [1e-4, 3e-4, 1e-3]),
         "LatentMAP": (by_flow, [0.0, 1.0, 10.0, 30.0]),
     }
     linear = {name: method for name, method in linear.items() if name not in args.without}
@@ -352,7 +364,7 @@ def main():
             "BM3D": (bm3d_rgb, [0]),
             "BM3D, deepinv": (bm3d, [0]),
             "TV": (total_variation, [f * sigma for f in (0.5, 0.8, 1.2)]),
-            "PatchNR": (by_patches, [0.3, 0.6, 1.0]),
+            "PatchNR": (functools.partial(by_patches, first_by_tv), [f * sigma**2 for f in (0.3, 0.6, 1.0)]),
             "LatentMAP": (by_flow, [30.0, 60.0, 100.0, 150.0]),
         }
         if by_level:
@@ -375,7 +387,9 @@ def main():
                 for m in args.measurements
             }  # fmt: skip
     if "inpainting" in args.sections:
-        few = {name: method for name, method in linear.items() if name in ("TV", "PatchNR", "LatentMAP")}
+        few = {name: linear[name] for name in ("TV", "LatentMAP") if name in linear}
+        if "PatchNR" in linear:
+            few["PatchNR"] = functools.partial(by_patches, first_by_tv), [1e-5, 1e-4, 1e-3]
         side = args.side // 3
         result["inpainting"] = run(f"square of {side}", lambda x, seed: holed(x, side, seed), few, published={})
     if "questions" in args.sections:
