@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,7 +57,7 @@ class LatentMAP(Reconstructor):
         few.
     :param str, torch.Tensor, Callable init: where to start: ``"zero"``; ``"random"``, normal of standard deviation
         ``init_std``; ``"pinv"``, the latent of ``physics.A_dagger(y)``; latents (B, ...) or (1, ...); or a function of y and
-        physics that returns latents.
+        physics that returns latents. Images whose objective is not finite there start at zero, with a warning.
     :param float init_std: standard deviation of a random start.
     :param bool early_stop: end the search for an image once it has converged.
     :param float thres_conv: it has when an iteration lowers the objective (of L-BFGS; else, moves z) by less than this,
@@ -234,6 +235,8 @@ class LatentMAP(Reconstructor):
             raise ValueError(
                 f"the objective of images {bad} of the batch is not finite where the search starts, nor at z = 0"
             )
+        moved = (~good).nonzero().flatten().tolist()
+        warnings.warn(f"the objective of images {moved} of the batch is not finite at their start: z = 0", stacklevel=5)
         return z
 
 
