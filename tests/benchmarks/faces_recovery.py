@@ -9,7 +9,8 @@ N x 64 x 64 x 3, 8 bit. Both flows are trained on ``train`` unless weights are g
 
 - ``denoising``: noise of standard deviation 0.05, 0.1, 0.2; BM3D (package bm3d), TV, PatchNR, LatentMAP with gamma |z|, and
   FlowDenoiser, with a flow trained by score matching at each level;
-- ``sensing``: m Gaussian measurements of entries N(0, 1/m), noise N(0, 0.01/m); Lasso in DCT and Haar, TV, PatchNR, LatentMAP;
+- ``sensing``: m Gaussian measurements of entries N(0, 1/m), noise N(0, 0.01/m); Lasso in DCT and Haar, TV, PatchNR, LatentMAP,
+  and the most likely image by the sum of PatchNR's and the flow's log-densities, by Adam from LatentMAP's result;
 - ``inpainting``: a centred square of a third of the side is missing;
 - ``ood``: the same sensing of images that are no faces;
 - ``questions``: start, penalty and optimizer of LatentMAP at one m.
@@ -34,11 +35,12 @@ from recovery_methods import (
     bm3d_rgb,
     by_score,
     holed,
+    image_map,
     lasso_dct,
     lasso_wavelet,
     latent,
     noisy,
-    patchnr,
+    patch_energy,
     sensed,
     total_variation,
 )
@@ -177,7 +179,7 @@ def parse() -> argparse.Namespace:
     add("--images", type=int, default=12, help="test images of each kind")
     add("--tuning-images", type=int, default=4)
     add("--iterations", type=int, default=150, help="of LatentMAP")
-    add("--patch-iterations", type=int, default=200, help="of PatchNR")
+    add("--patch-iterations", type=int, default=200, help="of PatchNR and of both priors")
     add("--without", nargs="+", default=[], help="methods to leave out")
     return parser.parse_args()
 
@@ -185,24 +187,24 @@ def parse() -> argparse.Namespace:
 def methods(flow, prior, denoisers, args) -> dict:
     """What is compared in each section: methods by name, each with the strengths to choose from."""
     by_flow = functools.partial(latent, flow, args.iterations)
-    latent_map = by_flow, [0.0, 1.0, 10.0, 30.0]
+    latent_map, patches = (by_flow, [0.0, 1.0, 10.0, 30.0]), patch_energy(prior)
 
-    def by_patches_from(first, strength):
-        return functools.partial(
-            patchnr, prior, args.patch_iterations, functools.partial(first, strength=strength, iterations=100)
-        )
+    def refined(energies, start, **options):
+        return functools.partial(image_map, energies, args.patch_iterations, functools.partial(start, **options))
 
+    by_tv = functools.partial(total_variation, iterations=100)
     found = {
         "sensing": {
             "Lasso DCT": (lasso_dct, [0.01, 0.03, 0.1]),
             "Lasso wavelet": (lasso_wavelet, [0.01, 0.03, 0.1]),
             "TV": (total_variation, [0.1, 0.3, 1.0, 3.0]),
-            "PatchNR": (by_patches_from(lasso_dct, 0.1), [1e-4, 3e-4, 1e-3]),
+            "PatchNR": (refined([patches], lasso_dct, strength=0.1), [1e-4, 3e-4, 1e-3]),
             "LatentMAP": latent_map,
+            "both priors": (refined([patches, FlowPrior(flow)], by_flow, strength=1.0), [3e-5, 1e-4]),
         },
         "inpainting": {
             "TV": (total_variation, [0.03, 0.1, 0.3]),
-            "PatchNR": (by_patches_from(total_variation, 0.1), [1e-5, 1e-4, 1e-3]),
+            "PatchNR": (refined([patches], by_tv, strength=0.1), [1e-5, 1e-4, 1e-3]),
             "LatentMAP": latent_map,
         },
     }
@@ -212,7 +214,7 @@ def methods(flow, prior, denoisers, args) -> dict:
             "BM3D": (bm3d_rgb, [0]),
             "BM3D, deepinv": (bm3d, [0]),
             "TV": (total_variation, [f * sigma for f in (0.5, 0.8, 1.2)]),
-            "PatchNR": (by_patches_from(total_variation, sigma), [f * sigma**2 for f in (0.3, 0.6, 1.0)]),
+            "PatchNR": (refined([patches], by_tv, strength=sigma), [f * sigma**2 for f in (0.3, 0.6, 1.0)]),
             "LatentMAP": (by_flow, [30.0, 60.0, 100.0, 150.0]),
         }
         if sigma in denoisers:

@@ -122,18 +122,23 @@ def bm3d_rgb(physics, y, sigma, strength):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
 
 
-def patchnr(prior, iterations, start, physics, y, sigma, strength):
-    """Adam on |Ax - y|^2 / 2 + strength HW/p^2 g(x), from another method's result."""
+def image_map(energies, iterations, start, physics, y, sigma, strength):
+    """Adam on |Ax - y|^2 / 2 + strength (-log p(x) by each prior), from another method's result."""
     x = start(physics, y, sigma).clone().requires_grad_()
-    weight = strength * x[0, 0].numel() / prior.patch_size**2
     optimizer = torch.optim.Adam([x], lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
         optimizer.zero_grad()
-        (dinv.optim.L2()(x, y, physics) + weight * prior(x)).sum().backward()
+        prior = sum(energy(x) for energy in energies)
+        (dinv.optim.L2()(x, y, physics) + strength * prior).sum().backward()
         optimizer.step()
         schedule.step()
     return x.detach()
+
+
+def patch_energy(prior):
+    """-log p of an image by its patches, as if those side by side were independent."""
+    return lambda x: x[0, 0].numel() / prior.patch_size**2 * prior(x)
 
 
 def latent(flow, iterations, physics, y, sigma, strength, **options):
