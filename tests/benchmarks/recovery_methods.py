@@ -157,4 +157,4 @@ def by_score(denoiser, physics, y, sigma, strength):
         with torch.no_grad():
             total[window] += denoiser(moved, sigma) + denoiser(moved.flip(3), sigma).flip(3)
         count[window] += 2
-    return (total / count.clamp(min=1))[..., 1:-1, 1:-1]
+    return (total / count)[..., 1:-1, 1:-1]
