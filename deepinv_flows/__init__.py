@@ -1,20 +1,13 @@
 """Normalizing-flow priors for deepinv."""
 
-from .builders import DEQ_builder, unfolded_builder
-from .building import build_flow
-from .contract import Reversed, as_flow
-from .denoiser import FlowDenoiser
-from .dialects import CheckpointError
-from .distributed import DistributedPatchNR
-from .flow_prior import FlowPrior
-from .flows import allinone_flow, glow_flow
-from .image_flows import image_flow
+from .flows import Reversed, allinone_flow, as_flow, build_flow, glow_flow, image_flow
 from .iterators import (
     NMAPG,
     CondatVu,
     CondatVuIteration,
     DavisYin,
     DavisYinIteration,
+    DEQ_builder,
     IPiano,
     IPianoIteration,
     LatentGD,
@@ -23,15 +16,15 @@ from .iterators import (
     LearnedPrimalDualIteration,
     NMAPGIteration,
     nmapg,
+    unfolded_builder,
 )
-from .latent import LatentMAP
-from .likelihood import BitsPerDim, FlowModel, FlowNLL
-from .parallel import DistributedTrainer
-from .patchnr import PatchNR
+from .latent import FlowPrior, LatentMAP
+from .patchnr import DistributedPatchNR, PatchNR
+from .reconstruction import FlowDenoiser
 from .registry import register, registered, unregister
-from .splitting import EquivariantSplittingLoss
-from .splitting_masks import LineSplittingMaskGenerator
-from .training import fit_flow, fit_patchnr
+from .splitting import EquivariantSplittingLoss, LineSplittingMaskGenerator
+from .training import BitsPerDim, DistributedTrainer, FlowModel, FlowNLL, fit_flow, fit_patchnr
+from .weights import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -74,3 +67,7 @@ __all__ = [
     "unfolded_builder",
     "unregister",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

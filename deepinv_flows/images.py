@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .inputs import check_choice, positive_int
+from .checks import check_choice, positive_int
 
 FILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy")
 EIGHT_BITS = ("1", "L", "LA", "P", "RGB", "RGBA")

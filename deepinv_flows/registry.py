@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 
 from . import iterators
-from .builders import DEQ_builder, unfolded_builder
+from .iterators import DEQ_builder, unfolded_builder
 from .patchnr import PatchNR
 from .splitting import EquivariantSplittingLoss
 

@@ -32,8 +32,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from deepinv_flows import DistributedTrainer
-from deepinv_flows.checkpoints import CheckpointError, guarded, read_torch
-from deepinv_flows.inputs import check_choice, positive_int
+from deepinv_flows.checks import check_choice, positive_int
+from deepinv_flows.weights import CheckpointError, guarded, read_torch
 
 instantiate = functools.partial(hydra.utils.instantiate, _convert_="all")  # lists as lists
 

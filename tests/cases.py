@@ -6,6 +6,7 @@ import torch
 from deepinv.optim.prior import NormalizingFlow
 
 from deepinv_flows import Reversed, allinone_flow, as_flow, glow_flow
+from deepinv_flows.flows import nll
 
 
 def mlp(dim_in, dim_out):
@@ -73,6 +74,12 @@ def make(name: str, dim: int, dtype=torch.float64, spread: float = 0.3, seed: in
                 if p.requires_grad:
                     p.add_(spread * torch.randn_like(p))
     return flow
+
+
+def reference_nll(flow, x, patch_size):
+    """The potential of all patches, in a single batch of plain autograd: slow, large, and obviously right."""
+    patches = torch.nn.functional.unfold(x, patch_size).transpose(1, 2)
+    return nll(flow, patches.reshape(-1, patches.shape[-1]), constant=False).view(patches.shape[:2]).mean(1)
 
 
 @torch.no_grad()

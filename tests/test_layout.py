@@ -1,4 +1,4 @@
-"""Imports run one way, cost nothing, and change nothing in deepinv; what is public is documented."""
+"""Imports run one way between folders, cost nothing, and change nothing in deepinv; what is public is documented."""
 
 import ast
 import doctest
@@ -12,59 +12,84 @@ import deepinv_flows
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "deepinv_flows"
-# each module may import those of the rooms before its own
-ROOMS = [
-    {"inputs"},
-    {"contract", "iterators.base", "lbfgs", "parallel", "patches", "portable", "splitting_masks", "workspace"},
-    {"images", "iterators.optimizer", "iterators.search", "networks", "splitting_model"},
-    {"steps"},
-    {"recognise", "sweep"},
-    {
-        "iterators.condat_vu",
-        "iterators.davis_yin",
-        "iterators.ipiano",
-        "iterators.nmapg",
-        "iterators.latent_gd",
-        "iterators.learned_primal_dual",
-    },
-    {"_freia", "iterators", "splitting_terms"},
-    {"builders", "flows", "splitting"},
-    {"image_flows"},
-    {"building"},
-    {"dialects", "patchwise", "proximal"},
-    {"checkpoints", "likelihood"},
-    {"flow_prior", "latent", "runs", "samples", "weights_io"},
-    {"denoiser", "patchnr"},
-    {"distributed", "training"},
-    {"registry"},
-    {"__init__"},
-]
+# what the modules of a folder, or a module on top, may import beside one another: the faces of these
+MAY_IMPORT = {
+    "checks": set(),
+    "images": {"checks"},
+    "flows": {"checks"},
+    "weights": {"checks", "flows"},
+    "solvers": {"checks", "flows"},
+    "patchnr": {"checks", "flows", "weights", "solvers"},
+    "latent": {"checks", "flows", "weights", "solvers"},
+    "splitting": {"checks"},
+    "iterators": {"checks"},
+    "reconstruction": {"checks", "flows", "weights", "solvers", "patchnr", "latent", "iterators"},
+    "training": {"checks", "flows", "weights", "solvers", "patchnr", "latent", "reconstruction"},
+    "registry": {"iterators", "patchnr", "splitting"},
+}
+# tests that are not a folder's
+ON_TOP = {"benchmarks", "examples", "upstream"}
 
 
-def module_name(path: Path) -> str:
-    """As in ROOMS: the package's own ``__init__`` by that name, a folder by the folder's."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-
-
-def local_imports(path: Path) -> set[str]:
-    folder = path.relative_to(PACKAGE).parent.parts
+def imports(path: Path) -> set[tuple[str, ...]]:
+    """What a module imports of the package: the parts of each module's name."""
+    here = path.relative_to(PACKAGE).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            above = folder[: len(folder) - node.level + 1]
+            above = here[: len(here) - node.level + 1]
             names = [node.module] if node.module else [alias.name for alias in node.names]
-            found |= {".".join([*above, name]) for name in names}
+            found |= {(*above, *name.split(".")) for name in names}
     return found
 
 
-def test_imports_run_one_way():
-    modules = {module_name(path): local_imports(path) for path in PACKAGE.rglob("*.py")}
-    assert set(modules) == set().union(*ROOMS)
-    for level, room in enumerate(ROOMS):
-        earlier = set().union(*ROOMS[:level])
-        for name in room:
-            assert modules[name] <= earlier, f"{name} imports {modules[name] - earlier}"
+def folder(parts: tuple[str, ...]) -> str:
+    return parts[0]
+
+
+def test_imports_run_one_way_and_through_faces():
+    for path in PACKAGE.rglob("*.py"):
+        here = path.relative_to(PACKAGE).with_suffix("").parts
+        if here == ("__init__",):
+            continue
+        others = {name for name in imports(path) if folder(name) != folder(here)}
+        assert {folder(name) for name in others} <= MAY_IMPORT[folder(here)], path
+        assert all(len(name) == 1 for name in others), f"{path} reaches behind a face: {others}"
+
+
+def test_a_folder_below_imports_its_parent_at_one_place():
+    inner = {name for path in (PACKAGE / "patchnr" / "fused").glob("*.py") for name in imports(path)}
+    assert {name for name in inner if name[:2] != ("patchnr", "fused")} <= {("patchnr", "patches"), ("checks",)}
+
+
+def test_every_folder_is_a_room_with_a_face():
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert rooms | modules == MAY_IMPORT.keys()
+    for room in rooms:
+        face = (PACKAGE / room / "__init__.py").read_text()
+        assert ast.get_docstring(ast.parse(face)) and "__all__" in face
+
+
+@pytest.mark.parametrize("path", PACKAGE.rglob("*.py"), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_and_functions_are_short(path):
+    source = path.read_text()
+    assert source.count("\n") <= 300
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = node.end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= 40, f"{node.name} has {lines} lines"
+
+
+def test_tests_mirror_the_rooms():
+    rooms = {path.relative_to(PACKAGE).parent for path in PACKAGE.rglob("*.py")}
+    tests = ROOT / "tests"
+    for path in tests.rglob("test_*.py"):
+        where = path.relative_to(tests).parent
+        assert where in rooms or where.parts[0] in ON_TOP, path
+    for room in rooms:
+        assert list((tests / room).glob("test_*.py")), f"no tests of {room}"
 
 
 UNPICKLING = {"torch.load", "load_state_dict_from_url"}
@@ -101,19 +126,15 @@ assert not any(name.split(".")[0] in ("FrEIA", "zuko", "skimage") for name in sy
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-def test_nothing_but_the_package_imports_the_registry():
-    users = {module_name(path) for path in PACKAGE.rglob("*.py") if "registry" in local_imports(path)}
-    assert users == {"__init__"}
-
-
 @pytest.mark.parametrize("name", deepinv_flows.__all__)
 def test_public_names_have_an_example(name):
     assert doctest.DocTestParser().get_examples(getattr(deepinv_flows, name).__doc__)
 
 
 def test_all_is_complete():  # and sorted, says ruff
-    public = {n for n, v in vars(deepinv_flows).items() if getattr(v, "__module__", "").startswith("deepinv_flows")}
-    assert set(deepinv_flows.__all__) == public
+    held = {n: v for n, v in vars(deepinv_flows).items() if getattr(v, "__module__", "").startswith("deepinv_flows")}
+    assert set(deepinv_flows.__all__) == held.keys() - {"__dir__"}
+    assert dir(deepinv_flows) == sorted([*deepinv_flows.__all__, "__version__"])
 
 
 def test_the_readme_script_runs():

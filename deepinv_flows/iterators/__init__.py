@@ -1,5 +1,10 @@
-"""Iterations that deepinv lacks, each with its optimizer."""
+"""
+Iterators that deepinv lacks, each with its optimizer in a module of its name, and builders of unfolded and equilibrium models.
 
+What iterations share is in ``base`` and ``search``, what optimizers share in ``optimizer``.
+"""
+
+from .builders import DEQ_builder, unfolded_builder
 from .condat_vu import CondatVu, CondatVuIteration
 from .davis_yin import DavisYin, DavisYinIteration
 from .ipiano import IPiano, IPianoIteration
@@ -11,6 +16,7 @@ __all__ = [
     "NMAPG",
     "CondatVu",
     "CondatVuIteration",
+    "DEQ_builder",
     "DavisYin",
     "DavisYinIteration",
     "IPiano",
@@ -21,4 +27,5 @@ __all__ = [
     "LearnedPrimalDualIteration",
     "NMAPGIteration",
     "nmapg",
+    "unfolded_builder",
 ]

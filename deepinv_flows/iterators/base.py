@@ -8,7 +8,7 @@ from deepinv.optim.optim_iterators import OptimIterator
 from deepinv.optim.prior import ZeroPrior
 from torch import Tensor
 
-from ..inputs import check_finite, iteration
+from ..checks import check_finite, iteration
 
 
 def coefficient(value: float | Tensor, x: Tensor) -> float | Tensor:

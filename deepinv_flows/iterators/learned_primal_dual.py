@@ -7,7 +7,7 @@ from deepinv.models import PDNet_DualBlock, PDNet_PrimalBlock
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
-from ..inputs import positive_int
+from ..checks import positive_int
 from .base import Iteration, Problem
 from .optimizer import Optim
 

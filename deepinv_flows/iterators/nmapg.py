@@ -7,7 +7,7 @@ import torch
 from deepinv.optim import BacktrackingConfig, DataFidelity, Prior
 from torch import Tensor
 
-from ..inputs import check_finite
+from ..checks import check_finite
 from .base import PriorTerm, Problem, check_not_nan, coefficient, per_sample, rounding, square
 from .optimizer import Optim
 from .search import DEFAULT, SearchIteration, as_config, as_steps, shorten

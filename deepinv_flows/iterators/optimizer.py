@@ -9,7 +9,7 @@ from deepinv.optim import AndersonAccelerationConfig, BacktrackingConfig, BaseOp
 from deepinv.optim.optim_iterators import OptimIterator
 from torch import Tensor, nn
 
-from ..inputs import positive_int
+from ..checks import positive_int
 from .base import Iteration, Problem
 
 ALIASES = {"lambda_reg": "lambda", "sigma_denoiser": "g_param", "lambda_reg_2": "lambda_2"}

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from deepinv_flows import PatchNR, fit_patchnr, patchwise
+from deepinv_flows import PatchNR, fit_patchnr
+from deepinv_flows.patchnr import potential
 
 NOISE = 0.01
 
@@ -109,7 +110,7 @@ def main():
     prior.requires_grad_(False)
     prior.n_patches, prior.subset = args.n_patches, args.subset
     if args.precision:  # PatchNR itself would not: without the hardware it is slower than float32
-        patchwise._product_dtype = lambda x, precision: getattr(torch, args.precision)
+        potential._product_dtype = lambda x, precision: getattr(torch, args.precision)
     x = load(folder / args.image)
     share = 1.0 if args.crop is None else (args.crop / x.shape[-1]) ** 2  # the data term is a sum, the prior a mean
     if args.crop:

@@ -1,0 +1,177 @@
+"""
+What every prior of this package relies on: the flow contract, and adapters for modules that almost satisfy it.
+
+A **flow** is a :class:`torch.nn.Module` called as ``flow(x, rev=False)`` that returns ``(z, log_det)``: ``x`` has shape (N, D) or
+(N, C, H, W), ``z`` holds as many numbers, and ``log_det`` of shape (N,) is :math:`\\log|\\det J|` of the direction evaluated, so
+it changes sign with ``rev``. FrEIA's ``SequenceINN`` and ``GraphINN``, deepinv's ``NormalizingFlow`` and every builder in
+:mod:`deepinv_flows.flows` satisfy it; :func:`as_flow` adapts bare FrEIA modules and zuko flows.
+"""
+
+import json
+import math
+
+import torch
+from torch import Tensor, nn
+
+SIZES = ("dim", "num_layers", "sub_net_size", "split_len")
+
+
+def encode_config(config: dict) -> Tensor:
+    """A builder's ``config`` as a tensor, to travel in a state dict."""
+    return torch.tensor(list(json.dumps(config, sort_keys=True).encode()), dtype=torch.uint8)
+
+
+def decode_config(code: Tensor) -> dict:
+    """Inverse of :func:`encode_config`."""
+    return json.loads(bytes(code.tolist()))
+
+
+def same_function(a: dict, b: dict) -> bool:
+    """Whether flows of these configs compute the same function when sizes and weights are equal."""
+    a, b = ({"reversed": False, **{key: c[key] for key in c if key not in SIZES}} for c in (a, b))
+    return a == b
+
+
+class KnowsItsConfig:
+    """Mixin: the state dict says which function the weights are for, and loading another function's is refused."""
+
+    config: dict
+
+    def get_extra_state(self) -> Tensor:
+        return encode_config(self.config)
+
+    def set_extra_state(self, code: Tensor) -> None:
+        found = decode_config(code)
+        if not same_function(found, self.config):
+            raise ValueError(f"expected weights of a flow {self.config}; found weights of {found}")
+
+
+class Reversed(KnowsItsConfig, nn.Module):
+    """
+    The inverse of a flow as a flow: ``Reversed(flow)(x) == flow(x, rev=True)``.
+
+    :param torch.nn.Module flow: any flow.
+
+    >>> import torch
+    >>> from deepinv_flows import Reversed, glow_flow
+    >>> flow = glow_flow(4, num_layers=1, sub_net_size=8)
+    >>> x = torch.rand(3, 4)
+    >>> torch.equal(Reversed(flow)(x)[0], flow(x, rev=True)[0])
+    True
+    """
+
+    def __init__(self, flow: nn.Module):
+        super().__init__()
+        if isinstance(flow, Reversed):
+            raise ValueError("a flow reversed twice is the flow itself: use its .flow")
+        self.flow = flow
+
+    @property
+    def config(self) -> dict:
+        return {**self.flow.config, "reversed": True}
+
+    def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        return self.flow(x, rev=not rev)
+
+
+class _TupleFlow(nn.Module):
+    """A bare FrEIA ``InvertibleModule``: tuples in and out."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        out, log_det = self.module((x,), rev=rev, jac=True)
+        return out[0], _per_sample(log_det, out[0])
+
+
+class _ZukoFlow(nn.Module):
+    """A zuko flow over a standard normal base."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        transform = self.module().transform
+        return (transform.inv if rev else transform).call_and_ladj(x)
+
+
+def as_flow(module: nn.Module) -> nn.Module:
+    """
+    Make a module satisfy the flow contract: FrEIA and zuko modules are adapted, others returned as they are.
+
+    :param torch.nn.Module module: a flow, a bare FrEIA ``InvertibleModule`` (a block, or a network with
+        ``force_tuple_output``), or a zuko flow over a standard normal base.
+    :return: module called as ``flow(x, rev=False) -> (z, log_det)``.
+    :raises TypeError: when ``module`` is no :class:`torch.nn.Module`.
+
+    >>> import FrEIA.modules as Fm, torch
+    >>> from deepinv_flows import as_flow
+    >>> flow = as_flow(Fm.PermuteRandom([(6,)], seed=0))
+    >>> [tuple(out.shape) for out in flow(torch.rand(2, 6))]
+    [(2, 6), (2,)]
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module as normalizing flow; got {type(module).__name__}")
+    ancestors = {f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(module).__mro__}
+    if "zuko.LazyDistribution" in ancestors:
+        _check_standard_normal(module)
+        return _ZukoFlow(module)
+    if "FrEIA.InvertibleModule" in ancestors:
+        is_network = ancestors & {"FrEIA.SequenceINN", "FrEIA.GraphINN"}
+        if not is_network or module.force_tuple_output:
+            return _TupleFlow(module)
+    return module
+
+
+def _check_standard_normal(module: nn.Module) -> None:
+    try:
+        base = module().base
+        standard = type(base).__name__ == "DiagNormal" and bool((base.mean == 0).all() and (base.stddev == 1).all())
+    except Exception as error:
+        raise TypeError(f"expected an unconditional zuko flow; this {type(module).__name__} fails: {error}") from error
+    if not standard:
+        raise TypeError(f"expected a zuko flow over a standard normal base; {type(module).__name__} has {base}")
+
+
+def evaluate(flow: nn.Module, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+    """``flow(x, rev=rev)`` with the contract checked and ``log_det`` as (N,)."""
+    out = flow(x, rev=rev)
+    if not (isinstance(out, tuple) and len(out) == 2 and torch.is_tensor(out[0])):
+        raise TypeError(f"expected the flow {type(flow).__name__} to return (z, log_det); got {type(out).__name__}")
+    z, log_det = out
+    if z.numel() != x.numel():
+        raise ValueError(f"expected a flow output of {x.numel()} numbers, as its input {tuple(x.shape)}; got {z.shape}")
+    return z, _per_sample(log_det, x)
+
+
+def nll(flow: nn.Module, x: Tensor, constant: bool = True) -> Tensor:
+    r"""
+    Negative log-likelihood of samples, :math:`\tfrac12\|z\|^2 + \tfrac D2 \log 2\pi - \log|\det J|`.
+
+    :param torch.nn.Module flow: flow.
+    :param torch.Tensor x: samples (N, D) or (N, C, H, W).
+    :param bool constant: whether to add the term :math:`\tfrac D2 \log 2\pi`, which the potential of patches leaves out.
+    :return: (N,) in nats.
+    """
+    z, log_det = evaluate(flow, x)
+    value = 0.5 * z.flatten(1).pow(2).sum(1) - log_det
+    return value + 0.5 * x[0].numel() * math.log(2 * math.pi) if constant else value
+
+
+def _per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
+    if not torch.is_tensor(log_det) or log_det.ndim == 0:
+        return x.new_zeros(x.shape[0]) + log_det
+    if log_det.shape != x.shape[:1]:
+        raise ValueError(f"expected log_det of shape ({x.shape[0]},), one per sample; got {tuple(log_det.shape)}")
+    return log_det
+
+
+def like_weights(module: nn.Module, default: Tensor | None = None) -> Tensor:
+    """An empty tensor of the weights' dtype and device; of ``default``'s for a module without weights."""
+    for p in module.parameters():
+        if p.is_floating_point():
+            return p.new_empty(0)
+    return torch.empty(0) if default is None else default.new_empty(0)

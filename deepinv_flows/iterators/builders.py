@@ -1,0 +1,207 @@
+"""deepinv's ``unfolded_builder`` and ``DEQ_builder`` with right costs and gradients, for deepinv's algorithms and ours."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from deepinv.optim import L2, Bregman, DataFidelity, DEQConfig, OptimIterator, Prior, optim_iterators
+from deepinv.optim.optim_iterators import gStep
+from torch import Tensor
+
+from .base import DataTerm, Iteration, PriorTerm, coefficient
+from .condat_vu import CondatVuIteration
+from .davis_yin import DavisYinIteration
+from .ipiano import IPianoIteration
+from .latent_gd import LatentGDIteration
+from .learned_primal_dual import LearnedPrimalDualIteration
+from .nmapg import NMAPGIteration
+from .optimizer import ALIASES, Optim
+
+OURS = (
+    CondatVuIteration,
+    DavisYinIteration,
+    IPianoIteration,
+    LatentGDIteration,
+    LearnedPrimalDualIteration,
+    NMAPGIteration,
+)
+# as deepinv's documentation spells it
+SYNONYMS = {"PDCP": "CP"}
+# what deepinv's classes set and its builders forget
+FORGOTTEN = {"FISTA": {"a": 3}, "CP": {"stepsize_dual": 1.0}}
+# of deepinv's, those whose next estimate depends on the estimate alone
+FIXED_POINT_IN_X = ("GD", "PGD", "HQS", "MD", "PMD")
+
+
+def _objective(x, data_fidelity, prior, cur_params, y, physics, at=lambda x, cur_params: (x, x)) -> Tensor:
+    """f(x) + lambda g(x), or at the points that ``at`` gives, for each sample."""
+    at_f, at_g = at(x, cur_params)
+    value = DataTerm(data_fidelity, y, physics).value(at_f)
+    term = PriorTerm(prior, cur_params["lambda"], cur_params["g_param"])
+    return value + term.value(at_g) if term.explicit else value
+
+
+def _behind_K(x: Tensor, cur_params: dict, g_first: bool) -> tuple[Tensor, Tensor]:
+    Kx = cur_params["K"](x) if "K" in cur_params else x
+    return (x, Kx) if g_first else (Kx, x)
+
+
+class _DualStep(gStep):
+    """Chambolle-Pock's on the prior; deepinv's takes its proximity operator with lambda sigma, where the step is sigma."""
+
+    def forward(self, x: Tensor, w: Tensor, cur_prior: Prior, cur_params: dict) -> Tensor:
+        sigma = coefficient(cur_params["stepsize_dual"], x)
+        return PriorTerm(cur_prior, cur_params["lambda"], cur_params["g_param"]).prox_conjugate(x + sigma * w, sigma)
+
+
+def _primal_dual_start(y, physics, K: Callable | None = None) -> dict:
+    x = physics.A_adjoint(y)
+    return {"est": (x, x, torch.zeros_like(x if K is None else K(x)))}
+
+
+def _named(name: str, cost_fn: Callable | None, g_first: bool, bregman_potential: Bregman | None) -> OptimIterator:
+    ours = {iteration.__name__: iteration for iteration in OURS}
+    iteration = ours.get(f"{name}Iteration") or getattr(optim_iterators, f"{name}Iteration", None)
+    if iteration is None:
+        known = sorted(n.removesuffix("Iteration") for n in {*vars(optim_iterators), *ours} if n.endswith("Iteration"))
+        raise ValueError(f"expected one of {', '.join(known)}; got {name!r}")
+    if iteration in ours.values():
+        return iteration(g_first=g_first, cost_fn=cost_fn)
+    if cost_fn is None:
+        at = {"at": functools.partial(_behind_K, g_first=g_first)} if name == "CP" else {}
+        cost_fn = functools.partial(_objective, **at)
+    found = iteration(g_first=g_first, cost_fn=cost_fn, bregman_potential=bregman_potential)
+    if name == "CP" and g_first:
+        found.g_step = _DualStep(g_first=True)
+    return found
+
+
+def _build(iteration, params_algo, trainable_params, device, cost_fn, g_first, bregman_potential, **kwargs) -> Optim:
+    cost_fn = kwargs.pop("F_fn", cost_fn)
+    params = {ALIASES.get(name, name): value for name, value in params_algo.items()}
+    if isinstance(iteration, str):
+        name = SYNONYMS.get(iteration, iteration)
+        iteration = _named(name, cost_fn, g_first, bregman_potential)
+        params = {**FORGOTTEN.get(name, {}), **params}
+        if name == "CP":
+            K = params.get("K")
+            start = functools.partial(_primal_dual_start, K=K[0] if isinstance(K, Sequence) else K)
+            kwargs["custom_init"] = kwargs.get("custom_init") or start
+        kwargs["cost_fn"] = cost_fn
+        if kwargs.get("DEQ") and not isinstance(iteration, Iteration) and name not in FIXED_POINT_IN_X:
+            raise ValueError(
+                f"{name} has no DEQ: its next estimate does not depend on the estimate alone; "
+                f"got DEQ_builder({name!r}), expected one of {', '.join(FIXED_POINT_IN_X)}, NMAPG, IPiano, DavisYin"
+            )
+    params.setdefault("lambda", 1.0)
+    names = [ALIASES.get(name, name) for name in trainable_params]
+    names = [
+        name for name in names if name in params or name != "stepsize"
+    ]  # deepinv's default, of algorithms without steps too
+    return Optim(params, iterator=iteration, trainable_params=names, **kwargs).to(device)
+
+
+def unfolded_builder(
+    iteration: str | OptimIterator,
+    params_algo: Mapping | None = None,
+    data_fidelity: DataFidelity | list[DataFidelity] | None = None,
+    prior: Prior | list[Prior] | None = None,
+    max_iter: int = 5,
+    trainable_params: Sequence[str] = ("lambda", "stepsize"),
+    device: torch.device | str = "cpu",
+    cost_fn: Callable | None = None,
+    g_first: bool = False,
+    bregman_potential: Bregman | None = None,
+    **kwargs,
+) -> Optim:
+    r"""
+    Unfold an algorithm; deepinv's ``unfolded_builder`` with its signature, and our algorithms too.
+
+    The cost is :math:`f(x) + \lambda g(x)` for each sample, where deepinv's sums g over the batch and refuses a
+    :math:`\lambda` that is an integer or trainable. The result is a :class:`deepinv.optim.BaseOptim` with ``unfold=True``; it
+    reads the state dicts of deepinv's ``BaseUnfold``, and writes them.
+
+    :param str, deepinv.optim.OptimIterator iteration: name of an algorithm (``"PGD"``, ``"NMAPG"``, ...), or an iteration.
+    :param dict params_algo: parameters and operands; a number, a list of ``max_iter``, or a tensor: 1-D is a list, any other one
+        value, such as one for each sample (B, 1, 1, 1). A single module is one operand, a list of modules one for each iteration.
+    :param deepinv.optim.DataFidelity data_fidelity: f, or a list of ``max_iter``.
+    :param deepinv.optim.Prior prior: g, or a list of ``max_iter``.
+    :param int max_iter: number of iterations.
+    :param list[str] trainable_params: names of the parameters to train, beside the weights of priors and other modules.
+    :param torch.device device: where the model goes.
+    :param Callable cost_fn: the user's own cost, one number for each sample.
+    :param bool g_first: exchanges the roles of f and g.
+    :param deepinv.optim.Bregman bregman_potential: for ``"MD"`` and ``"PMD"``.
+    :param kwargs: further arguments of :class:`deepinv.optim.BaseOptim`.
+    :raises ValueError: for an unknown name, a parameter that cannot be trained, or an option that the algorithm refuses.
+
+    >>> import deepinv as dinv, torch
+    >>> from deepinv_flows import unfolded_builder
+    >>> prior = dinv.optim.PnP(dinv.models.DnCNN(in_channels=1, out_channels=1, pretrained=None))
+    >>> model = unfolded_builder("NMAPG", {"stepsize": 1.0, "g_param": 0.1}, dinv.optim.L2(), prior)
+    >>> model(torch.rand(1, 1, 16, 16), dinv.physics.Denoising()).shape
+    torch.Size([1, 1, 16, 16])
+    """
+    params_algo = {"lambda": 1.0, "stepsize": 1.0} if params_algo is None else params_algo
+    kwargs |= {"data_fidelity": data_fidelity, "prior": prior, "max_iter": max_iter, "unfold": True}
+    return _build(iteration, params_algo, trainable_params, device, cost_fn, g_first, bregman_potential, **kwargs)
+
+
+def DEQ_builder(
+    iteration: str | OptimIterator,
+    params_algo: Mapping | None = None,
+    data_fidelity: DataFidelity | list[DataFidelity] | None = None,
+    prior: Prior | list[Prior] | None = None,
+    cost_fn: Callable | None = None,
+    g_first: bool = False,
+    bregman_potential: Bregman | None = None,
+    *,
+    max_iter: int = 5,
+    trainable_params: Sequence[str] = ("lambda", "stepsize"),
+    device: torch.device | str = "cpu",
+    max_iter_backward: int = 50,
+    anderson_acceleration_backward: bool = False,
+    history_size_backward: int = 5,
+    beta_anderson_acc_backward: float = 1.0,
+    eps_anderson_acc_backward: float = 1e-4,
+    jacobian_free: bool = False,
+    **kwargs,
+) -> Optim:
+    r"""
+    Deep equilibrium model of an algorithm; deepinv's ``DEQ_builder`` with its arguments, whose backward pass fails in 0.5.0.
+
+    The gradient is that of the fixed point, by the implicit function theorem; give enough ``max_iter`` to get there. The result
+    is a :class:`deepinv.optim.BaseOptim` with ``DEQ=DEQConfig(...)``; it reads the state dicts of deepinv's ``BaseDEQ``, and
+    writes them.
+
+    :param str, deepinv.optim.OptimIterator iteration: as in :func:`unfolded_builder`, one whose fixed point depends on the
+        estimate alone.
+    :param dict params_algo: as in :func:`unfolded_builder`; ``None`` is ``{"lambda": 1.0, "stepsize": 1.0, "g_param": 0.03}``.
+    :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is ``L2()``.
+    :param deepinv.optim.Prior prior: g.
+    :param int max_iter: number of iterations to the fixed point.
+    :param list[str] trainable_params: names of the parameters to train.
+    :param int max_iter_backward: bound on the iterations of the backward pass.
+    :param bool anderson_acceleration_backward: whether to accelerate those, with the three parameters that follow.
+    :param bool jacobian_free: whether to leave out the inverse Jacobian.
+    :param kwargs: further arguments of :class:`deepinv.optim.BaseOptim`.
+    :raises ValueError: for an algorithm whose fixed point does not depend on the estimate alone, and as :func:`unfolded_builder`.
+
+    >>> import deepinv as dinv, torch
+    >>> from deepinv_flows import DEQ_builder
+    >>> prior = dinv.optim.PnP(dinv.models.DnCNN(in_channels=1, out_channels=1, pretrained=None))
+    >>> model = DEQ_builder("PGD", {"stepsize": 0.5, "g_param": 0.1}, prior=prior)
+    >>> model(torch.rand(1, 1, 16, 16), dinv.physics.Denoising()).sum().backward()
+    """
+    params_algo = {"lambda": 1.0, "stepsize": 1.0, "g_param": 0.03} if params_algo is None else params_algo
+    DEQ = DEQConfig(
+        jacobian_free=jacobian_free,
+        anderson_acceleration_backward=anderson_acceleration_backward,
+        history_size_backward=history_size_backward,
+        beta_backward=beta_anderson_acc_backward,
+        eps_backward=eps_anderson_acc_backward,
+        max_iter_backward=max_iter_backward,
+    )
+    kwargs |= {"data_fidelity": L2() if data_fidelity is None else data_fidelity, "prior": prior, "max_iter": max_iter}
+    options = (trainable_params, device, cost_fn, g_first, bregman_potential)
+    return _build(iteration, params_algo, *options, DEQ=DEQ, **kwargs)

@@ -1,0 +1,11 @@
+"""
+Flows on whole images: the prior in image space and the reconstruction in latent space.
+
+:class:`~deepinv_flows.FlowPrior` is the negative log-likelihood of an image; :class:`~deepinv_flows.LatentMAP` searches
+the latents.
+"""
+
+from .map import LatentMAP
+from .prior import FlowPrior
+
+__all__ = ["FlowPrior", "LatentMAP"]

@@ -1,0 +1,192 @@
+"""A flow on whole images as a prior."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from deepinv.optim import Prior
+from torch import Tensor, nn
+
+from .. import solvers
+from .. import weights as checkpoints
+from ..checks import check_autograd, check_input, positive_int
+from ..flows import as_flow, build_flow, evaluate, like_weights, nll
+
+
+class FlowPrior(Prior):
+    r"""
+    Negative log-likelihood of whole images under a flow.
+
+    .. math::
+
+        g(x) = -\log p(x) = \tfrac12\|z\|^2 + \tfrac D2 \log 2\pi - \log|\det J_f(x)|, \qquad z = f(x)
+
+    in nats. Beside ``L2(sigma=noise)``, ``lambda_reg=1`` is the maximum a posteriori estimate and, as ``alpha`` of
+    deepinv's Langevin samplers, the posterior.
+
+    :param torch.nn.Module normalizing_flow: a flow on images (N, C, H, W), such as :func:`deepinv_flows.image_flow`'s, or any
+        module that :func:`deepinv_flows.as_flow` adapts.
+    :param str pretrained: path of weights written by :meth:`save`, or name of shipped weights. They bring their own
+        architecture; a ``normalizing_flow`` given as well has to be of it.
+    :param bool per_dim: divide g by the number D of entries of an image.
+    :param torch.Generator generator: source of samples; ``None`` is one of its own, with a fixed seed.
+    :raises ValueError: when there is neither a flow nor weights, or weights that cannot be used.
+
+    Source: Asim et al., "Invertible generative models for inverse problems: mitigating representation error and dataset
+    bias", ICML 2020, arXiv 1905.11672.
+
+    >>> import torch, deepinv as dinv
+    >>> from deepinv_flows import FlowPrior, image_flow
+    >>> prior = FlowPrior(image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4))
+    >>> x = torch.rand(2, 1, 8, 8)
+    >>> prior(x).shape, prior.sample(3).shape
+    (torch.Size([2]), torch.Size([3, 1, 8, 8]))
+    >>> torch.allclose(prior.decode(prior.encode(x)), x, atol=1e-5)
+    True
+    >>> model = dinv.optim.GD(data_fidelity=dinv.optim.L2(), prior=prior, lambda_reg=1e-3, stepsize=0.5, max_iter=3)
+    >>> model(x, dinv.physics.Denoising()).shape
+    torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        normalizing_flow: nn.Module | None = None,
+        pretrained: str | os.PathLike | None = None,
+        *,
+        per_dim: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.explicit_prior, self.per_dim = True, per_dim
+        self.generator = torch.Generator() if generator is None else generator
+        if normalizing_flow is None and not pretrained:
+            raise ValueError("expected a normalizing_flow or pretrained weights; got neither")
+        if pretrained:
+            with checkpoints.guarded(pretrained):
+                weights = checkpoints.find(pretrained)
+                if normalizing_flow is None:
+                    if weights.config is None or weights.dialect or weights.patch:
+                        raise checkpoints.CheckpointError(
+                            "expected weights that FlowPrior.save wrote; found those of another flow, such as one on patches"
+                        )
+                    normalizing_flow = build_flow(weights.config, torch.Generator())
+                checkpoints.load_into(normalizing_flow, weights.state)
+        self.normalizing_flow = as_flow(normalizing_flow)
+
+    def fn(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """
+        Negative log-likelihood of each image.
+
+        :param torch.Tensor x: images (B, C, H, W).
+        :return: (B,) in nats, with the constant; divided by D with ``per_dim``.
+        :raises ValueError: for another shape, NaN or infinite entries.
+        :raises TypeError: when x is no real floating-point tensor of the weights' dtype.
+        """
+        self.check(x)
+        return self._value(x)
+
+    def _value(self, x: Tensor) -> Tensor:
+        value = nll(self.normalizing_flow, x)
+        return value / x[0].numel() if self.per_dim else value
+
+    def grad(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """
+        Gradient of g at images x, which is left untouched.
+
+        :param torch.Tensor x: images (B, C, H, W).
+        :return: tensor like x; with a graph if x asks for a gradient and gradients are enabled.
+        :raises RuntimeError: under :func:`torch.inference_mode`.
+        """
+        check_autograd("FlowPrior")
+        self.check(x)
+        return solvers.gradient(self._value, x, self.normalizing_flow)
+
+    def prox(
+        self,
+        x: Tensor,
+        *args,
+        gamma: float | Tensor = 1.0,
+        stepsize_inter: float = 1.0,
+        max_iter_inter: int = 50,
+        tol_inter: float = 1e-4,
+        **kwargs,
+    ) -> Tensor:
+        r"""
+        :math:`\operatorname{prox}_{\gamma g}(x)`, a local minimiser of :math:`\gamma g(u) + \frac12\|u-x\|^2`, by descent.
+
+        Differentiable in x, gamma and the weights by the implicit function theorem.
+
+        :param torch.Tensor x: images (B, C, H, W).
+        :param float, torch.Tensor gamma: one number >= 0, or one an image.
+        :param float stepsize_inter: length of the first trial step.
+        :param int max_iter_inter: bound on the number of steps.
+        :param float tol_inter: stop once a step is shorter than this times the norm of u.
+        :return: tensor like x.
+        """
+        self.check(x)
+        gamma = solvers.gamma_like(gamma, x)
+
+        def value_and_grad(u):
+            with torch.enable_grad():
+                leaf = u.detach().requires_grad_()
+                value = self.fn(leaf)
+                return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+        return solvers.prox(value_and_grad, self.grad, x, gamma, stepsize_inter, int(max_iter_inter), tol_inter)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """
+        Latents of images.
+
+        :param torch.Tensor x: images (B, C, H, W).
+        :return: z, as many numbers.
+        """
+        self.check(x)
+        return evaluate(self.normalizing_flow, x)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """
+        Images of latents.
+
+        :param torch.Tensor z: latents, shaped as :meth:`encode` returns them.
+        :return: images (B, C, H, W).
+        """
+        return evaluate(self.normalizing_flow, z, rev=True)[0]
+
+    def sample(
+        self, n: int, img_size: Sequence[int] | None = None, std: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """
+        Draw images from the flow.
+
+        :param int n: number of images.
+        :param tuple img_size: their size (C, H, W), which flows of :func:`deepinv_flows.image_flow` know.
+        :param float std: standard deviation of the latents, Glow's temperature; below 1 images are more typical.
+        :param torch.Generator generator: source of the latents; ``None`` is the prior's own.
+        :return: images (n, C, H, W).
+        """
+        img_size = getattr(self.normalizing_flow, "img_size", None) if img_size is None else img_size
+        if img_size is None:
+            raise ValueError(
+                f"expected img_size, which a {type(self.normalizing_flow).__name__} does not know; got None"
+            )
+        generator, like = self.generator if generator is None else generator, like_weights(self)
+        shape = (positive_int(n=n), *img_size)
+        z = std * torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype)
+        with torch.no_grad():
+            return self.decode(z.to(like.device))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Write weights and architecture as safetensors, for ``pretrained``.
+
+        :param str path: file to write; left as it was if writing is interrupted.
+        :raises ValueError: when the flow is not one of our builders'.
+        """
+        checkpoints.write(path, self.normalizing_flow)
+
+    def check(self, x: Tensor) -> None:
+        """Refuse what is no batch of images that the flow knows."""
+        found = x.shape[1:2] if torch.is_tensor(x) and x.ndim == 4 else (1,)
+        channels = getattr(self.normalizing_flow, "img_size", found)[0]
+        check_input(x, like_weights(self, x), patch_size=1, channels=channels, images_only=True)

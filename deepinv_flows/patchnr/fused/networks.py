@@ -1,0 +1,112 @@
+"""The networks of a patch flow's couplings, on chunks held as columns; ``do`` is that of ``steps``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from .workspace import Workspace
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Activation:
+    """``apply(do, a, h)`` writes h = f(a); ``backward(do, g, kept)`` multiplies g by f'(a) in place, ``kept`` being h if f works
+    in place and a if not."""
+
+    in_place: bool
+    apply: Callable[[Callable, Tensor, Tensor], None]
+    backward: Callable[[Callable, Tensor, Tensor], None]
+
+
+def relu() -> Activation:
+    return Activation(
+        True,
+        lambda do, a, h: do(a.relu_),
+        lambda do, g, h: do(aten.threshold_backward.grad_input, g, h, 0, grad_input=g),
+    )
+
+
+def leaky_relu(slope: float) -> Activation:
+    return Activation(
+        True,
+        lambda do, a, h: do(aten.leaky_relu_, a, slope),
+        lambda do, g, h: do(aten.leaky_relu_backward.grad_input, g, h, slope, True, grad_input=g),
+    )
+
+
+def silu() -> Activation:
+    return Activation(
+        False,
+        lambda do, a, h: do(aten.silu.out, a, out=h),
+        lambda do, g, a: do(aten.silu_backward.grad_input, g, a, grad_input=g),
+    )
+
+
+def gelu(approximate: str) -> Activation:
+    return Activation(
+        False,
+        lambda do, a, h: do(aten.gelu.out, a, approximate=approximate, out=h),
+        lambda do, g, a: do(aten.gelu_backward.grad_input, g, a, approximate=approximate, grad_input=g),
+    )
+
+
+class Network:
+    """
+    A fully connected network.
+
+    :param list packed: [W b] of each layer, (out, in + 1).
+    :param list activations: one after each layer but the last.
+    """
+
+    def __init__(self, packed: list[Tensor], activations: list[Activation]):
+        self.packed, self.activations = packed, activations
+
+    def prepare(self, space: Workspace) -> SimpleNamespace:
+        weights = [w.detach().to(space.dtype) for w in self.packed]
+        inputs = [space.new(w.shape[1], space.dtype) for w in weights]
+        for h in inputs:
+            h[-1].fill_(1)
+        kept = [
+            h[:-1] if act.in_place else space.new(len(h) - 1, space.dtype)
+            for h, act in zip(inputs[1:], self.activations)
+        ]
+        return SimpleNamespace(
+            weights=weights,
+            transposed=[w[:, :-1].t() for w in weights],
+            inputs=inputs,
+            hidden=[h[:-1] for h in inputs],
+            kept=kept,
+            grads=[space.shared(f"hidden {k % 2}", len(h) - 1, space.dtype) for k, h in enumerate(inputs)],
+            product=space.shared("input", len(inputs[0]) - 1, space.dtype)
+            if space.dtype != space.state_dtype
+            else None,
+        )
+
+    def forward(self, do: Callable, x: Tensor, tape: SimpleNamespace, out: Tensor) -> None:
+        do(tape.hidden[0].copy_, x)
+        for k, act in enumerate(self.activations):
+            do(torch.mm, tape.weights[k], tape.inputs[k], out=tape.kept[k])
+            act.apply(do, tape.kept[k], tape.hidden[k + 1])
+        do(torch.mm, tape.weights[-1], tape.inputs[-1], out=out)
+
+    def backward(
+        self, do: Callable, g: Tensor, tape: SimpleNamespace, grads: list[Tensor] | None, into: Tensor
+    ) -> None:
+        """Add to ``into`` the gradient in the input."""
+        for k in range(len(tape.weights) - 1, -1, -1):
+            if grads is not None:
+                do(grads[k].addmm_, g, tape.inputs[k].t())
+            if k == 0:
+                break
+            do(torch.mm, tape.transposed[k], g, out=tape.grads[k])
+            g = tape.grads[k]
+            self.activations[k - 1].backward(do, g, tape.kept[k - 1])
+        if tape.product is None:
+            do(into.addmm_, tape.transposed[0], g)
+        else:
+            do(torch.mm, tape.transposed[0], g, out=tape.product)
+            do(into.add_, tape.product)

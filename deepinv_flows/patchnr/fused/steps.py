@@ -1,0 +1,235 @@
+r"""
+The steps of a patch flow with their derivatives written out: no graph, buffers reused from chunk to chunk.
+
+A chunk of N patches is held as the columns of a (D, N) matrix, so that halves and single entries are contiguous rows and
+each layer is one matrix product into a buffer. A row of ones below the activations makes the bias a column of the
+weights, :math:`W h + b = [W\;b]\,[h;1]`, and its gradient a column of theirs.
+
+Each step has ``packed`` weights, which are functions of the flow's parameters (autograd maps their gradients back), and
+
+- ``forward(do, x, log_det, tape)``: the new state; ``log_det`` (N,) is added to, ``tape`` holds what ``backward`` needs;
+- ``backward(do, g, weight, tape, grads)``: from :math:`g = \partial L/\partial` (new state) the one of the old state, for
+  :math:`L = \sum_i w_i (\tfrac12 \|z_i\|^2 - \log|\det J|_i)`, adding to ``grads`` (as ``packed``) unless it is ``None``;
+- ``inverse()``: the step that undoes it.
+
+Both are called once, and write down by ``do(operation, ...)`` what is then done to each chunk. An operation writes into a
+buffer, never to a new tensor, and costs the interpreter, for which threads wait, one call.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from .networks import Network
+from .workspace import Workspace
+
+
+class Affine:
+    r"""
+    :math:`x \mapsto W x + b`.
+
+    :param list packed: [W (D, D), b (D, 1), :math:`\log|\det W|` ()].
+    :param callable inverse_packed: gives the same three of the inverse.
+    """
+
+    def __init__(self, packed: list[Tensor], inverse_packed: Callable[[], list[Tensor]]):
+        self.packed, self.inverse_packed = packed, inverse_packed
+
+    def inverse(self) -> "Affine":
+        return Affine(self.inverse_packed(), lambda: self.packed)
+
+    def prepare(self, space: Workspace) -> SimpleNamespace:
+        dim = len(self.packed[0])
+        weights = [w.detach() for w in self.packed]
+        return SimpleNamespace(
+            weights=weights,
+            out=space.new(dim),
+            grad=space.new(dim),
+            input=None,
+            sums=[torch.empty_like(w) for w in weights[1:]],
+        )
+
+    def forward(self, do: Callable, x: Tensor, log_det: Tensor, tape: SimpleNamespace) -> Tensor:
+        matrix, offset, constant = tape.weights
+        do(log_det.add_, constant)
+        tape.input = x
+        do(torch.mm, matrix, x, out=tape.out)
+        do(tape.out.add_, offset)
+        return tape.out
+
+    def backward(self, do: Callable, g: Tensor, weight: Tensor, tape: SimpleNamespace, grads: list | None) -> Tensor:
+        if grads is not None:
+            do(grads[0].addmm_, g, tape.input.t())
+            do(torch.sum, g, 1, keepdim=True, out=tape.sums[0])
+            do(grads[1].add_, tape.sums[0])
+            do(torch.sum, weight, 0, out=tape.sums[1])
+            do(grads[2].sub_, tape.sums[1])
+        do(torch.mm, tape.weights[0].t(), g, out=tape.grad)
+        return tape.grad
+
+
+class Coupling:
+    r"""
+    One half moves by what networks say of the other: :math:`x_m \mapsto x_m e^{s} + t`, or back by
+    :math:`x_m \mapsto (x_m - t) e^{-s}`, with :math:`(a, t)` from the networks and :math:`s = \alpha f(a)`.
+
+    :param slice kept: rows that the networks see.
+    :param slice moved: rows that move.
+    :param list networks: one that gives a and t, or one for each; only t if ``function`` is ``None``.
+    :param str function: f, ``"atan"`` or ``"tanh"``; ``None`` for s = 0.
+    :param float alpha: bound of s.
+    :param bool centred: subtract from s its mean, which preserves volume.
+    """
+
+    def __init__(self, kept: slice, moved: slice, networks: list[Network], function=None, alpha=1.0, centred=False):
+        self.kept, self.moved, self.networks = kept, moved, networks
+        self.function, self.alpha, self.centred = function, float(alpha), centred
+        self.sign = 1
+
+    @property
+    def packed(self) -> list[Tensor]:
+        return [w for network in self.networks for w in network.packed]
+
+    def inverse(self) -> "Coupling":
+        step = copy.copy(self)
+        step.sign = -self.sign
+        return step
+
+    def prepare(self, space: Workspace) -> SimpleNamespace:
+        d = self.moved.stop - self.moved.start
+        rows = d if self.function is None else 2 * d
+        out = space.new(rows, space.dtype)
+        state = out if space.dtype == space.state_dtype else space.new(rows)
+        grad = space.shared("coupling", rows)
+        return SimpleNamespace(
+            networks=[network.prepare(space) for network in self.networks],
+            outs=out.chunk(len(self.networks)),
+            out=out,
+            state=state,
+            a=state[:-d],
+            t=state[-d:],
+            factor=space.new(d),
+            product=space.new(d),
+            sum=space.shared("sum", 1)[0],
+            cast=None if space.dtype == space.state_dtype else space.shared("cast", rows, space.dtype),
+            grad=grad,
+            grad_a=grad[:-d],
+            grad_t=grad[-d:],
+            # (1 + a^2) / alpha, or alpha (1 - a^2), up to the sign of s
+            slope=torch.tensor(self._slope(), dtype=space.state_dtype, device=space.device),
+        )
+
+    def _slope(self) -> float:
+        return self.sign * (self.alpha if self.function == "tanh" else 1 / self.alpha)
+
+    def forward(self, do: Callable, x: Tensor, log_det: Tensor, tape: SimpleNamespace) -> Tensor:
+        for network, network_tape, out in zip(self.networks, tape.networks, tape.outs):
+            network.forward(do, x[self.kept], network_tape, out)
+        if tape.state is not tape.out:
+            do(tape.state.copy_, tape.out)
+        m, s = x[self.moved], tape.factor
+        if self.function is None:
+            do(m.add_, tape.t, alpha=self.sign)
+            return x
+        do(torch.tanh if self.function == "tanh" else torch.atan, tape.a, out=s)
+        do(s.mul_, self.sign * self.alpha)
+        if self.centred:
+            self._centre(do, s, tape)
+        else:
+            do(torch.sum, s, 0, out=tape.sum)
+            do(log_det.add_, tape.sum)
+        do(s.exp_)
+        if self.sign > 0:
+            do(torch.mul, m, s, out=tape.product)
+            do(torch.add, tape.product, tape.t, out=m)
+        else:
+            do(m.sub_, tape.t)
+            do(torch.mul, m, s, out=tape.product)
+            do(m.copy_, tape.product)
+        return x
+
+    def backward(self, do: Callable, g: Tensor, weight: Tensor, tape: SimpleNamespace, grads: list | None) -> Tensor:
+        gm, grad = g[self.moved], tape.grad
+        if self.function is None:
+            do(torch.mul, gm, self.sign, out=grad)
+        else:
+            self._backward_affine(do, gm, weight, tape)
+        if tape.cast is not None:
+            do(tape.cast.copy_, grad)
+            grad = tape.cast
+        start = 0
+        for network, network_tape, part in zip(self.networks, tape.networks, grad.chunk(len(self.networks))):
+            own = None if grads is None else grads[start : start + len(network.packed)]
+            network.backward(do, part, network_tape, own, g[self.kept])
+            start += len(network.packed)
+        return g
+
+    def _backward_affine(self, do: Callable, gm: Tensor, weight: Tensor, tape: SimpleNamespace) -> None:
+        """From the gradient in the moved half those in a and t (in ``tape.grad``) and, in place, in its old value."""
+        if self.sign > 0:
+            do(tape.grad_t.copy_, gm)
+        a, ds = tape.a, tape.grad_a
+        do(torch.mul, gm, tape.product, out=ds)
+        do(ds.sub_, weight)  # the log-determinant's part
+        if self.centred:
+            self._centre(do, ds, tape)
+        do(gm.mul_, tape.factor)
+        if self.sign < 0:
+            do(torch.neg, gm, out=tape.grad_t)
+        if self.function == "tanh":
+            do(a.tanh_)
+            do(torch.addcmul, tape.slope, a, a, value=-self._slope(), out=a)
+            do(ds.mul_, a)
+        else:
+            do(torch.addcmul, tape.slope, a, a, value=self._slope(), out=a)
+            do(ds.div_, a)
+
+    @staticmethod
+    def _centre(do: Callable, s: Tensor, tape: SimpleNamespace) -> None:
+        do(torch.mean, s, 0, out=tape.sum)
+        do(s.sub_, tape.sum)
+
+
+class Program:
+    """
+    What is done to each chunk by a flow's steps; one for each thread.
+
+    :param list steps: as :func:`deepinv_flows.patchnr.fused.steps_of` gives them.
+    :param int dim: entries of a patch.
+    :param Workspace space: buffers.
+    :param bool backward: whether gradients are wanted.
+    :param list grads: where to add the gradients in the packed weights of each step; ``None`` for nowhere.
+
+    ``x`` (D, n) takes the patches, ``weight`` (n,) what each counts in gradients; after :meth:`run`, ``value`` (n,) holds their
+    negative log-likelihoods and ``grad`` (D, n) the gradient of the weighted sum in x, whose entries are lost.
+    """
+
+    def __init__(self, steps: list, dim: int, space: Workspace, backward: bool = True, grads: list | None = None):
+        self.operations = []
+        self.x, self.weight, self.value, log_det = space.new(dim), *(space.new(1)[0] for _ in range(3))
+        tapes, do = [step.prepare(space) for step in steps], self._note
+        z = self.x
+        do(log_det.zero_)
+        for step, tape in zip(steps, tapes):
+            z = step.forward(do, z, log_det, tape)
+        g = space.shared("gradient", dim)
+        do(torch.mul, z, z, out=g)
+        do(torch.sum, g, 0, out=self.value)
+        do(self.value.mul_, 0.5)
+        do(self.value.sub_, log_det)
+        if backward:
+            do(torch.mul, z, self.weight, out=g)
+            for step, tape, own in zip(steps[::-1], tapes[::-1], (grads or [None] * len(steps))[::-1]):
+                g = step.backward(do, g, self.weight, tape, own)
+        self.grad = g
+
+    def _note(self, operation: Callable, *args, **kwargs) -> None:
+        self.operations.append(functools.partial(operation, *args, **kwargs))
+
+    def run(self) -> None:
+        for operation in self.operations:
+            operation()

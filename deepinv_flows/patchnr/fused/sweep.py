@@ -1,0 +1,145 @@
+"""A flow's :mod:`deepinv_flows.patchnr.fused.steps` over the patches of an image batch, chunk by chunk, shared out to threads."""
+
+import functools
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..patches import PatchIndex
+from .steps import Program
+from .workspace import workspace
+
+LEAST_SHARE = 256  # patches that are worth a thread
+ALIGNED = 16  # patches whose float32 entries fill a cache line: products of other rows are a sixth slower
+
+
+@dataclass
+class Sums:
+    """
+    What is added up over patches.
+
+    :param torch.Tensor value: negative log-likelihoods of each image (B,).
+    :param torch.Tensor grad: gradient in the image, flat; ``None`` if not wanted.
+    :param list grads: gradients in the packed weights of each step; ``None`` if not wanted.
+    """
+
+    value: Tensor
+    grad: Tensor | None
+    grads: list[list[Tensor]] | None
+
+    def add_(self, other: "Sums") -> "Sums":
+        self.value += other.value
+        if self.grad is not None:
+            self.grad += other.grad
+        if self.grads is not None:
+            for mine, its in zip(self.grads, other.grads):
+                for a, b in zip(mine, its):
+                    a += b
+        return self
+
+
+def patch_sums(
+    steps: list,
+    x: Tensor,
+    index: PatchIndex,
+    chunk_size: int,
+    dtype=None,
+    image: bool = True,
+    weights: bool = False,
+    scale: Tensor | None = None,
+) -> Sums:
+    """
+    Sums over all patches of an index.
+
+    :param list steps: as :func:`deepinv_flows.patchnr.fused.steps_of` gives them.
+    :param torch.Tensor x: images (B, C, H, W).
+    :param int chunk_size: patches at a time, in each thread; rounded up to a multiple of 16.
+    :param torch.dtype dtype: of matrix products; ``None`` for the dtype of x.
+    :param bool image: whether to compute the gradient in the image.
+    :param bool weights: whether to compute the gradients in the packed weights.
+    :param torch.Tensor scale: what the images count in the gradients (B,); ``None`` for 1.
+    :return: sums, the same at each call with as many threads: shares and the order of additions are fixed.
+    """
+    flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another
+    stopped = threading.Event()
+
+    def share(start: int, stop: int) -> Sums:
+        sums = _zeros(steps, flat, index.batch, image, weights)
+        # as many equal chunks as it takes; what the last lacks is filled with patches that count nothing
+        size = math.ceil((stop - start) / math.ceil((stop - start) / chunk_size))
+        size = math.ceil(size / ALIGNED) * ALIGNED
+        space = workspace(size, flat.dtype, flat.device, dtype or flat.dtype)
+        program = Program(steps, len(index.offsets), space, image or weights, sums.grads)
+        pixels = space.new(len(index.offsets), torch.int64)
+        for first in range(start, stop, size):
+            if stopped.is_set():
+                break
+            numbers = torch.arange(first, first + size, device=flat.device)
+            counts = (numbers < stop).to(flat.dtype)
+            number, flat_pixels = index.columns(numbers.clamp_(max=stop - 1), pixels)
+            flat_pixels = flat_pixels.view(-1)
+            torch.index_select(flat, 0, flat_pixels, out=program.x.view(-1))
+            program.weight.copy_(counts if scale is None else counts * scale[number])
+            program.run()
+            sums.value.index_add_(0, number, (program.value * counts).to(sums.value.dtype))
+            if image:
+                sums.grad.index_add_(0, flat_pixels, program.grad.view(-1))
+        return sums
+
+    shares = _in_threads(share, _split(len(index), _thread_count(flat, len(index))), stopped)
+    total = shares[0]
+    for other in shares[1:]:
+        total.add_(other)
+    return total
+
+
+def _zeros(steps: list, flat: Tensor, batch: int, image: bool, weights: bool) -> Sums:
+    value = torch.zeros(batch, dtype=torch.float64 if flat.device.type != "mps" else flat.dtype, device=flat.device)
+    grads = [[torch.zeros_like(w, requires_grad=False) for w in step.packed] for step in steps] if weights else None
+    return Sums(value, torch.zeros_like(flat) if image else None, grads)
+
+
+def _thread_count(flat: Tensor, patches: int) -> int:
+    return min(torch.get_num_threads(), max(patches // LEAST_SHARE, 1)) if flat.device.type == "cpu" else 1
+
+
+def _split(total: int, parts: int) -> list[tuple[int, int]]:
+    ends = [total * k // parts for k in range(parts + 1)]
+    return list(itertools.pairwise(ends))
+
+
+def _in_threads(work: Callable, shares: list[tuple[int, int]], stopped: threading.Event) -> list:
+    """
+    ``work(*share)`` for each share, each in a thread of its own that computes alone.
+
+    Chunk by chunk in its own cache, a core is faster than two that share out each operation of a larger chunk.
+    """
+
+    def run(share):
+        with torch.no_grad():
+            return work(*share)
+
+    if len(shares) == 1:
+        return [run(shares[0])]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # MKL's count is one for all threads
+        return list(_pool(len(shares), os.getpid()).map(run, shares))
+    except BaseException:  # an interrupt too: the next call would wait for what no one wants
+        stopped.set()
+        raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+@functools.lru_cache(maxsize=2)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Kept, as a new thread's first products take milliseconds; a forked process, which has no threads, gets its own."""
+    return ThreadPoolExecutor(threads, "deepinv_flows", torch.set_num_threads, (1,))

@@ -1,0 +1,299 @@
+"""PatchNR: negative log-likelihood of image patches under a normalizing flow, as a deepinv prior."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from deepinv.optim import Prior
+from torch import Tensor, nn
+
+from .. import solvers
+from ..checks import check_autograd, check_input, positive_int
+from ..flows import as_flow, evaluate, glow_flow, like_weights
+from . import potential as patchwise
+from .patches import SUBSETS, PatchIndex
+from .weights import PatchWeights
+
+PAD_MODES = ("constant", "reflect", "replicate", "circular")
+
+
+class PatchNR(PatchWeights, Prior):
+    r"""
+    Patch prior by a normalizing flow; drop-in for :class:`deepinv.optim.PatchNR` that also takes images.
+
+    .. math::
+
+        g(x) = \frac1n \sum_{i=1}^{n} \Big( \tfrac12 \|f(P_i x)\|^2 - \log |\det J_f(P_i x)| \Big)
+
+    with the overlapping patches :math:`P_i x` of the image and a flow :math:`f`. What ``prior(x)`` returns follows the shape of
+    x:
+
+    - an image (B, C, H, W) gives (B,), the mean over its patches (deepinv fails here, or misreads the image
+      as (B, n, p, p) patches: to pass such patches, write them as (B, n, 1, p, p));
+    - patches (B, n, D) or (B, n, C, p, p) give (B, n), so ``deepinv.optim.PatchPrior(PatchNR(...))`` works.
+
+    **Choosing** ``lambda_reg``. g is a mean, of the order of D nats, while deepinv's ``L2(sigma)`` is a sum over the
+    measurements divided by :math:`2\sigma^2`. A sum over patches counts each pixel about :math:`p^2` times, so
+    :math:`-\log p(x) \approx \frac{HW}{p^2} g(x)`. Beside ``L2(sigma=noise)`` start from :math:`0.2\,\frac{HW}{p^2}`
+    (neighbouring patches are not independent, hence 0.2) and tune by factors of 2; beside ``L2()``, whose sigma is 1,
+    multiply by the variance of the noise. For Langevin sampling (``deepinv.sampling``) with ``L2(sigma=noise)`` start from
+    ``alpha`` = :math:`0.6\,\frac{HW}{p^2}`, where intervals were found to be calibrated.
+
+    **Speed.** Flows whose parts are all known (those of our builders, FrEIA chains of the same blocks, deepinv's) are
+    evaluated without a graph, on all of torch's threads, in memory that does not grow with the image. In a loop of your
+    own, weights collect gradients too unless frozen: ``prior.requires_grad_(False)`` saves a third of the time.
+
+    :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
+        D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds
+        :func:`deepinv_flows.glow_flow`.
+    :param str pretrained: path of a checkpoint of any dialect, name of shipped weights (``"gravel"``), deepinv's
+        ``"PatchNR_lodopab_small2"``, or ``None``. A file written by :meth:`save` brings its own architecture.
+    :param int patch_size: side p of a patch, in pixels.
+    :param int channels: channels C of the images.
+    :param int num_layers: coupling blocks of the default flow.
+    :param int sub_net_size: width of its networks.
+    :param str device: device of the flow.
+    :param bool, str pad: pad images by ``patch_size - 1`` on each side, so that border pixels are in as many patches as the
+        others; a padding mode of :func:`torch.nn.functional.pad`, or ``True`` for ``"reflect"``.
+    :param int n_patches: evaluate on this many random patches, drawn anew at each call; -1 for all. Every position is
+        equally likely, and the result an unbiased estimate of the one on all.
+    :param int stride: step between patches, at most ``patch_size``; the last row and column are always included.
+    :param torch.Generator generator: source of random patches and samples; ``None`` is one of its own, with a fixed seed.
+        torch's global random state is never used.
+    :param int chunk_size: patches evaluated at a time, by each thread; ``None`` chooses.
+    :param str subset: ``"uniform"`` draws ``n_patches`` without replacement, ``"grid"`` about as many on a regular grid
+        with a random offset, which covers the image evenly.
+    :param str precision: ``"bfloat16"`` allows matrix products in it, as does :func:`torch.autocast`, where the hardware has
+        them (AVX512-BF16, AMX, CUDA) and only the image needs a gradient; elsewhere nothing changes. ``None`` is the
+        weights' dtype.
+    :raises ValueError: for sizes that do not fit together, or a checkpoint that cannot be used.
+
+    Source: Altekrueger et al., "PatchNR: learning from very few images by patch normalizing flow regularization",
+    Inverse Problems 39 (2023), arXiv 2205.12021.
+
+    >>> import torch, deepinv as dinv
+    >>> from deepinv_flows import PatchNR
+    >>> prior = PatchNR(patch_size=6, channels=1, num_layers=2, sub_net_size=32)
+    >>> prior(torch.rand(2, 1, 20, 30)).shape
+    torch.Size([2])
+    >>> prior(torch.rand(2, 10, 36)).shape
+    torch.Size([2, 10])
+    >>> physics = dinv.physics.Denoising()
+    >>> model = dinv.optim.GD(data_fidelity=dinv.optim.L2(), prior=prior, lambda_reg=0.1, stepsize=0.1, max_iter=3)
+    >>> model(torch.rand(1, 1, 20, 30), physics).shape
+    torch.Size([1, 1, 20, 30])
+    """
+
+    _sums = patchwise  # where value and gradients over the patches of an image come from
+
+    def __init__(
+        self,
+        normalizing_flow: nn.Module | None = None,
+        pretrained: str | None = None,
+        patch_size: int = 6,
+        channels: int = 1,
+        num_layers: int = 5,
+        sub_net_size: int = 256,
+        device: str | torch.device = "cpu",
+        *,
+        pad: bool | str = False,
+        n_patches: int = -1,
+        stride: int = 1,
+        generator: torch.Generator | None = None,
+        chunk_size: int | None = None,
+        subset: str = "uniform",
+        precision: str | None = None,
+    ):
+        super().__init__()
+        self.explicit_prior = True
+        self.patch_size, self.channels = positive_int(patch_size=patch_size), positive_int(channels=channels)
+        self.pad = "reflect" if pad is True else pad
+        if self.pad is not False and self.pad not in PAD_MODES:
+            raise ValueError(f"expected pad to be a bool or one of {', '.join(PAD_MODES)}; got {pad!r}")
+        self.n_patches, self.stride, self.chunk_size = n_patches, stride, chunk_size
+        self.subset, self.precision = subset, precision
+        self._check_options()
+        self.generator = torch.Generator() if generator is None else generator
+        if normalizing_flow is not None:
+            self.normalizing_flow = as_flow(normalizing_flow)
+        elif not pretrained:
+            self.normalizing_flow = glow_flow(self.dim, num_layers, sub_net_size).to(device)
+        if pretrained:
+            sizes = None if normalizing_flow is not None else {"num_layers": num_layers, "sub_net_size": sub_net_size}
+            self._load_pretrained(pretrained, sizes, device)
+        self._probe()
+
+    @property
+    def dim(self) -> int:
+        """Dimension D of a flattened patch."""
+        return self.channels * self.patch_size**2
+
+    def fn(self, x: Tensor, *args, **kwargs) -> Tensor:
+        r"""
+        Mean negative log-likelihood of the patches of each image, or the one of each patch.
+
+        :param torch.Tensor x: images (B, C, H, W), or patches (B, n, D) or (B, n, C, p, p).
+        :param args: ``g_param`` and ``reduce``, as deepinv's optimizers pass them, have no effect.
+        :return: (B,) for images, (B, n) for patches, in nats.
+        :raises ValueError: for another shape, an image smaller than a patch, an empty batch, NaN or infinite entries.
+        :raises TypeError: when x is no real floating-point tensor of the weights' dtype.
+        """
+        self._check(x)
+        if x.ndim == 4:
+            padded = self._padded(x)
+            return self._sums.image_nll(self.normalizing_flow, padded, self._index(padded), *self._options)
+        # a patch is an image of D channels and one pixel
+        columns = x.reshape(-1, self.dim, 1, 1)
+        index = PatchIndex(columns.shape, 1, device=x.device)
+        nll = patchwise.image_nll(self.normalizing_flow, columns, index, *self._options)
+        return nll.view(x.shape[:2])
+
+    def grad(self, x: Tensor, *args, **kwargs) -> Tensor:
+        r"""
+        Gradient of g at images x, which is left untouched.
+
+        Under :func:`torch.no_grad` (as in deepinv's optimizers), or when neither x nor a weight asks for a gradient, the result
+        has no graph; otherwise it is differentiable in both.
+
+        :param torch.Tensor x: images (B, C, H, W), or patches as in :meth:`fn`.
+        :return: tensor like x.
+        """
+        self._check(x)
+        check_autograd("PatchNR")
+        if x.ndim != 4:
+            return self._patch_grad(x)
+        return self._image_grad(x, self._index(self._padded(x)))
+
+    def prox(
+        self,
+        x: Tensor,
+        *args,
+        gamma: float | Tensor = 1.0,
+        stepsize_inter: float = 1.0,
+        max_iter_inter: int = 50,
+        tol_inter: float = 1e-4,
+        **kwargs,
+    ) -> Tensor:
+        r"""
+        :math:`\operatorname{prox}_{\gamma g}(x)`, a local minimiser u of :math:`\gamma g(u) + \frac12\|u-x\|^2`.
+
+        Descends from u = x with steps that adapt to the curvature and are shortened until the objective falls, so it cannot
+        diverge. The result is differentiable in x, gamma and the weights by the implicit function theorem, exactly so
+        at convergence: lower ``tol_inter`` for accurate derivatives.
+
+        :param torch.Tensor x: images (B, C, H, W).
+        :param float, torch.Tensor gamma: one number >= 0, or one an image.
+        :param float stepsize_inter: length of the first trial step.
+        :param int max_iter_inter: bound on the number of steps.
+        :param float tol_inter: stop once a step is shorter than this times the norm of u.
+        :return: tensor like x.
+        :raises ValueError: for a negative or non-finite gamma, and as :meth:`fn`.
+        """
+        self._check(x, images_only=True)
+        check_autograd("PatchNR")
+        gamma = solvers.gamma_like(gamma, x)
+        index = self._index(self._padded(x))
+
+        def value_and_grad(u):
+            return self._value_and_grad(u, index)
+
+        def grad(u):
+            return self._image_grad(u, index)
+
+        return solvers.prox(value_and_grad, grad, x, gamma, stepsize_inter, int(max_iter_inter), tol_inter)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """
+        Draw patches from the flow.
+
+        :param int n: number of patches.
+        :param torch.Generator generator: source of the latents; ``None`` is the prior's own.
+        :return: patches (n, C, p, p).
+
+        >>> from deepinv_flows import PatchNR
+        >>> PatchNR(patch_size=3, channels=2, num_layers=1).sample(5).shape
+        torch.Size([5, 2, 3, 3])
+        """
+        like = self._like()
+        generator = self.generator if generator is None else generator
+        z = torch.randn(positive_int(n=n), self.dim, generator=generator, device=generator.device, dtype=like.dtype)
+        with torch.no_grad():
+            patches, _ = evaluate(self.normalizing_flow, z.to(like.device), rev=True)
+        return patches.view(n, self.channels, self.patch_size, self.patch_size)
+
+    def _like(self) -> Tensor:
+        return like_weights(self.normalizing_flow)
+
+    def _probe(self) -> None:
+        try:
+            # a copy, for flows that initialise themselves on their first batch
+            flow = copy.deepcopy(self.normalizing_flow).eval()
+        except Exception:  # not every module of a user's copies
+            return
+        like = self._like()
+        x = torch.linspace(0, 1, 4 * self.dim, dtype=like.dtype, device=like.device).view(4, self.dim)
+        with torch.no_grad():
+            try:
+                evaluate(flow, x)
+            except Exception as error:
+                raise ValueError(
+                    f"expected a flow on patches of dimension {self.dim} (patch_size {self.patch_size}, channels "
+                    f"{self.channels}); the one given fails on a tensor of shape (4, {self.dim}): {error}"
+                ) from error
+
+    def _check_options(self) -> None:
+        # at each call too: they are attributes that a user may set
+        if self.n_patches != -1:
+            positive_int(n_patches=self.n_patches)
+        if positive_int(stride=self.stride) > self.patch_size:
+            raise ValueError(
+                f"expected stride <= patch_size = {self.patch_size}, else pixels are in no patch; got {self.stride}"
+            )
+        if self.chunk_size is not None:
+            positive_int(chunk_size=self.chunk_size)
+        if self.subset not in SUBSETS:
+            raise ValueError(f"expected subset to be one of {', '.join(SUBSETS)}; got {self.subset!r}")
+        if self.precision not in (None, "bfloat16"):
+            raise ValueError(f"expected precision to be None or 'bfloat16'; got {self.precision!r}")
+
+    def _check(self, x: Tensor, images_only: bool = False) -> None:
+        self._check_options()
+        check_input(x, self._like(), self.patch_size, self.channels, images_only)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, [self.patch_size - 1] * 4, mode=self.pad) if self.pad else x
+
+    @property
+    def _options(self) -> tuple:
+        return self.chunk_size, self.precision
+
+    def _index(self, padded: Tensor) -> PatchIndex:
+        subset = self.stride, self.n_patches, self.generator, padded.device, self.subset
+        return PatchIndex(padded.shape, self.patch_size, *subset)
+
+    def _image_grad(self, x: Tensor, index: PatchIndex) -> Tensor:
+        recorded = torch.is_grad_enabled() and (x.requires_grad or patchwise.weights_need_grad(self.normalizing_flow))
+        if not recorded:
+            return self._value_and_grad(x, index)[1]
+        leaf = x if x.requires_grad else x.detach().requires_grad_()
+        padded = self._padded(leaf)
+        return _transpose(
+            padded, leaf, self._sums.differentiable_grad(self.normalizing_flow, padded, index, self.chunk_size)
+        )
+
+    def _value_and_grad(self, x: Tensor, index: PatchIndex) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_() if self.pad else x.detach()
+            padded = self._padded(leaf)
+        value, grad = self._sums.value_and_grad(self.normalizing_flow, padded.detach(), index, *self._options)
+        return value, _transpose(padded, leaf, grad)
+
+    def _patch_grad(self, x: Tensor) -> Tensor:
+        return solvers.gradient(self.fn, x, self.normalizing_flow)
+
+
+def _transpose(padded: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient in x from the gradient in padded x."""
+    if padded is x:
+        return grad
+    return torch.autograd.grad(padded, x, grad, create_graph=grad.requires_grad)[0]

@@ -1,0 +1,156 @@
+r"""
+Proximity operator of a smooth, non-convex potential known by its value and gradient.
+
+.. math::
+
+    \operatorname{prox}_{\gamma g}(x) \in \arg\min_u F(u), \qquad F(u) = \gamma g(u) + \tfrac12 \|u - x\|^2
+
+Descends by :math:`u^+ = u - s\, \nabla F(u)` with Barzilai-Borwein step sizes s (Barzilai & Borwein 1988), each shortened until F
+falls enough (Armijo 1966), so F never rises, whatever gamma is. Each sample has its own step size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from deepinv.optim.linear import minres
+from torch import Tensor
+
+from ..checks import iteration
+from .lbfgs import finite
+
+SUFFICIENT_DECREASE = 1e-4
+MAX_SHORTENINGS = 20
+
+
+def _per_sample(value: Tensor, x: Tensor) -> Tensor:
+    return value.view(-1, *[1] * (x.ndim - 1))
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.flatten(1).sum(1)
+
+
+def gamma_like(gamma: float | Tensor, x: Tensor) -> Tensor:
+    """``gamma`` as a tensor that multiplies ``x``: one number, or one a sample; eagerly checked."""
+    gamma = torch.as_tensor(gamma, dtype=x.dtype, device=x.device)
+    if gamma.numel() not in (1, x.shape[0]):
+        raise ValueError(f"expected gamma to be one number or one for each of {x.shape[0]} samples; got {gamma.shape}")
+    if not bool((gamma.detach() >= 0).all()) or not bool(torch.isfinite(gamma.detach()).all()):
+        raise ValueError(f"expected a finite gamma >= 0; got {gamma.detach().flatten().tolist()}")
+    return _per_sample(gamma.reshape(-1), x)
+
+
+@torch.no_grad()
+def minimise(
+    value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    gamma: Tensor,
+    step: float = 1.0,
+    max_iter: int = 50,
+    tol: float = 1e-4,
+) -> Tensor:
+    """
+    A local minimiser u of F, from u = x, by the descent above.
+
+    :param Callable value_and_grad: of g: image (B, ...) to value (B,) and gradient (B, ...).
+    :param torch.Tensor x: images (B, ...).
+    :param torch.Tensor gamma: as :func:`gamma_like` returns it.
+    :param float step: first trial step size.
+    :param int max_iter: number of accepted steps at most.
+    :param float tol: a sample is done when a step moves it by less than ``tol`` times its norm.
+    :return: tensor like ``x`` with F(u) <= F(x), up to rounding, for each sample.
+    :raises ValueError: when value or gradient of g are not finite at x.
+    """
+
+    def energy(u):
+        g, grad = value_and_grad(u)
+        return gamma.flatten() * g + 0.5 * _sum((u - x) ** 2), gamma * grad + u - x
+
+    u = x.clone()
+    F, grad = energy(u)
+    if not finite(F, grad).all():
+        raise ValueError(f"the value or gradient of the prior is not finite where its prox begins{iteration()}")
+    s = torch.full_like(F, step)
+    rounding = 10 * torch.finfo(x.dtype).eps * F.abs()
+    for _ in range(max_iter):
+        u_next, F_next, grad_next, s, accepted = _line_search(energy, u, F, grad, s, rounding)
+        move = u_next - u
+        moved, curvature = _sum(move**2), _sum(move * (grad_next - grad))
+        u, F, grad = u_next, F_next, grad_next
+        # no shorter step falls either: rounding, or a kink of a ReLU network
+        if not (accepted & (moved > tol**2 * _sum(u**2))).any():
+            break
+        s = torch.where(curvature > 0, moved / curvature, 4 * s).clamp(1e-12, 1e3)
+    return u
+
+
+def _line_search(energy, u, F, grad, s, rounding):
+    """For each sample the first of the steps s, s/4, s/16, ... that falls enough; none for a sample where none does."""
+    slope = _sum(grad**2)
+    u_next, F_next, grad_next, accepted = u, F, grad, torch.zeros_like(F, dtype=torch.bool)
+    for _ in range(MAX_SHORTENINGS):
+        trial = u - _per_sample(s, u) * grad
+        F_trial, grad_trial = energy(trial)
+        enough = F_trial <= F - SUFFICIENT_DECREASE * s * slope
+        # where F is flat to rounding only the gradient still tells (Hager & Zhang 2005)
+        enough |= (F_trial <= F + rounding) & (_sum(grad_trial**2) < slope)
+        new = enough & ~accepted & finite(F_trial, grad_trial)
+        keep = _per_sample(new, u)
+        u_next, grad_next = torch.where(keep, trial, u_next), torch.where(keep, grad_trial, grad_next)
+        F_next = torch.where(new, F_trial, F_next)
+        accepted = accepted | new
+        if accepted.all():
+            break
+        s = torch.where(accepted, s, s / 4)
+    return u_next, F_next, grad_next, s, accepted
+
+
+def gradient(function: Callable[[Tensor], Tensor], x: Tensor, weights: torch.nn.Module) -> Tensor:
+    """Gradient of the sum of ``function`` at x, with a graph where x or the weights ask for one; x is left untouched."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights.parameters()))
+    with torch.enable_grad():
+        leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf).sum(), leaf, create_graph=recorded)[0]
+
+
+def prox(value_and_grad: Callable, grad: Callable[[Tensor], Tensor], x: Tensor, gamma: Tensor, *options) -> Tensor:
+    """:func:`minimise` from x with these options; differentiable in x, gamma and the weights where gradients are enabled."""
+    u = minimise(value_and_grad, x.detach(), gamma.detach(), *options)
+    return attach_implicit_gradient(u, x, gamma, grad) if torch.is_grad_enabled() else u
+
+
+def attach_implicit_gradient(u: Tensor, x: Tensor, gamma: Tensor, grad: Callable[[Tensor], Tensor]) -> Tensor:
+    r"""
+    Give a minimiser u of F its derivatives in x, gamma and the weights, by the implicit function theorem.
+
+    From :math:`u - x + \gamma \nabla g(u) = 0` follows
+    :math:`(I + \gamma H)\,du = dx - \nabla g\,d\gamma - \gamma\,d_\theta \nabla g` with the Hessian H of g at u; the system
+    is solved by MINRES (H may be indefinite) when a gradient arrives.
+
+    :param torch.Tensor u: minimiser, without a graph.
+    :param torch.Tensor x: images, possibly asking for a gradient.
+    :param torch.Tensor gamma: as :func:`gamma_like` returns it, possibly asking for a gradient.
+    :param Callable grad: gradient of g, differentiable in its argument and in the weights.
+    :return: u with a graph.
+    """
+    residual = u - x + gamma * grad(u)
+    if not residual.requires_grad:
+        return u
+    with torch.enable_grad():
+        out = u - (residual - residual.detach())
+    frozen_gamma = gamma.detach()
+
+    def solve(v: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            grad_u = grad(leaf)
+
+        def matvec(w: Tensor) -> Tensor:
+            return w + frozen_gamma * torch.autograd.grad(grad_u, leaf, w, retain_graph=True)[0]
+
+        tol = 10 * torch.finfo(v.dtype).eps
+        with torch.no_grad():
+            return minres(matvec, v.detach(), max_iter=200, tol=tol)
+
+    out.register_hook(solve)
+    return out.view_as(out)  # without the hook, for those who differentiate with respect to the result itself

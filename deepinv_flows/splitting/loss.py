@@ -1,0 +1,228 @@
+"""Equivariant splitting: self-supervised reconstruction from incomplete, noisy measurements."""
+
+import warnings
+
+import torch
+from deepinv.loss import Loss, MCLoss, Neighbor2Neighbor, R2RLoss, SplittingLoss
+from deepinv.loss.metric import MSE
+from deepinv.loss.r2r import R2RModel
+from deepinv.physics.generator import BernoulliSplittingMaskGenerator, PhysicsGenerator
+from deepinv.transform import Transform
+from torch import Tensor, nn
+
+from ..checks import positive_int
+from .model import EquivariantSplittingModel, Recorruption, SplitReconstructor, observed_mask, parts
+from .pickling import recipe
+from .terms import term, unknown_levels
+
+
+class EquivariantSplittingLoss(Loss):
+    r"""
+    Equivariant splitting: learns to reconstruct from incomplete and noisy measurements of one operator, without ground truth.
+
+    .. math::
+
+        \mathcal L = \mathbb E_g\, \mathbb E_{y_1, A_1 \mid y, A T_g} \Big\{ \tfrac1{m_1}\|A_1 R(y_1, A_1) - A_1 x\|^2
+        + \tfrac1{m_2}\|A_2 R(y_1, A_1) - A_2 x\|^2 \Big\}, \qquad
+        R(y, A) = \tfrac1{|G|} \sum_{g \in G} T_g \tilde R(y, A T_g)
+
+    It takes the place of :class:`deepinv.loss.EquivariantSplittingLoss`: same arguments, same checkpoints. The first term,
+    consistency, is estimated by ``consistency_loss`` and the second, prediction, by ``prediction_loss``, each for every sample
+    on its own and per entry of its mask; the expectation of each is in :mod:`deepinv_flows.splitting.terms`. In evaluation each
+    of the ``eval_n_samples`` splits' own reconstruction meets its own targets.
+
+    Source: Sechaud, Scanvic, Barthelemy, Abry, Tachella, *Equivariant splitting* (arXiv 2510.00929).
+
+    :param deepinv.physics.generator.PhysicsGenerator mask_generator: distribution of the splittings. By default Bernoulli masks
+        of the shape ``img_size`` that keep 0.9 of the entries, pixelwise. For vectors (B, m),
+        ``BernoulliSplittingMaskGenerator((m,), ratio, pixelwise=False)``; for the angles of a sinogram,
+        :class:`deepinv_flows.LineSplittingMaskGenerator`.
+    :param deepinv.loss.Loss consistency_loss: :class:`deepinv.loss.MCLoss` (default) for noiseless measurements;
+        :class:`deepinv.loss.SureGaussianLoss`, :class:`deepinv.loss.SurePoissonLoss`, :class:`deepinv.loss.SurePGLoss` or
+        :class:`deepinv.loss.R2RLoss` for noisy ones. With ``unsure=True`` the noise levels are buffers of the adapted model, and
+        ascend with the backward pass.
+    :param deepinv.loss.Loss prediction_loss: :class:`deepinv.loss.MCLoss` by default, up to a constant unbiased for noise that is
+        independent between the two parts.
+    :param int eval_n_samples: splittings averaged in evaluation; with R2R, times its own ``eval_n_samples``.
+    :param deepinv.transform.Transform transform: random motion :math:`T_g` in training; ``None`` for a reconstructor that is
+        equivariant by itself.
+    :param deepinv.transform.Transform eval_transform: the same in evaluation, such as the whole group; ``transform`` by default.
+    :param tuple img_size: shape of the measurements without batch, for the default masks.
+    :raises ValueError: without masks or their shape, for ``eval_transform`` without ``transform``, for R2R or an unknown noise
+        level in the prediction term.
+    :raises TypeError: for a loss without sense on a split, such as :class:`deepinv.loss.Neighbor2Neighbor`.
+
+    >>> import torch, deepinv as dinv
+    >>> from deepinv_flows import EquivariantSplittingLoss
+    >>> _ = torch.manual_seed(0)
+    >>> physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5, noise_model=dinv.physics.GaussianNoise(0.1))
+    >>> loss = EquivariantSplittingLoss(
+    ...     img_size=(1, 8, 8),
+    ...     consistency_loss=dinv.loss.R2RLoss(),
+    ...     transform=dinv.transform.Rotate(multiples=90) * dinv.transform.Reflect(dim=[-1]))
+    >>> model = loss.adapt_model(dinv.models.ArtifactRemoval(dinv.models.DnCNN(1, 1, depth=2, pretrained=None)))
+    >>> y = physics(torch.ones(2, 1, 8, 8))
+    >>> x_net = model(y, physics, update_parameters=True)
+    >>> loss(x_net, y, physics, model).shape
+    torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        *,
+        mask_generator: PhysicsGenerator | None = None,
+        consistency_loss: Loss | None = None,
+        prediction_loss: Loss | None = None,
+        eval_n_samples: int = 5,
+        transform: Transform | None = None,
+        eval_transform: Transform | None = None,
+        img_size: tuple[int, ...] | None = None,
+    ):
+        super().__init__()
+        self._name = "es"
+        if transform is None and eval_transform is not None:
+            raise ValueError("If eval_transform is specified, transform must also be specified.")
+        if mask_generator is None and img_size is None:
+            raise ValueError(
+                "Either `mask_generator` or `img_size` must be specified to determine the splitting scheme."
+            )
+        if mask_generator is not None and img_size is not None:
+            warnings.warn("`img_size` is ignored when `mask_generator` is specified.", UserWarning, stacklevel=2)
+        if mask_generator is None:
+            pixelwise = len(img_size) > 1  # a vector has no channels
+            mask_generator = BernoulliSplittingMaskGenerator(img_size, split_ratio=0.9, pixelwise=pixelwise)
+        self.mask_generator = mask_generator
+        self.transform = transform
+        self.eval_transform = transform if eval_transform is None else eval_transform
+        self.consistency_loss = MCLoss(metric=MSE()) if consistency_loss is None else consistency_loss
+        self.prediction_loss = MCLoss(metric=MSE()) if prediction_loss is None else prediction_loss
+        self.eval_n_samples = positive_int(eval_n_samples=eval_n_samples)
+        _check_transforms(transform, eval_transform)
+        self._warned = False
+        _check_inner(self.consistency_loss, self.prediction_loss)
+
+    def adapt_model(self, model: nn.Module, **kwargs) -> nn.Module:
+        """
+        The reconstructor that splits its input, averaged over the transforms.
+
+        :param torch.nn.Module model: reconstructor ``model(y, physics)``; one adapted by an equal loss is returned as it is, so
+            that several losses share it.
+        :return: the adapted model, ``model(y, physics, update_parameters=False)``; its parameters are those of ``model``.
+        :raises ValueError: for a model that another splitting loss has adapted otherwise.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected a reconstructor, a torch.nn.Module; got {type(model).__name__}")
+        adapted = _splitting_models(model)
+        if not adapted:
+            if any(isinstance(m, SplittingLoss.SplittingModel | R2RModel) for m in model.modules()):
+                raise ValueError(
+                    "expected a model that no other splitting or R2R loss has adapted, since their masks and noise would nest; "
+                    "list EquivariantSplittingLoss before SplittingLoss, or use R2RLoss as its consistency_loss"
+                )
+            if self.transform is not None:
+                model = SplitReconstructor(model, self.transform, self.eval_transform)
+            model = EquivariantSplittingModel(
+                model, self.mask_generator, self.eval_n_samples, _recorruption(self.consistency_loss)
+            )
+            adapted = [model]
+        else:
+            _check_equal_settings(self, adapted[0])
+        for name, value in unknown_levels(self.consistency_loss).items():
+            if name not in adapted[0]._buffers:
+                device = next((p.device for p in model.parameters()), None)
+                adapted[0].register_buffer(name, value.to(device))
+        return model
+
+    def forward(self, x_net: Tensor, y: Tensor, physics, model: nn.Module, **kwargs) -> Tensor:
+        """
+        The loss of the last forward pass with ``update_parameters=True``.
+
+        :param torch.Tensor x_net: (B, ...) its reconstruction.
+        :param torch.Tensor y: (B, ...) measurements.
+        :param deepinv.physics.Physics physics: their operator.
+        :param torch.nn.Module model: the adapted model, or a wrapper of it (DistributedDataParallel, torch.compile).
+        :return: (B,) in squared units of y for the default metrics.
+        :raises ValueError: before such a pass.
+        :raises RuntimeError: for a model that is not adapted.
+        """
+        adapted = _splitting_models(model)
+        if len(adapted) != 1:
+            raise RuntimeError(
+                f"Unregistered model {type(model)}. Make sure to adapt the model using `adapt_model` before computing the loss."
+            )
+        terms, observed = [], observed_mask(physics, y)
+        for split in adapted[0].get_splits():
+            x_split = x_net if split.x_net is None else split.x_net
+            losses = (self.consistency_loss, self.prediction_loss)
+            for inner, part in zip(losses, parts(split.mask, observed)):
+                terms.append(term(inner, part, split, x_split, y, physics, adapted[0], **kwargs))
+        values, present = (torch.stack(t).unflatten(0, (-1, 2)) for t in zip(*terms))
+        if not self._warned and not bool(present.all()):
+            self._warned = True
+            warnings.warn(
+                "Some splitting masks keep all or none of a sample's observed entries. Its other term alone counts there; "
+                "a split_ratio further from 0 and 1 avoids this.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return (values.sum(0) / present.sum(0).clamp(min=1)).sum(0)
+
+
+def _splitting_models(model: nn.Module) -> list[EquivariantSplittingModel]:
+    # searched for, not registered: wrappers such as DistributedDataParallel and torch.compile hold it somewhere inside
+    return [m for m in model.modules() if isinstance(m, EquivariantSplittingModel)]
+
+
+def _recorruption(loss: Loss) -> Recorruption | None:
+    return Recorruption(loss.alpha, loss.noise_model, loss.eval_n_samples) if isinstance(loss, R2RLoss) else None
+
+
+def _check_equal_settings(loss: EquivariantSplittingLoss, adapted: EquivariantSplittingModel) -> None:
+    """Losses share an adapted model that each of them would have made."""
+    averaging = adapted.model if isinstance(adapted.model, SplitReconstructor) else None
+    recorruption = _recorruption(loss.consistency_loss)
+    settings = {
+        "mask_generator": (recipe(adapted.mask_generator), recipe(loss.mask_generator)),
+        "transform": (recipe(averaging and averaging.transform), recipe(loss.transform)),
+        "eval_transform": (recipe(averaging and averaging.eval_transform), recipe(loss.eval_transform)),
+        "eval_n_samples": (adapted.eval_n_samples, loss.eval_n_samples),
+        "R2RLoss": (adapted.recorruption and adapted.recorruption.recipe, recorruption and recorruption.recipe),
+    }
+    for name, (theirs, ours) in settings.items():
+        if theirs != ours:
+            raise ValueError(f"expected a model adapted with the same {name} as this loss has, {ours}; got {theirs}")
+
+
+def _check_transforms(*transforms: Transform | None) -> None:
+    for transform in transforms:
+        if type(transform).__name__ == "StackTransform":
+            raise ValueError(
+                "expected a transform that keeps the batch size; got a sum t1 + t2: use t1 | t2 or t1 * t2"
+            )
+        try:
+            list(transform.modules() if transform is not None else [])
+        except TypeError as error:
+            raise TypeError(
+                f"expected a transform that a model can hold; got {type(transform).__name__}: {error}. "
+                "deepinv 0.5.0's homographies are dataclasses without hash, so no module that holds one lists its parameters"
+            ) from None
+
+
+def _check_inner(consistency: Loss, prediction: Loss) -> None:
+    for loss in (consistency, prediction):
+        if isinstance(loss, Neighbor2Neighbor):
+            raise TypeError(
+                "expected a loss of the measurements on their own grid; got Neighbor2Neighbor, which compares two images of half "
+                "their size: no operator or mask of the split applies to these, and the entries left out, zero, "
+                "would count as neighbours. Use R2RLoss, or SureGaussianLoss(unsure=True) if the noise level is unknown"
+            )
+        if type(loss).adapt_model is not Loss.adapt_model and not isinstance(loss, R2RLoss):
+            raise TypeError(
+                f"expected a loss that does not adapt the model itself, or R2RLoss; got {type(loss).__name__}"
+            )
+    if getattr(prediction, "unsure", False):
+        raise ValueError("expected a known noise level in prediction_loss, whose divergence is 0; got unsure=True")
+    if isinstance(prediction, R2RLoss) and not isinstance(consistency, R2RLoss):
+        raise ValueError(
+            "expected R2RLoss as consistency_loss, since both terms see its noise; got it as prediction_loss alone"
+        )

@@ -1,0 +1,166 @@
+r"""
+The two terms of an equivariant splitting loss, each by a deepinv loss that does not know of the split.
+
+What is estimated, given one split :math:`A = [A_1; A_2]` with :math:`m_1, m_2` entries, noisy measurements :math:`y_i` of the
+clean :math:`u_i = A_i x`, and :math:`\hat x = R(y_1, A_1)`. The prediction term is, for independent noise, unbiased for
+
+.. math::  \tfrac1{m_2}\|A_2 \hat x - u_2\|^2 + \tfrac1{m_2}\mathbb E\|y_2 - u_2\|^2,
+
+and so is the consistency term for :math:`\tfrac1{m_1}\|A_1\hat x-u_1\|^2` plus what follows, where :math:`\mathrm{div}` is that
+of :math:`y_1 \mapsto A_1 R(y_1, A_1)` over the :math:`m_1` entries of the split, with the mask and the transform held:
+
+- SURE :math:`\tfrac1{m_1}\|A_1\hat x-y_1\|^2-\sigma^2+\tfrac{2\sigma^2}{m_1}\mathrm{div}`: nothing;
+- Poisson :math:`\tfrac1{m_1}\|A_1\hat x-y_1\|^2-\tfrac\gamma{m_1}1^\top y_1
+  +\tfrac{2\gamma}{m_1}\sum_i y_{1,i}\partial_i(A_1\hat x)_i`: nothing if R is linear, second derivatives times
+  :math:`\gamma^2` otherwise; Poisson-Gaussian likewise;
+- UNSURE: SURE with :math:`\sigma^2` as the multiplier of the constraint div = 0 (Tachella, Davies, Jacques, arXiv 2409.01985);
+- R2R, with :math:`y` re-corrupted, before it is split, to the independent pair :math:`(y', y'')`: at
+  :math:`\hat x=R(y_1',A_1)`, and the noise :math:`\tfrac1{m_1}\mathbb E\|y_1''-u_1\|^2`, for Gaussian noise
+  :math:`\sigma^2/\alpha`;
+- MC, for noiseless measurements: nothing.
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+from deepinv.loss import Loss, SplittingLoss, SureGaussianLoss, SurePGLoss, SurePoissonLoss
+from torch import Tensor, nn
+
+from .model import EquivariantSplittingModel, Split, shares, spread
+
+_SURE = (SureGaussianLoss, SurePoissonLoss, SurePGLoss)
+
+
+class Reconstruction:
+    """
+    The reconstructor as a function of the measurements in ``part`` alone: the split, transform and re-corruption are held.
+
+    :param EquivariantSplittingModel model: the adapted model.
+    :param Split split: the split that it made.
+    :param torch.Tensor part: mask of the entries that vary.
+    """
+
+    def __init__(self, model: EquivariantSplittingModel, split: Split, part: Tensor, physics):
+        self.model, self.split, self.physics = model, split, physics
+        self.part = spread(part, split.y)
+        self.training = model.training and torch.is_grad_enabled()
+
+    def __call__(self, y: Tensor, physics=None, **kwargs) -> Tensor:
+        y = torch.where(self.part > 0, y, self.split.y)
+        y1, physics1 = self.model.split(self.split.mask, y, self.physics)
+        with torch.set_grad_enabled(self.training):
+            return self.split.random.run(self.model.model, y1, physics1)
+
+    def get_corruption(self) -> Tensor:
+        """The re-corrupted measurements, for :class:`deepinv.loss.R2RLoss`."""
+        return self.part * self.split.y
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+
+def term(
+    loss: Loss,
+    part: Tensor,
+    split: Split,
+    x_net: Tensor,
+    y: Tensor,
+    physics,
+    model: EquivariantSplittingModel,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """
+    A deepinv loss on the measurements that a mask keeps, per entry kept.
+
+    :param torch.Tensor part: (B, ...) mask of A_1 or of A_2.
+    :param torch.Tensor x_net: (B, ...) the split's own reconstruction.
+    :return: (B,) the values, zero where the mask keeps nothing; (B,) whether it keeps something.
+    :raises ValueError: for a loss that does not tell the samples of a batch apart.
+    """
+    y_part, physics_part = SplittingLoss.split(part, y, physics)
+    reconstruct = Reconstruction(model, split, part, physics)
+    share = shares(part)
+    with _per_sample_metric(loss), _full_precision(loss, split) as rounded:
+        arguments = dict(x_net=reconstruct(y_part) if rounded else x_net, y=y_part, physics=physics_part)
+        value, sigma2, ascend = _call(loss, reconstruct, arguments | kwargs)
+    if value.numel() != len(y):
+        raise ValueError(
+            f"expected one value per sample, ({len(y)},), from {type(loss).__name__}; got shape {tuple(value.shape)}: "
+            "each sample has its own mask, so its metric has to reduce over all dimensions but the first"
+        )
+    # SURE subtracts the noise of all entries, and only those kept are noisy
+    value = value.reshape(-1) + (1 - share) * sigma2
+    value = torch.where(share > 0, value / share.clamp(min=torch.finfo(share.dtype).tiny), 0.0)
+    if ascend is not None:
+        hook = value.register_hook(lambda gradient: (hook.remove(), ascend())[1])
+    return value, share > 0
+
+
+def unknown_levels(loss: Loss) -> dict[str, Tensor]:
+    """The noise levels that UNSURE learns as multipliers, where they start."""
+    unsure = getattr(loss, "unsure", False)
+    return {name: getattr(loss, name).detach().clone() for name in ("sigma2", "gain") if unsure and hasattr(loss, name)}
+
+
+def _call(loss: Loss, reconstruct: Reconstruction, arguments: dict):
+    """
+    The loss, the noise variance that it subtracts, and what the backward pass has to do about UNSURE's multipliers.
+
+    The multipliers are the model's, so that checkpoints hold them. deepinv's loss ascends its own as soon as it is called;
+    here that step waits for the backward pass, the one thing that Trainer does in training and not in evaluation.
+    """
+    sigma2 = loss.sigma2 if isinstance(loss, SureGaussianLoss | SurePGLoss) else 0.0
+    levels = {name: getattr(reconstruct.model, name) for name in unknown_levels(loss)}
+    if not levels:
+        return loss(model=reconstruct, **arguments), sigma2, None
+    before = {k: v for k, v in vars(loss).items() if k != "training" and k[0] != "_"}
+    try:
+        for name, level in levels.items():
+            setattr(loss, name, level.detach().clone().requires_grad_(reconstruct.training))
+        loss.unsure, sigma2 = reconstruct.training, loss.sigma2
+        value = loss(model=reconstruct, **arguments)
+        after = {k: vars(loss)[k] for k in before}
+    finally:
+        vars(loss).update(before)
+    steps = {name: after.pop(name).detach() - level for name, level in levels.items()}
+    if not reconstruct.training:
+        return value, sigma2, None
+
+    def ascend() -> None:
+        vars(loss).update(after)
+        for name, level in levels.items():
+            level.add_(steps[name])
+            setattr(loss, name, level.clone().requires_grad_())
+
+    return value, sigma2, ascend
+
+
+@contextmanager
+def _full_precision(loss: Loss, split: Split):
+    """Leaves autocast for a divergence by differences, which is lost in its rounding; yields whether it had to."""
+    device_type = split.y.device.type
+    rounded = isinstance(loss, _SURE) and (split.autocast or torch.is_autocast_enabled(device_type))
+    with torch.autocast(device_type, enabled=False) if rounded else nullcontext():
+        yield rounded
+
+
+@contextmanager
+def _per_sample_metric(loss: Loss):
+    """Calls a metric that returns one number for a batch, such as :class:`torch.nn.MSELoss`, sample by sample."""
+    metric = getattr(loss, "metric", None)
+    if not isinstance(metric, nn.Module) or isinstance(loss, _SURE):  # which call a linear operator so
+        yield
+        return
+
+    def values(x_net, x, *args, **kwargs):
+        value = metric(x_net, x, *args, **kwargs)
+        if value.numel() == 1:
+            value = torch.stack([metric(x_net[i : i + 1], x[i : i + 1], *args, **kwargs) for i in range(len(x))])
+        return value.reshape(len(x), -1).mean(1)
+
+    del loss.metric  # a module's place takes no function
+    loss.metric = values
+    try:
+        yield
+    finally:
+        loss.metric = metric

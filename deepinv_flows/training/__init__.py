@@ -1,0 +1,24 @@
+"""
+Training of flows by deepinv's Trainer.
+
+``fit`` takes images and returns a trained flow: ``samples`` are drawn from the images, the objective is
+``likelihood`` or ``score_matching``, ``runs`` survive interruptions, and ``distributed`` shares the batches out to processes.
+"""
+
+from .distributed import DistributedTrainer
+from .fit import fit_flow, fit_patchnr, initialised
+from .likelihood import BitsPerDim, FlowModel, FlowNLL
+from .samples import ImageSamples, PatchSamples, spread
+
+__all__ = [
+    "BitsPerDim",
+    "DistributedTrainer",
+    "FlowModel",
+    "FlowNLL",
+    "ImageSamples",
+    "PatchSamples",
+    "fit_flow",
+    "fit_patchnr",
+    "initialised",
+    "spread",
+]

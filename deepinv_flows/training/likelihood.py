@@ -1,0 +1,128 @@
+r"""
+Maximum-likelihood training of flows by :class:`deepinv.Trainer`.
+
+.. math::
+
+    \min_\theta \; \mathbb{E}_x\big[ -\log p_\theta(x + u) \big], \qquad
+    -\log p_\theta(x) = \tfrac12\|z\|^2 + \tfrac D2 \log 2\pi - \log|\det J(x)|, \quad (z, \log|\det J|) = f_\theta(x)
+
+with uniform noise u as wide as a grey level, without which a flow fitted to quantised images has no finite optimum.
+"""
+
+import functools
+import math
+
+import torch
+from deepinv.loss import Loss
+from deepinv.loss.metric import Metric
+from deepinv.models.base import Reconstructor
+from torch import Tensor, nn
+
+from ..flows import as_flow, nll
+
+
+class FlowModel(Reconstructor):
+    r"""
+    A flow as a model that :class:`deepinv.Trainer` trains: maps samples to their negative log-likelihoods.
+
+    :param torch.nn.Module flow: any flow, on patches or on images, or a prior that has one.
+    :param float dequantise: width of the uniform noise added to the samples, in their own unit; 1/255 for 8-bit images
+        in [0, 1], 0 for none.
+    :param torch.Generator generator: source of the noise; ``None`` is one of its own, with a fixed seed.
+    :param bool compile: whether to compile the flow by :func:`torch.compile`, which takes half a minute and a C++ compiler.
+
+    >>> import torch, deepinv as dinv
+    >>> from deepinv_flows import BitsPerDim, FlowModel, FlowNLL, glow_flow
+    >>> x = torch.randn(64, 4)
+    >>> samples = [{"x": x_i, "y": x_i} for x_i in x]
+    >>> model = FlowModel(glow_flow(4, num_layers=1, sub_net_size=8), dequantise=0)
+    >>> trainer = dinv.Trainer(
+    ...     model, dinv.physics.Denoising(), torch.optim.Adam(model.parameters()),
+    ...     torch.utils.data.DataLoader(samples, batch_size=32), epochs=1, losses=FlowNLL(), metrics=BitsPerDim(),
+    ...     save_path=None, device="cpu", verbose=False)
+    >>> model = trainer.train()
+    """
+
+    def __init__(
+        self,
+        flow: nn.Module,
+        dequantise: float = 1 / 255,
+        generator: torch.Generator | None = None,
+        compile: bool = False,
+    ):
+        super().__init__()
+        self.compile_flow = compile
+        if dequantise < 0:
+            raise ValueError(f"expected a width of the dequantisation noise >= 0; got {dequantise}")
+        self.flow, self.dequantise = as_flow(getattr(flow, "normalizing_flow", flow)), dequantise
+        self.generator = torch.Generator() if generator is None else generator
+
+    def forward(self, y: Tensor, physics=None, **kwargs) -> Tensor:
+        """
+        Negative log-likelihood of samples.
+
+        :param torch.Tensor y: samples (N, D) or (N, C, H, W).
+        :return: (N,) in nats, with the constant D/2 log(2 pi).
+        """
+        if not y.is_floating_point() or not bool(torch.isfinite(y.detach()).all()):
+            raise ValueError(f"expected finite floating-point samples; got {y.dtype} of shape {tuple(y.shape)}")
+        if self.dequantise:
+            noise = torch.rand(y.shape, generator=self.generator, device=self.generator.device, dtype=y.dtype)
+            y = y + self.dequantise * (noise.to(y.device) - 0.5)
+        return (_compiled() if self.compile_flow else nll)(self.flow, y)
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(nll)
+
+
+class FlowNLL(Loss):
+    """
+    Negative log-likelihood, as a deepinv loss: what :class:`FlowModel` returns is what is minimised.
+
+    >>> import torch
+    >>> from deepinv_flows import FlowNLL
+    >>> FlowNLL()(x_net=torch.tensor([1.0, 2.0]))
+    tensor([1., 2.])
+    """
+
+    def forward(self, x_net: Tensor, x=None, y=None, physics=None, model=None, **kwargs) -> Tensor:
+        """
+        :param torch.Tensor x_net: (N,) output of :class:`FlowModel`.
+        :return: the same.
+        :raises ValueError: for anything else, such as the images of a reconstruction network.
+        """
+        return _check_nll(x_net)
+
+
+class BitsPerDim(Metric):
+    r"""
+    Bits per dimension of quantised data under a flow, :math:`\frac{-\log_2 p(x)}{D} - \log_2 b` for grey levels b apart.
+
+    :param float bin_width: distance b of two grey levels; 1/255 for 8-bit images in [0, 1]. With 1 it is the
+        differential entropy in bits per dimension.
+
+    >>> import torch
+    >>> from deepinv_flows import BitsPerDim
+    >>> BitsPerDim(bin_width=1 / 4)(torch.tensor([0.0]), torch.rand(1, 36))
+    tensor([2.])
+    """
+
+    def __init__(self, bin_width: float = 1 / 255, **kwargs):
+        super().__init__(**kwargs)
+        self.bin_width = bin_width
+
+    def metric(self, x_net: Tensor, x: Tensor, *args, **kwargs) -> Tensor:
+        """
+        :param torch.Tensor x_net: (N,) output of :class:`FlowModel`.
+        :param torch.Tensor x: the samples, (N, D) or (N, C, H, W).
+        :return: (N,)
+        """
+        return _check_nll(x_net) / (x[0].numel() * math.log(2)) - math.log2(self.bin_width)
+
+
+def _check_nll(x_net: Tensor) -> Tensor:
+    if x_net.ndim != 1:
+        raise ValueError(f"expected the (N,) negative log-likelihoods of a FlowModel; got shape {tuple(x_net.shape)}")
+    return x_net
