@@ -1,28 +1,52 @@
-"""Checks at the boundary, with both sides in the message."""
+"""What stands at the boundary: checks with both sides in the message, and draws from the generator that a caller gives."""
 
+import contextlib
 import operator
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# modules whose loops count in `it`
-_LOOPS = (
-    "deepinv.optim.fixed_point",
-    "deepinv.sampling.sampling",
-    "deepinv_flows.iterators.nmapg",
-    "deepinv_flows.solvers.lbfgs",
-)
+_counting: ContextVar[int | None] = ContextVar("iteration", default=None)
+# deepinv's loops, which count in `it`, do not tell a prior which iteration it is
+_DEEPINV_LOOPS = ("deepinv.optim.fixed_point", "deepinv.sampling.sampling")
+
+
+@contextlib.contextmanager
+def at_iteration(it: int) -> Iterator[None]:
+    """Error messages that are raised inside name this iteration."""
+    token = _counting.set(it)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
 
 
 def iteration() -> str:
-    """What ends a message while an optimizer runs: which iteration it is, as deepinv does not tell a prior."""
-    frame = sys._getframe(1)
+    """The end of a message that is raised while an optimizer runs: the number of the iteration."""
+    it = _counting.get()
+    frame = sys._getframe(1) if it is None else None
     while frame is not None:
-        if frame.f_globals.get("__name__") in _LOOPS and "it" in frame.f_locals:
-            return f" at iteration {frame.f_locals['it']}"
+        if frame.f_globals.get("__name__") in _DEEPINV_LOOPS and "it" in frame.f_locals:
+            it = frame.f_locals["it"]
+            break
         frame = frame.f_back
-    return ""
+    return "" if it is None else f" at iteration {it}"
+
+
+@contextlib.contextmanager
+def randomness(generator: torch.Generator | None) -> Iterator[None]:
+    """Draw what torch's layers draw from ``generator``; from torch's global one if ``None``."""
+    if generator is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        torch.random.default_generator.manual_seed(seed)
+        yield
 
 
 def check_finite(what: str, *tensors: Tensor) -> None:
@@ -55,16 +79,18 @@ def check_autograd(who: str) -> None:
         )
 
 
-def positive_int(**named: int) -> int:
-    ((name, value),) = named.items()
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"expected {name} to be an integer >= 1; got {value!r}")
-    return operator.index(value)
+def positive_int(**named: Any) -> Any:
+    """The value of the one argument as an ``int``, or a tuple of those of several, in their order."""
+    for name, value in named.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+            raise ValueError(f"expected {name} to be an integer >= 1; got {value!r}")
+    values = tuple(operator.index(value) for value in named.values())
+    return values if len(values) > 1 else values[0]
 
 
 def check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not value > 0:
+        if isinstance(value, bool) or not value > 0:
             raise ValueError(f"expected {name} > 0; got {value}")
 
 

@@ -80,7 +80,7 @@ def crops(
     >>> crops("grass", size=16, number=3).shape
     torch.Size([3, 1, 16, 16])
     """
-    positive_int(size=size), positive_int(number=number)
+    positive_int(size=size, number=number)
     generator = torch.Generator().manual_seed(2 * seed + (part == "eval"))
     if data == "phantoms":
         return phantoms(number, size, generator=generator).repeat(1, channels, 1, 1)

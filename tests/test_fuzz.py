@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from cases import make
+from dialects import DIALECTS, LAYERS, WIDTH
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_checkpoints import DIALECTS, LAYERS, WIDTH
 
 from deepinv_flows import (
     NMAPG,

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,18 @@ assert not any(name.split(".")[0] in ("FrEIA", "zuko", "skimage") for name in sy
 @pytest.mark.parametrize("name", deepinv_flows.__all__)
 def test_public_names_have_an_example(name):
     assert doctest.DocTestParser().get_examples(getattr(deepinv_flows, name).__doc__)
+
+
+@pytest.mark.parametrize("name", deepinv_flows.__all__)
+def test_public_parameters_have_types(name):
+    public = getattr(deepinv_flows, name)
+    members = {name: public} if inspect.isfunction(public) else inspect.getmembers(public, inspect.isfunction)
+    for method, function in dict(members).items():
+        ours = function.__module__.startswith("deepinv_flows") and (method == "__init__" or not method.startswith("_"))
+        for parameter in inspect.signature(function).parameters.values() if ours else []:
+            if parameter.name == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            assert parameter.annotation is not parameter.empty, f"{name}.{method}({parameter.name})"
 
 
 def test_all_is_complete():  # and sorted, says ruff

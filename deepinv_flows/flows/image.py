@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_choice, check_positive, positive_int
+from ..checks import check_choice, check_positive, positive_int, randomness
 from .contract import KnowsItsConfig
-from .vector import ACTIVATIONS, randomness
+from .vector import ACTIVATIONS
 
 COUPLINGS = ("allinone", "glow")
 SQUEEZES = ("haar", "checkerboard")
@@ -176,8 +176,7 @@ def image_flow(
     >>> torch.allclose(flow(z, rev=True)[0], x, atol=1e-5)
     True
     """
-    for name, value in dict(num_levels=num_levels, num_steps=num_steps, hidden=hidden).items():
-        positive_int(**{name: value})
+    positive_int(num_levels=num_levels, num_steps=num_steps, hidden=hidden)
     check_positive(affine_clamping=affine_clamping)
     check_choice("coupling", coupling, COUPLINGS)
     check_choice("squeeze", squeeze, SQUEEZES)

@@ -1,12 +1,11 @@
 """Builders of normalizing flows, on FrEIA; all satisfy the contract of :mod:`deepinv_flows.flows.contract`."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from ..checks import check_choice, check_positive
+from ..checks import check_choice, check_positive, positive_int, randomness
 
 COUPLINGS = ("glow", "realnvp", "nice", "gin")
 CLAMPS = ("deepinv", "ATAN", "TANH", "SIGMOID")
@@ -70,7 +69,8 @@ def glow_flow(
     True
     """
     _check_dim(dim)
-    check_positive(num_layers=num_layers, sub_net_size=sub_net_size, clamp=clamp)
+    positive_int(num_layers=num_layers, sub_net_size=sub_net_size)
+    check_positive(clamp=clamp)
     check_choice("coupling", coupling, COUPLINGS)
     check_choice("clamp_activation", clamp_activation, CLAMPS)
     check_choice("activation", activation, ACTIVATIONS)
@@ -159,8 +159,8 @@ def allinone_flow(
     True
     """
     _check_dim(dim)
-    check_positive(num_layers=num_layers, sub_net_size=sub_net_size, affine_clamping=affine_clamping)
-    check_positive(global_affine_init=global_affine_init)
+    positive_int(num_layers=num_layers, sub_net_size=sub_net_size)
+    check_positive(affine_clamping=affine_clamping, global_affine_init=global_affine_init)
     check_choice("global_affine_type", global_affine_type, ("SIGMOID", "SOFTPLUS", "EXP"))
     check_choice("activation", activation, ACTIVATIONS)
     if global_affine_type == "SIGMOID" and global_affine_init >= 10:
@@ -209,18 +209,6 @@ def _deepinv_order(coupling: str, small: int, large: int, width: int, activation
     first = _mlp(small, 2 * large, width, activation)
     ready = iter([_mlp(large, 2 * small, width, activation), first])
     return lambda i, o: next(ready)
-
-
-@contextlib.contextmanager
-def randomness(generator: torch.Generator | None) -> Iterator[None]:
-    """Draw what torch's layers draw from ``generator``; from torch's global one if ``None``."""
-    if generator is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        torch.random.default_generator.manual_seed(seed)
-        yield
 
 
 def _check_dim(dim: int) -> None:

@@ -1,13 +1,11 @@
 """Learned primal-dual reconstruction on deepinv's blocks."""
 
-import contextlib
-
 import torch
 from deepinv.models import PDNet_DualBlock, PDNet_PrimalBlock
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 
-from ..checks import positive_int
+from ..checks import positive_int, randomness
 from .base import Iteration, Problem
 from .optimizer import Optim
 
@@ -137,7 +135,7 @@ class LearnedPrimalDual(Optim):
         seen = channels if measurement_channels is None else measurement_channels
         sizes = {"depth": depth, "nf": nf, "dim": dim}
         primal, dual = n_primal * channels, n_dual * seen
-        with _drawing_from(generator):
+        with randomness(generator):
             blocks = range(1 if tied else max_iter)
             if primal_blocks is None:
                 primal_blocks = [PDNet_PrimalBlock(primal + channels, primal, **sizes) for _ in blocks]
@@ -152,15 +150,3 @@ class LearnedPrimalDual(Optim):
             "n_dual": n_dual,
         }
         super().__init__(parameters, max_iter=max_iter, unfold=True, **kwargs)
-
-
-@contextlib.contextmanager
-def _drawing_from(generator: torch.Generator | None):
-    if generator is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(
-            int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        )
-        yield

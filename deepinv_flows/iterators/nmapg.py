@@ -7,7 +7,7 @@ import torch
 from deepinv.optim import BacktrackingConfig, DataFidelity, Prior
 from torch import Tensor
 
-from ..checks import check_finite
+from ..checks import at_iteration, check_finite
 from .base import PriorTerm, Problem, check_not_nan, coefficient, per_sample, rounding, square
 from .optimizer import Optim
 from .search import DEFAULT, SearchIteration, as_config, as_steps, shorten
@@ -251,9 +251,10 @@ def nmapg(
     """
     advance = _Advance(_Energy(energy), PriorTerm(prior), as_config(backtracking), eta)
     z, past = x, {}
-    for it in range(max_iter):  # noqa: B007 - for messages
+    for it in range(max_iter):
         before = x
-        x, z, past = advance(x, z, past, past.get("step", as_steps(stepsize, x)))
+        with at_iteration(it):
+            x, z, past = advance(x, z, past, past.get("step", as_steps(stepsize, x)))
         if callback is not None:
             callback(x, past["F"])
         if (square(x - before) <= tol**2 * square(x)).all():

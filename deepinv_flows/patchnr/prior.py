@@ -106,7 +106,7 @@ class PatchNR(PatchWeights, Prior):
     ):
         super().__init__()
         self.explicit_prior = True
-        self.patch_size, self.channels = positive_int(patch_size=patch_size), positive_int(channels=channels)
+        self.patch_size, self.channels = positive_int(patch_size=patch_size, channels=channels)
         self.pad = "reflect" if pad is True else pad
         if self.pad is not False and self.pad not in PAD_MODES:
             raise ValueError(f"expected pad to be a bool or one of {', '.join(PAD_MODES)}; got {pad!r}")

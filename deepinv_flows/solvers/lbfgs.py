@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import iteration
+from ..checks import at_iteration, iteration
 
 SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9
 MAX_TRIALS = 20
@@ -75,11 +75,12 @@ def lbfgs(
     # the first step, without any curvature known, is of length `step` at most
     t = step / dot(grad, grad).sqrt().clamp_min(1)
     alive = torch.ones_like(value, dtype=torch.bool)
-    for it in range(max_iter):  # noqa: B007 - for messages
+    for it in range(max_iter):
         direction = memory.direction(grad)
-        trial = _line_search(value_and_grad, z, value, grad, direction, t, alive)
-        moved, z_new, value_new, grad_new = trial
-        _check_still_finite(value_and_grad, z, alive & ~moved)
+        with at_iteration(it):
+            trial = _line_search(value_and_grad, z, value, grad, direction, t, alive)
+            moved, z_new, value_new, grad_new = trial
+            _check_still_finite(value_and_grad, z, alive & ~moved)
         memory.remember(z_new - z, grad_new - grad)
         # no way down along the quasi-Newton direction: forget the past; none along the gradient either: done
         alive = alive & (moved | memory.forget(alive & ~moved))
@@ -186,12 +187,14 @@ def first_order(
     best, lowest = z.clone(), torch.full_like(z.flatten(1)[:, 0], torch.inf)
     shortened, alive = torch.ones_like(lowest), torch.ones_like(lowest, dtype=torch.bool)
     for it in range(max_iter + 1):
-        value, grad = value_and_grad(z)
+        with at_iteration(it):
+            value, grad = value_and_grad(z)
         good = finite(value, grad)
         lower = good & alive & (value < lowest)
         best, lowest = torch.where(per_sample(lower, z), z, best), torch.where(lower, value, lowest)
         if it > 0:
-            _check_still_finite(value_and_grad, best, alive & ~good)
+            with at_iteration(it):
+                _check_still_finite(value_and_grad, best, alive & ~good)
             callback(best, lowest)
         if it == max_iter or not alive.any():
             break

@@ -83,8 +83,7 @@ def fit_patchnr(
     >>> prior(images).shape
     torch.Size([2])
     """
-    for name, value in dict(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size).items():
-        positive_int(**{name: value})
+    positive_int(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
     generator = torch.Generator() if generator is None else generator
     images = image_list(images, patch_size if prior is None else prior.patch_size)
     if prior is None:
@@ -175,7 +174,7 @@ def fit_flow(
     >>> flow = image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4)
     >>> flow = fit_flow(flow, torch.rand(32, 1, 8, 8), epochs=1, verbose=False)
     """
-    positive_int(epochs=epochs), positive_int(batch_size=batch_size)
+    positive_int(epochs=epochs, batch_size=batch_size)
     if not (isinstance(sigma, Real) and math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"expected a finite noise level sigma >= 0; got {sigma!r}")
     if sigma and compile:

@@ -108,7 +108,7 @@ def test_any_dimension(dim, layers, width, coupling):
 def test_refusals(builder):
     with pytest.raises(ValueError, match="dim >= 2; got 1"):
         builder(1)
-    with pytest.raises(ValueError, match="expected num_layers > 0; got 0"):
+    with pytest.raises(ValueError, match="expected num_layers to be an integer >= 1; got 0"):
         builder(4, num_layers=0)
     with pytest.raises(ValueError, match="expected activation to be one of 'relu'"):
         builder(4, activation="sine")

@@ -3,19 +3,15 @@
 import copy
 import math
 import pickle
-import sys
-from pathlib import Path
 
 import deepinv as dinv
 import pytest
 import torch
 from cases import central_difference
+from latent_theorem import bounds, errors, generator_matrix, linear_flow
 
 from deepinv_flows import CheckpointError, FlowModel, FlowPrior, LatentMAP, PatchNR, image_flow
 from deepinv_flows.solvers.lbfgs import first_order, lbfgs
-
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-from latent_theorem import bounds, errors, generator_matrix, linear_flow
 
 SIZE = (1, 4, 8)
 
