@@ -119,3 +119,12 @@ OUTPUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUTPUT / "equivariant_splitting.png", dpi=110)
 print("figure:", OUTPUT / "equivariant_splitting.png")
 print(json.dumps({**figures, "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}))
+
+# %%
+# What a full run of this script wrote:
+#
+# .. image:: /../thumbnails/equivariant_splitting.png
+#    :width: 800
+#    :alt: the figure of this script
+
+# sphinx_gallery_thumbnail_path = '../thumbnails/equivariant_splitting.png'

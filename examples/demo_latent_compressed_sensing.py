@@ -151,3 +151,12 @@ figure.savefig(OUTPUT / "latent_compressed_sensing.png", dpi=110)
 print("figure:", OUTPUT / "latent_compressed_sensing.png")
 figures["measurements"] = MEASUREMENTS
 print(json.dumps({**figures, "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}))
+
+# %%
+# What a full run of this script wrote:
+#
+# .. image:: /../thumbnails/latent_compressed_sensing.png
+#    :width: 800
+#    :alt: the figure of this script
+
+# sphinx_gallery_thumbnail_path = '../thumbnails/latent_compressed_sensing.png'

@@ -146,3 +146,12 @@ OUTPUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUTPUT / "learned_primal_dual.png", dpi=110)
 print("figure:", OUTPUT / "learned_primal_dual.png")
 print(json.dumps({"psnr": figures, "seconds": round(time.perf_counter() - start, 1)}))
+
+# %%
+# What a full run of this script wrote:
+#
+# .. image:: /../thumbnails/learned_primal_dual.png
+#    :width: 800
+#    :alt: the figure of this script
+
+# sphinx_gallery_thumbnail_path = '../thumbnails/learned_primal_dual.png'

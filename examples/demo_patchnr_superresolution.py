@@ -141,3 +141,12 @@ OUTPUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUTPUT / "patchnr_superresolution.png", dpi=110)
 print("figure:", OUTPUT / "patchnr_superresolution.png")
 print(json.dumps({**figures, "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}))
+
+# %%
+# What a full run of this script wrote:
+#
+# .. image:: /../thumbnails/patchnr_superresolution.png
+#    :width: 800
+#    :alt: the figure of this script
+
+# sphinx_gallery_thumbnail_path = '../thumbnails/patchnr_superresolution.png'

@@ -113,3 +113,12 @@ figures = {
 }
 figures["largest difference"] = float(difference.max())
 print(json.dumps({**figures, "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}))
+
+# %%
+# What a full run of this script wrote:
+#
+# .. image:: /../thumbnails/register.png
+#    :width: 800
+#    :alt: the figure of this script
+
+# sphinx_gallery_thumbnail_path = '../thumbnails/register.png'

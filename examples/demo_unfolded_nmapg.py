@@ -154,3 +154,12 @@ OUTPUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUTPUT / "unfolded_nmapg.png", dpi=110)
 print("figure:", OUTPUT / "unfolded_nmapg.png")
 print(json.dumps({"psnr": figures, **learnt, "seconds": round(time.perf_counter() - start, 1)}))
+
+# %%
+# What a full run of this script wrote:
+#
+# .. image:: /../thumbnails/unfolded_nmapg.png
+#    :width: 800
+#    :alt: the figure of this script
+
+# sphinx_gallery_thumbnail_path = '../thumbnails/unfolded_nmapg.png'
