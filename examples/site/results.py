@@ -13,6 +13,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive, directives
 
 RESULTS = Path(__file__).parent / "results"
+LONGEST = 120  # characters of a cell
 
 
 class Results(Directive):
@@ -57,7 +58,8 @@ def _line(cells: list[str]) -> nodes.row:
 def _said(value) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    said = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return said if len(said) <= LONGEST else said[: LONGEST - 3] + "..."
 
 
 def setup(app):
