@@ -16,7 +16,9 @@ PAGES = {
     "gallery/demo_patchnr_superresolution.html": "Superresolution with a PatchNR",
 }
 # what Chromium asks for by itself, whatever page is open
-ITS_OWN = r"https?://((accounts|clients\d|www)\.google\.com|(optimizationguide-pa|update|content-autofill)\.googleapis\.com)/"
+ITS_OWN = (
+    r"https?://((accounts|clients\d|www)\.google\.com|(optimizationguide-pa|update|content-autofill)\.googleapis\.com)/"
+)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --virtual-time-budget=10000 --enable-logging=stderr"
@@ -28,7 +30,9 @@ def visit(chromium: str, page: str, folder: Path) -> tuple[str, list[str], set[s
     net_log = folder / "net.json"
     command = [chromium, *FLAGS, f"--user-data-dir={folder}/profile", f"--log-net-log={net_log}", "--dump-dom"]
     run = subprocess.run([*command, (SITE / page).as_uri()], capture_output=True, text=True, timeout=120)
-    console = [line for line in run.stderr.splitlines() if "CONSOLE" in line and re.search("error|Uncaught", line, re.I)]
+    console = [
+        line for line in run.stderr.splitlines() if "CONSOLE" in line and re.search("error|Uncaught", line, re.I)
+    ]
     asked = {url for url in re.findall(r'"url":"(https?://[^"]+)"', net_log.read_text()) if not re.match(ITS_OWN, url)}
     return run.stdout, console, asked
 

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "reconstruction": {"checks", "flows", "weights", "solvers", "patchnr", "latent", "iterators"},
     "training": {"checks", "flows", "weights", "solvers", "patchnr", "latent", "reconstruction"},
     "registry": {"iterators", "patchnr", "splitting"},
+    "__main__": {"weights", "__version__"},
 }
 # tests that are not a folder's
 ON_TOP = {"benchmarks", "examples", "upstream"}

@@ -71,6 +71,10 @@ def setup(app):
 def _public_bases(app, name, obj, options, bases):
     """In place of a base class that is not public, the first of its bases that another package has."""
     for k, base in enumerate(bases):
-        public = [c for c in base.__mro__ if c.__module__.split(".")[0] != "deepinv_flows" or hasattr(deepinv_flows, c.__name__)]
+        public = [
+            c
+            for c in base.__mro__
+            if c.__module__.split(".")[0] != "deepinv_flows" or hasattr(deepinv_flows, c.__name__)
+        ]
         bases[k] = public[0]
     bases[:] = [base for base in dict.fromkeys(bases) if base is not object]
