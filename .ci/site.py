@@ -19,10 +19,17 @@ PAGES = {
 ITS_OWN = (
     r"https?://((accounts|clients\d|www)\.google\.com|(optimizationguide-pa|update|content-autofill)\.googleapis\.com)/"
 )
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --virtual-time-budget=10000 --enable-logging=stderr"
-).split()
+FLAGS = [
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ),
+    *("--disable-component-update", "--disable-sync", "--virtual-time-budget=10000", "--enable-logging=stderr"),
+]
 
 
 def visit(chromium: str, page: str, folder: Path) -> tuple[str, list[str], set[str]]:

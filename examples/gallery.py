@@ -5,10 +5,10 @@ Run the demos in full, build the site, keep figures that a script prints.
     python examples/gallery.py --site [FOLDER]
     python examples/gallery.py --keep NAME COMMAND ...
 
-Without an option the demos run one after the other, and a picture of each figure is kept in ``examples/thumbnails``; a NAME is
-that of a demo without ``demo_`` and ``.py``. ``--thumbnails`` only makes the pictures again. ``--site`` builds the site, offline, in
-about a minute; the figures of the gallery are those of the last full run. ``--keep`` runs a benchmark and writes the JSON of its last
-line, with the command, the machine and the date, to ``examples/site/results/NAME.json``, from which the site makes its tables.
+Without an option the demos run one after the other, and a picture of each figure is kept in ``examples/thumbnails``. A NAME
+is that of a demo without ``demo_`` and ``.py``. ``--thumbnails`` only makes the pictures again. ``--site`` builds the site
+offline, in about a minute, with the pictures of the last full run. ``--keep`` runs a benchmark and writes the JSON of its last
+line, with the command, the machine and the date, to ``examples/site/results/NAME.json``, from which the site makes tables.
 """
 
 import argparse

@@ -8,9 +8,9 @@ from sphinx_gallery.sorting import ExplicitOrder  # noqa: F401 - proves that the
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-import inventories
+import inventories  # noqa: E402
 
-import deepinv_flows
+import deepinv_flows  # noqa: E402
 
 project, author, copyright = "deepinv_flows", "the authors of deepinv_flows", "the authors of deepinv_flows"
 version = release = deepinv_flows.__version__

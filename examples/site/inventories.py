@@ -25,6 +25,11 @@ def _inventory(source: Path, target: Path) -> tuple[str, str]:
     for line in lines:
         kind, name, page = line.split()
         body += f"{name} {kind} 1 {page} -\n"
-    head = f"# Sphinx inventory version 2\n# Project: {source.stem}\n# Version:\n# The remainder of this file is compressed using zlib.\n"
-    target.write_bytes(head.encode() + zlib.compress(body.encode()))
+    head = [
+        "# Sphinx inventory version 2",
+        f"# Project: {source.stem}",
+        "# Version:",
+        "# The rest is compressed using zlib.",
+    ]
+    target.write_bytes("".join(f"{line}\n" for line in head).encode() + zlib.compress(body.encode()))
     return address, str(target)
