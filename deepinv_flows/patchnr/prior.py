@@ -2,22 +2,22 @@
 
 import copy
 
+import deepinv
 import torch
-import torch.nn.functional as F
 from deepinv.optim import Prior
 from torch import Tensor, nn
 
 from .. import solvers
-from ..checks import check_autograd, check_input, positive_int
+from ..checks import check_autograd, check_choice, check_input, positive_int, transformed, warn_outside
 from ..flows import as_flow, evaluate, glow_flow, like_weights
-from . import potential as patchwise
+from .padding import PAD_MODES, PaddedPotential, padded
 from .patches import SUBSETS, PatchIndex
+from .potential import Asked, PatchPotential
+from .subsets import Draws
 from .weights import PatchWeights
 
-PAD_MODES = ("constant", "reflect", "replicate", "circular")
 
-
-class PatchNR(PatchWeights, Prior):
+class PatchNR(PatchWeights, deepinv.optim.PatchNR):
     r"""
     Patch prior by a normalizing flow; drop-in for :class:`deepinv.optim.PatchNR` that also takes images.
 
@@ -84,8 +84,6 @@ class PatchNR(PatchWeights, Prior):
     torch.Size([1, 1, 20, 30])
     """
 
-    _sums = patchwise  # where value and gradients over the patches of an image come from
-
     def __init__(
         self,
         normalizing_flow: nn.Module | None = None,
@@ -104,16 +102,17 @@ class PatchNR(PatchWeights, Prior):
         subset: str = "uniform",
         precision: str | None = None,
     ):
-        super().__init__()
+        Prior.__init__(self)  # deepinv's PatchNR would draw a flow of its own
         self.explicit_prior = True
         self.patch_size, self.channels = positive_int(patch_size=patch_size, channels=channels)
         self.pad = "reflect" if pad is True else pad
-        if self.pad is not False and self.pad not in PAD_MODES:
-            raise ValueError(f"expected pad to be a bool or one of {', '.join(PAD_MODES)}; got {pad!r}")
+        check_choice("pad", pad, (False, True, *PAD_MODES))
         self.n_patches, self.stride, self.chunk_size = n_patches, stride, chunk_size
         self.subset, self.precision = subset, precision
         self._check_options()
         self.generator = torch.Generator() if generator is None else generator
+        self.image_range: tuple[float, float] | None = None
+        self._draws, self._asked, self._warned = Draws(), Asked(), False
         if normalizing_flow is not None:
             self.normalizing_flow = as_flow(normalizing_flow)
         elif not pretrained:
@@ -128,6 +127,7 @@ class PatchNR(PatchWeights, Prior):
         """Dimension D of a flattened patch."""
         return self.channels * self.patch_size**2
 
+    @torch.compiler.disable
     def fn(self, x: Tensor, *args, **kwargs) -> Tensor:
         r"""
         Mean negative log-likelihood of the patches of each image, or the one of each patch.
@@ -139,15 +139,31 @@ class PatchNR(PatchWeights, Prior):
         :raises TypeError: when x is no real floating-point tensor of the weights' dtype.
         """
         self._check(x)
-        if x.ndim == 4:
-            padded = self._padded(x)
-            return self._sums.image_nll(self.normalizing_flow, padded, self._index(padded), *self._options)
-        # a patch is an image of D channels and one pixel
-        columns = x.reshape(-1, self.dim, 1, 1)
-        index = PatchIndex(columns.shape, 1, device=x.device)
-        nll = patchwise.image_nll(self.normalizing_flow, columns, index, *self._options)
-        return nll.view(x.shape[:2])
+        images, potential = self._potential(x, "fn")
+        value = potential.value(images)
+        return value if x.ndim == 4 else value.view(x.shape[:2])
 
+    @torch.compiler.disable
+    def nll_map(self, x: Tensor) -> Tensor:
+        r"""
+        Negative log-likelihood of each patch of images, :math:`h(P_i x)`, as a map: what the prior finds unlikely.
+
+        :param torch.Tensor x: images (B, C, H, W).
+        :return: (B, H - p + 1, W - p + 1) in nats, at the upper left pixel of each patch of the image (of the padded one, with
+            ``pad``); differentiable as :meth:`fn` is. ``stride`` and ``n_patches`` have no effect.
+
+        >>> import torch
+        >>> from deepinv_flows import PatchNR
+        >>> PatchNR(patch_size=3, num_layers=1).nll_map(torch.rand(2, 1, 8, 9)).shape
+        torch.Size([2, 6, 7])
+        """
+        self._check(x, images_only=True)
+        p = self.patch_size
+        patches = padded(x, p - 1, self.pad).unfold(2, p, 1).unfold(3, p, 1).permute(0, 2, 3, 1, 4, 5)
+        columns, potential = self._of_patches(patches.flatten(1, 2))
+        return potential.value(columns).view(patches.shape[:3])
+
+    @torch.compiler.disable
     def grad(self, x: Tensor, *args, **kwargs) -> Tensor:
         r"""
         Gradient of g at images x, which is left untouched.
@@ -160,10 +176,10 @@ class PatchNR(PatchWeights, Prior):
         """
         self._check(x)
         check_autograd("PatchNR")
-        if x.ndim != 4:
-            return self._patch_grad(x)
-        return self._image_grad(x, self._index(self._padded(x)))
+        images, potential = self._potential(x, "grad")
+        return potential.grad(images).view(x.shape)
 
+    @torch.compiler.disable
     def prox(
         self,
         x: Tensor,
@@ -189,18 +205,15 @@ class PatchNR(PatchWeights, Prior):
         :return: tensor like x.
         :raises ValueError: for a negative or non-finite gamma, and as :meth:`fn`.
         """
-        self._check(x, images_only=True)
+        self._check(x)
         check_autograd("PatchNR")
         gamma = solvers.gamma_like(gamma, x)
-        index = self._index(self._padded(x))
-
-        def value_and_grad(u):
-            return self._value_and_grad(u, index)
-
-        def grad(u):
-            return self._image_grad(u, index)
-
-        return solvers.prox(value_and_grad, grad, x, gamma, stepsize_inter, int(max_iter_inter), tol_inter)
+        images, potential = self._potential(x, "prox")
+        if x.ndim != 4:
+            gamma = gamma.expand(*x.shape[:2], *gamma.shape[2:]).reshape(-1, 1, 1, 1)
+        options = (stepsize_inter, int(max_iter_inter), tol_inter)
+        u = solvers.prox(potential.value_and_grad, potential.grad, images, gamma, *options)
+        return u.view(x.shape)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """
@@ -251,49 +264,32 @@ class PatchNR(PatchWeights, Prior):
             )
         if self.chunk_size is not None:
             positive_int(chunk_size=self.chunk_size)
-        if self.subset not in SUBSETS:
-            raise ValueError(f"expected subset to be one of {', '.join(SUBSETS)}; got {self.subset!r}")
-        if self.precision not in (None, "bfloat16"):
-            raise ValueError(f"expected precision to be None or 'bfloat16'; got {self.precision!r}")
+        check_choice("subset", self.subset, SUBSETS)
+        check_choice("precision", self.precision, (None, "bfloat16"))
 
     def _check(self, x: Tensor, images_only: bool = False) -> None:
         self._check_options()
         check_input(x, self._like(), self.patch_size, self.channels, images_only)
 
-    def _padded(self, x: Tensor) -> Tensor:
-        return F.pad(x, [self.patch_size - 1] * 4, mode=self.pad) if self.pad else x
+        if self.image_range is not None and not self._warned and not transformed(x):
+            self._warned = warn_outside(x, self.image_range)
 
-    @property
-    def _options(self) -> tuple:
-        return self.chunk_size, self.precision
+    def _potential(self, x: Tensor, method: str) -> tuple[Tensor, PatchPotential | PaddedPotential]:
+        """Images, and the potential of their patches, whose values and gradients are those of x."""
+        if x.ndim != 4:
+            return self._of_patches(x)
+        return x, PaddedPotential(self._over(self._index(x, method)), self.patch_size - 1, self.pad)
 
-    def _index(self, padded: Tensor) -> PatchIndex:
-        subset = self.stride, self.n_patches, self.generator, padded.device, self.subset
-        return PatchIndex(padded.shape, self.patch_size, *subset)
+    def _of_patches(self, x: Tensor) -> tuple[Tensor, PatchPotential]:
+        """Each patch as an image of D channels and one pixel."""
+        columns = x.reshape(-1, self.dim, 1, 1)
+        return columns, PatchNR._over(self, PatchIndex(columns.shape, 1, device=x.device))
 
-    def _image_grad(self, x: Tensor, index: PatchIndex) -> Tensor:
-        recorded = torch.is_grad_enabled() and (x.requires_grad or patchwise.weights_need_grad(self.normalizing_flow))
-        if not recorded:
-            return self._value_and_grad(x, index)[1]
-        leaf = x if x.requires_grad else x.detach().requires_grad_()
-        padded = self._padded(leaf)
-        return _transpose(
-            padded, leaf, self._sums.differentiable_grad(self.normalizing_flow, padded, index, self.chunk_size)
-        )
+    def _over(self, index: PatchIndex) -> PatchPotential:
+        return PatchPotential(self.normalizing_flow, index, self.chunk_size, self.precision, self._asked)
 
-    def _value_and_grad(self, x: Tensor, index: PatchIndex) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_() if self.pad else x.detach()
-            padded = self._padded(leaf)
-        value, grad = self._sums.value_and_grad(self.normalizing_flow, padded.detach(), index, *self._options)
-        return value, _transpose(padded, leaf, grad)
-
-    def _patch_grad(self, x: Tensor) -> Tensor:
-        return solvers.gradient(self.fn, x, self.normalizing_flow)
-
-
-def _transpose(padded: Tensor, x: Tensor, grad: Tensor) -> Tensor:
-    """Gradient in x from the gradient in padded x."""
-    if padded is x:
-        return grad
-    return torch.autograd.grad(padded, x, grad, create_graph=grad.requires_grad)[0]
+    def _index(self, x: Tensor, method: str) -> PatchIndex:
+        margin = 2 * (self.patch_size - 1) if self.pad else 0
+        shape = (*x.shape[:2], *(side + margin for side in x.shape[2:]))
+        source = self.generator if self.n_patches == -1 else self._draws.source(self.generator, method, x)
+        return PatchIndex(shape, self.patch_size, self.stride, self.n_patches, source, x.device, self.subset)

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -68,36 +68,54 @@ def patch_sums(
     :return: sums, the same at each call with as many threads: shares and the order of additions are fixed.
     """
     flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another
-    stopped = threading.Event()
-
-    def share(start: int, stop: int) -> Sums:
-        sums = _zeros(steps, flat, index.batch, image, weights)
-        # as many equal chunks as it takes; what the last lacks is filled with patches that count nothing
-        size = math.ceil((stop - start) / math.ceil((stop - start) / chunk_size))
-        size = math.ceil(size / ALIGNED) * ALIGNED
-        space = workspace(size, flat.dtype, flat.device, dtype or flat.dtype)
-        program = Program(steps, len(index.offsets), space, image or weights, sums.grads)
-        pixels = space.new(len(index.offsets), torch.int64)
-        for first in range(start, stop, size):
-            if stopped.is_set():
-                break
-            numbers = torch.arange(first, first + size, device=flat.device)
-            counts = (numbers < stop).to(flat.dtype)
-            number, flat_pixels = index.columns(numbers.clamp_(max=stop - 1), pixels)
-            flat_pixels = flat_pixels.view(-1)
-            torch.index_select(flat, 0, flat_pixels, out=program.x.view(-1))
-            program.weight.copy_(counts if scale is None else counts * scale[number])
-            program.run()
-            sums.value.index_add_(0, number, (program.value * counts).to(sums.value.dtype))
-            if image:
-                sums.grad.index_add_(0, flat_pixels, program.grad.view(-1))
-        return sums
-
-    shares = _in_threads(share, _split(len(index), _thread_count(flat, len(index))), stopped)
+    sweep = _Sweep(steps, flat, index, chunk_size, dtype or flat.dtype, image, weights, scale)
+    shares = _in_threads(sweep.share, _split(len(index), _thread_count(flat, len(index))), sweep.stopped)
     total = shares[0]
     for other in shares[1:]:
         total.add_(other)
     return total
+
+
+@dataclass
+class _Sweep:
+    """What the threads of one :func:`patch_sums` have in common."""
+
+    steps: list
+    flat: Tensor
+    index: PatchIndex
+    chunk_size: int
+    dtype: torch.dtype
+    image: bool
+    weights: bool
+    scale: Tensor | None
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def share(self, start: int, stop: int) -> Sums:
+        """The sums over the patches with these numbers."""
+        flat, dim = self.flat, len(self.index.offsets)
+        sums = _zeros(self.steps, flat, self.index.batch, self.image, self.weights)
+        # as many equal chunks as it takes; what the last lacks is filled with patches that count nothing
+        size = math.ceil((stop - start) / math.ceil((stop - start) / self.chunk_size))
+        size = math.ceil(size / ALIGNED) * ALIGNED
+        with workspace(size, flat.dtype, flat.device, self.dtype) as space:
+            program = Program(self.steps, dim, space, self.image or self.weights, sums.grads)
+            pixels = space.new(dim, torch.int64)
+            for first in range(start, stop, size):
+                if self.stopped.is_set():
+                    break
+                self._chunk(program, pixels, torch.arange(first, first + size, device=flat.device), stop, sums)
+        return sums
+
+    def _chunk(self, program: Program, pixels: Tensor, numbers: Tensor, stop: int, sums: Sums) -> None:
+        counts = (numbers < stop).to(self.flat.dtype)
+        number, flat_pixels = self.index.columns(numbers.clamp_(max=stop - 1), pixels)
+        flat_pixels = flat_pixels.view(-1)
+        torch.index_select(self.flat, 0, flat_pixels, out=program.x.view(-1))
+        program.weight.copy_(counts if self.scale is None else counts * self.scale[number])
+        program.run()
+        sums.value.index_add_(0, number, (program.value * counts).to(sums.value.dtype))
+        if sums.grad is not None:
+            sums.grad.index_add_(0, flat_pixels, program.grad.view(-1))
 
 
 def _zeros(steps: list, flat: Tensor, batch: int, image: bool, weights: bool) -> Sums:
@@ -132,7 +150,7 @@ def _in_threads(work: Callable, shares: list[tuple[int, int]], stopped: threadin
     try:
         torch.set_num_threads(1)  # MKL's count is one for all threads
         return list(_pool(len(shares), os.getpid()).map(run, shares))
-    except BaseException:  # an interrupt too: the next call would wait for what no one wants
+    except BaseException:  # an interrupt too: threads that went on would delay the next call
         stopped.set()
         raise
     finally:
