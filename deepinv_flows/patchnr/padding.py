@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import transformed
+from .plain import own_graph
 from .potential import PatchPotential
 
 PAD_MODES = ("constant", "reflect", "replicate", "circular")
@@ -33,18 +34,17 @@ class PaddedPotential:
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.mode:
             return self.potential.value_and_grad(x.detach())
-        with torch.enable_grad():
+        with torch.enable_grad(), own_graph():
             leaf = x.detach().requires_grad_()
             images = padded(leaf, self.margin, self.mode)
-        value, grad = self.potential.value_and_grad(images.detach())
-        return value, torch.autograd.grad(images, leaf, grad)[0]
+            value, grad = self.potential.value_and_grad(images.detach())
+            return value, torch.autograd.grad(images, leaf, grad)[0]
 
     def grad(self, x: Tensor) -> Tensor:
         if not self.mode:
             return self.potential.grad(x)
         if transformed(x):
-            images, transpose = torch.func.vjp(lambda u: padded(u, self.margin, self.mode), x)
-            return transpose(self.potential.grad(images))[0]
+            return torch.func.grad(lambda u: self.value(u).sum())(x)
         leaf = x if x.requires_grad else x.detach().requires_grad_()
         with torch.enable_grad():
             images = padded(leaf, self.margin, self.mode)

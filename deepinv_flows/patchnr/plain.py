@@ -51,7 +51,7 @@ def value_and_grad(flow: nn.Module, x: Tensor, index: PatchIndex, size: int, ima
     grad = torch.zeros_like(flat) if image else None
     for numbers in index.chunks(size):
         number, pixels = index(numbers)
-        with torch.set_grad_enabled(image):
+        with torch.set_grad_enabled(image), own_graph():
             patches = flat[pixels].requires_grad_(image)
             values = nll(flow, patches, constant=False)
             if grad is not None:
@@ -59,6 +59,11 @@ def value_and_grad(flow: nn.Module, x: Tensor, index: PatchIndex, size: int, ima
                 grad.index_add_(0, pixels.reshape(-1), patch_grad.reshape(-1))
         total.index_add_(0, number, values.detach().to(total.dtype))
     return (total * index.weight).to(x.dtype), None if grad is None else grad.mul_(index.weight).view_as(x)
+
+
+def own_graph() -> contextlib.AbstractContextManager:
+    """Graphs that are built and used up inside keep their tensors, also where a caller's hooks (a checkpoint) drop them."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def check_independent(flow: nn.Module) -> None:

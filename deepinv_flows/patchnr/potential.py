@@ -102,7 +102,7 @@ class PatchPotential:
 
     def all_grads(
         self, x: Tensor, wanted: list[str], scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """
         Value (B,) and gradients of :math:`\\sum_b s_b g(x_b)` in the image and in the ``wanted`` weights, without a graph.
 
@@ -110,12 +110,12 @@ class PatchPotential:
         """
         # gradients reach the aliases alone: hooks of the parameters run once, when the result reaches these
         aliases = {name: p.detach().requires_grad_(name in wanted) for name, p in self.params.items()}
-        with torch.enable_grad():
+        with torch.enable_grad(), plain.own_graph():
             steps = self.known_steps(aliases)
-        with torch.no_grad():
-            sums = self._sums(steps, x, weights=True, scale=scale)
+            with torch.no_grad():
+                sums = self._sums(steps, x, weights=True, scale=scale)
+            weight_grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
         value, grad = self._means(sums, x)
-        weight_grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
         return value, grad, [g * self.index.weight for g in weight_grads]
 
     def on(self, values: tuple[Tensor, ...]) -> "PatchPotential":
@@ -154,9 +154,9 @@ class PatchPotential:
         return value, None if sums.grad is None else sums.grad.mul_(self.index.weight).view_as(x).to(x.dtype)
 
 
-def _in_parameters(steps: list, grads: list[list[Tensor]], weights) -> tuple[Tensor, ...]:
+def _in_parameters(steps: list, grads: list[list[Tensor]] | None, weights) -> tuple[Tensor, ...]:
     """Gradients in the flow's parameters from those in the packed weights."""
-    pairs = [(w, g) for step, own in zip(steps, grads) for w, g in zip(step.packed, own) if w.requires_grad]
+    pairs = [(w, g) for step, own in zip(steps, grads or []) for w, g in zip(step.packed, own) if w.requires_grad]
     if not pairs:
         return tuple(torch.zeros_like(w) for w in weights)
     packed, packed_grads = zip(*pairs)

@@ -12,7 +12,7 @@ on the flow's steps, each chunk with a graph of its own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,13 +25,15 @@ from .fused import recorded_nll
 if TYPE_CHECKING:
     from .potential import PatchPotential
 
-_UNUSED = {"allow_unused": True, "materialize_grads": True}  # the global scale of a GIN block
+_UNUSED: Any = {"allow_unused": True, "materialize_grads": True}  # the global scale of a GIN block
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def value(potential: PatchPotential, x: Tensor, steps: list | None) -> Tensor:
     """The potential (B,), differentiable in the image and, if the steps are known, in the weights that ask for it."""
     trainable = [name for name, p in potential.params.items() if p.requires_grad]
     speculate, potential.asked.weights = bool(trainable) and potential.asked.weights, False
+    grad: Tensor | None
     weight_grads = None
     random = plain.random_state(x) if steps is None else None
     if speculate:
@@ -52,7 +54,7 @@ def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[
     They are partial derivatives, also where x and the factors s (B,) depend on the weights. ``handed`` is the gradient in
     the image for s = 1, if it is known already.
     """
-    if transformed(scale):
+    if _batched(scale):
         return _batched_gradients(potential, x, scale, wanted)
     return _Gradients.apply(x, scale, potential, tuple(wanted), handed, *potential.params.values())
 
@@ -92,7 +94,7 @@ class _OfWeights(torch.autograd.Function):
     def backward(ctx, scale):
         x, *values = ctx.saved_tensors
         potential, names, grads = ctx.potential.on(values), ctx.names, ctx.grads
-        if torch.is_grad_enabled() or transformed(scale):
+        if torch.is_grad_enabled() or _batched(scale):
             found = gradients(potential, x, scale, names)[1:]
         else:
             alike = bool((scale == scale[0]).all())
@@ -146,8 +148,13 @@ class _Gradients(torch.autograd.Function):
         return *total[:2], None, None, None, *(weight_grads.get(name) for name in params)
 
 
+def _batched(scale: Tensor) -> bool:
+    """Whether many backward passes are taken at once, as in :func:`torch.autograd.grad` with ``is_grads_batched``."""
+    return transformed(scale) or torch._C._dispatch_keys(scale).has(_BATCHED)
+
+
 def _batched_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[str] | tuple):
-    """:func:`gradients` for factors that :func:`torch.vmap` has batched, which functions of autograd do not see."""
+    """:func:`gradients` for batched factors, by autograd throughout: their values cannot be looked at."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
         leaf = x.view_as(x) if x.requires_grad and recording else x.detach().requires_grad_()

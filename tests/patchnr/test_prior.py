@@ -7,7 +7,7 @@ import deepinv as dinv
 import FrEIA.modules as Fm
 import pytest
 import torch
-from cases import FLOWS, central_difference, make, mlp
+from cases import ANY, central_difference, make, mlp
 
 from deepinv_flows import PatchNR, glow_flow
 
@@ -419,7 +419,7 @@ def test_dropout_gradients_are_those_of_the_value():
 # --- options ---
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", ANY)
 def test_any_flow(name):
     prior = PatchNR(make(name, 9), patch_size=3)
     x = torch.rand(2, 1, 7, 8, dtype=torch.float64)

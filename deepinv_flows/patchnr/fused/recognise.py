@@ -231,10 +231,11 @@ def _clamp(module) -> tuple[str, float, float]:
 
 def _network(module: nn.Module, read: _Reading, dim_out: int, scale: list[float] | None = None) -> Network:
     """Linear layers with activations between them; ``scale`` multiplies the entries of the output."""
-    _require(type(module) is nn.Sequential and len(module) % 2 == 1)
-    layers, activations = list(module)[::2], list(module)[1::2]
-    _require(all(type(layer) is nn.Linear for layer in layers) and layers[-1].out_features == dim_out)
-    packed = []
+    if type(module) is not nn.Sequential or len(module) % 2 == 0:
+        raise _Unknown
+    layers = [layer for layer in list(module)[::2] if type(layer) is nn.Linear]
+    activations, packed = list(module)[1::2], []
+    _require(len(layers) == len(activations) + 1 and layers[-1].out_features == dim_out)
     for layer in layers:
         bias = read.zeros(layer.out_features) if layer.bias is None else read(layer.bias)
         packed.append(torch.cat([read(layer.weight), bias[:, None]], 1))

@@ -237,7 +237,7 @@ class Program:
     """
 
     def __init__(self, steps: list, dim: int, space: Workspace, backward: bool = True, grads: list | None = None):
-        self.operations = []
+        self.operations: list[Callable] = []
         self.x, self.weight, self.value, log_det = space.new(dim), *(space.new(1)[0] for _ in range(3))
         tapes, do = [step.prepare(space) for step in steps], self._note
         z = self.x

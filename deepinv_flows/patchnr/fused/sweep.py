@@ -36,12 +36,11 @@ class Sums:
 
     def add_(self, other: "Sums") -> "Sums":
         self.value += other.value
-        if self.grad is not None:
+        if self.grad is not None and other.grad is not None:
             self.grad += other.grad
-        if self.grads is not None:
-            for mine, its in zip(self.grads, other.grads):
-                for a, b in zip(mine, its):
-                    a += b
+        for mine, its in zip(self.grads or [], other.grads or []):
+            for a, b in zip(mine, its):
+                a += b
         return self
 
 
@@ -125,7 +124,32 @@ def _zeros(steps: list, flat: Tensor, batch: int, image: bool, weights: bool) ->
 
 
 def _thread_count(flat: Tensor, patches: int) -> int:
-    return min(torch.get_num_threads(), max(patches // LEAST_SHARE, 1)) if flat.device.type == "cpu" else 1
+    return min(_alone.threads(), max(patches // LEAST_SHARE, 1)) if flat.device.type == "cpu" else 1
+
+
+class _Alone:
+    """A thread in it computes by itself; torch's number of threads, which callers share, is afterwards what it was."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, 1
+
+    def threads(self) -> int:
+        with self.lock:
+            return self.before if self.inside else torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.before = self.before if self.inside else torch.get_num_threads()
+            self.inside += 1
+        torch.set_num_threads(1)  # MKL's count is one for all threads
+
+    def __exit__(self, *error) -> None:
+        with self.lock:
+            self.inside -= 1
+            torch.set_num_threads(self.before)
+
+
+_alone = _Alone()
 
 
 def _split(total: int, parts: int) -> list[tuple[int, int]]:
@@ -146,15 +170,12 @@ def _in_threads(work: Callable, shares: list[tuple[int, int]], stopped: threadin
 
     if len(shares) == 1:
         return [run(shares[0])]
-    threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)  # MKL's count is one for all threads
-        return list(_pool(len(shares), os.getpid()).map(run, shares))
+        with _alone:
+            return list(_pool(len(shares), os.getpid()).map(run, shares))
     except BaseException:  # an interrupt too: threads that went on would delay the next call
         stopped.set()
         raise
-    finally:
-        torch.set_num_threads(threads)
 
 
 @functools.lru_cache(maxsize=2)

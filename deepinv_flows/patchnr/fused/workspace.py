@@ -29,7 +29,8 @@ class Workspace:
     def start(self, n: int, state_dtype: torch.dtype, dtype: torch.dtype) -> "Workspace":
         """Take all buffers back, to be handed out for chunks of another size."""
         self.n, self.state_dtype, self.dtype = n, state_dtype, dtype
-        self.slab, self.taken, self.by_name = 0, 0, {}
+        self.slab, self.taken = 0, 0
+        self.by_name: dict[tuple, Tensor] = {}
         return self
 
     def new(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
