@@ -5,13 +5,14 @@ Arguments are those of :class:`~deepinv_flows.patchnr.potential.PatchPotential`,
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from ..flows import nll
+from ..flows import evaluate, like_weights, nll
 from .patches import PatchIndex
 
 
@@ -93,3 +94,22 @@ def replayed(x: Tensor, state: tuple) -> Iterator[None]:
         torch.set_rng_state(cpu)
         set_device_states(devices, states)
         yield
+
+
+def check_dimension(flow: nn.Module, dim: int, because: str) -> None:
+    """Refuse a flow that fails on vectors of this dimension."""
+    try:
+        # a copy, for flows that initialise themselves on their first batch
+        flow = copy.deepcopy(flow).eval()
+    except Exception:  # not every module of a user's copies
+        return
+    like = like_weights(flow)
+    x = torch.linspace(0, 1, 4 * dim, dtype=like.dtype, device=like.device).view(4, dim)
+    with torch.no_grad():
+        try:
+            evaluate(flow, x)
+        except Exception as error:
+            raise ValueError(
+                f"expected a flow on patches of dimension {dim} ({because}); the one given fails on a tensor of shape "
+                f"(4, {dim}): {error}"
+            ) from error

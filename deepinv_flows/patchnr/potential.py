@@ -8,9 +8,9 @@ For an image :math:`x` with patches :math:`P_1 x, \dots, P_n x` the potential is
     g(x) = \frac{1}{n} \sum_{i=1}^n h(P_i x), \qquad h(p) = \tfrac12 \|z\|^2 - \log|\det J(p)|, \quad (z, \log|\det J|) = f(p)
 
 of a flow :math:`f` (without the constant :math:`\tfrac D2 \log 2\pi`). Patches are taken in raster order, a chunk at a
-time, so that memory does not grow with the image. Flows whose every part is known are evaluated by derivatives written out
-(:mod:`deepinv_flows.patchnr.fused`), and :mod:`deepinv_flows.patchnr.recorded` makes autograd use them; others are evaluated
-by autograd inside each chunk (:mod:`deepinv_flows.patchnr.plain`).
+time, so that memory does not grow with the image. Where every part of the flow is known, derivatives are written out
+(:mod:`deepinv_flows.patchnr.fused`), and :mod:`deepinv_flows.patchnr.recorded` makes autograd use them; other flows, and few
+patches, are evaluated by autograd inside each chunk (:mod:`deepinv_flows.patchnr.plain`).
 """
 
 import copy
@@ -24,6 +24,8 @@ from . import plain, recorded
 from .fused import patch_sums, steps_of
 from .fused.sweep import Sums
 from .patches import PatchIndex
+
+FEW = 256  # patches that autograd evaluates in less time than it takes to read a flow's steps
 
 
 @dataclass
@@ -72,7 +74,7 @@ class PatchPotential:
         """Mean negative log-likelihood (B,) over the patches of images x (B, C, H, W), differentiable in all that asks for it."""
         if transformed(x, *self.params.values()):
             return plain.value(self.module(), x, self.index, len(self.index))
-        trainable, steps = self.trainable, self.steps()
+        trainable, steps = self.trainable, self.steps(x)
         if trainable and (steps is None or torch.is_autocast_enabled(x.device.type)):
             return plain.value(self.module(), x, self.index, self.recorded_chunk(x))
         if trainable or (x.requires_grad and torch.is_grad_enabled()):
@@ -81,7 +83,7 @@ class PatchPotential:
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`value` and its gradient in the image, without a graph; the weights are constants."""
-        return self.constants(x, self.steps())  # type: ignore[return-value]
+        return self.constants(x, self.steps(x))  # type: ignore[return-value]
 
     def constants(self, x: Tensor, steps: list | None, image: bool = True) -> tuple[Tensor, Tensor | None]:
         """:meth:`value` by these steps and, with ``image``, its gradient in the image, without a graph."""
@@ -96,7 +98,7 @@ class PatchPotential:
             return torch.func.grad(lambda u: self.value(u).sum())(x)
         if not self.trainable and not (x.requires_grad and torch.is_grad_enabled()):
             return self.value_and_grad(x)[1]
-        if self.steps() is None:
+        if self.steps(x) is None:
             return plain.grad(self.module(), x, self.index, self.recorded_chunk(x))
         return recorded.gradients(self, x, x.new_ones(self.index.batch))[0]
 
@@ -124,8 +126,10 @@ class PatchPotential:
         return PatchPotential(self.flow, self.index, self.chunk_size, self.precision, self.asked, weights)
 
     @torch.no_grad()
-    def steps(self) -> list | None:
-        """The steps of the flow, as constants, or ``None`` if any part of it is not known."""
+    def steps(self, x: Tensor) -> list | None:
+        """The steps of the flow, as constants, or ``None`` if they are not known or not worth it."""
+        if len(self.index) < FEW and not self.replaced and not torch.is_autocast_enabled(x.device.type):
+            return None
         return steps_of(self.flow, self.params if self.replaced else None)
 
     def known_steps(self, weights: dict[str, Tensor]) -> list:

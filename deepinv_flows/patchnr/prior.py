@@ -1,7 +1,5 @@
 """PatchNR: negative log-likelihood of image patches under a normalizing flow, as a deepinv prior."""
 
-import copy
-
 import deepinv
 import torch
 from deepinv.optim import Prior
@@ -12,6 +10,7 @@ from ..checks import check_autograd, check_choice, check_input, positive_int, tr
 from ..flows import as_flow, evaluate, glow_flow, like_weights
 from .padding import PAD_MODES, PaddedPotential, padded
 from .patches import SUBSETS, PatchIndex
+from .plain import check_dimension
 from .potential import Asked, PatchPotential
 from .subsets import Draws
 from .weights import PatchWeights
@@ -40,8 +39,15 @@ class PatchNR(PatchWeights, deepinv.optim.PatchNR):
     ``alpha`` = :math:`0.6\,\frac{HW}{p^2}`, where intervals were found to be calibrated.
 
     **Speed.** Flows whose parts are all known (those of our builders, FrEIA chains of the same blocks, deepinv's) are
-    evaluated without a graph, on all of torch's threads, in memory that does not grow with the image. In a loop of your
-    own, weights collect gradients too unless frozen: ``prior.requires_grad_(False)`` saves a third of the time.
+    evaluated without a graph, on all of torch's threads, in memory that does not grow with the image. Other flows, among them
+    those with hooks or replaced methods, are evaluated by autograd. In a loop of your own, weights collect gradients too
+    unless they are frozen: ``prior.requires_grad_(False)`` saves a third of the time. :func:`torch.compile` does not look into
+    a prior: code around it is compiled, with a break of the graph at each call.
+
+    The flow is never changed by a call, not even for a moment, so that threads may share a prior. Layers whose output
+    depends on the other patches of a batch (BatchNorm in training mode) are refused. ``isinstance(prior, deepinv.optim.PatchNR)``
+    holds. ``image_range``, the (lowest, highest) value of the training images if they are known, is saved with the weights: a
+    call with images far outside warns once.
 
     :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
         D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds
@@ -59,7 +65,8 @@ class PatchNR(PatchWeights, deepinv.optim.PatchNR):
         equally likely, and the result an unbiased estimate of the one on all.
     :param int stride: step between patches, at most ``patch_size``; the last row and column are always included.
     :param torch.Generator generator: source of random patches and samples; ``None`` is one of its own, with a fixed seed.
-        torch's global random state is never used.
+        torch's global random state is never used. A call that is repeated inside a backward pass
+        (:func:`torch.utils.checkpoint.checkpoint`) takes the random patches of the first call again.
     :param int chunk_size: patches evaluated at a time, by each thread; ``None`` chooses.
     :param str subset: ``"uniform"`` draws ``n_patches`` without replacement, ``"grid"`` about as many on a regular grid
         with a random offset, which covers the image evenly.
@@ -120,7 +127,7 @@ class PatchNR(PatchWeights, deepinv.optim.PatchNR):
         if pretrained:
             sizes = None if normalizing_flow is not None else {"num_layers": num_layers, "sub_net_size": sub_net_size}
             self._load_pretrained(pretrained, sizes, device)
-        self._probe()
+        check_dimension(self.normalizing_flow, self.dim, f"patch_size {patch_size}, channels {channels}")
 
     @property
     def dim(self) -> int:
@@ -166,7 +173,7 @@ class PatchNR(PatchWeights, deepinv.optim.PatchNR):
     @torch.compiler.disable
     def grad(self, x: Tensor, *args, **kwargs) -> Tensor:
         r"""
-        Gradient of g at images x, which is left untouched.
+        Gradient of g at images x, or of the sum of g over patches x, which are left untouched.
 
         Under :func:`torch.no_grad` (as in deepinv's optimizers), or when neither x nor a weight asks for a gradient, the result
         has no graph; otherwise it is differentiable in both.
@@ -197,8 +204,8 @@ class PatchNR(PatchWeights, deepinv.optim.PatchNR):
         diverge. The result is differentiable in x, gamma and the weights by the implicit function theorem, exactly so
         at convergence: lower ``tol_inter`` for accurate derivatives.
 
-        :param torch.Tensor x: images (B, C, H, W).
-        :param float, torch.Tensor gamma: one number >= 0, or one an image.
+        :param torch.Tensor x: images (B, C, H, W), or patches as in :meth:`fn`, each of which is a problem of its own.
+        :param float, torch.Tensor gamma: one number >= 0, or one for each entry of the batch.
         :param float stepsize_inter: length of the first trial step.
         :param int max_iter_inter: bound on the number of steps.
         :param float tol_inter: stop once a step is shorter than this times the norm of u.
@@ -237,22 +244,13 @@ class PatchNR(PatchWeights, deepinv.optim.PatchNR):
     def _like(self) -> Tensor:
         return like_weights(self.normalizing_flow)
 
-    def _probe(self) -> None:
-        try:
-            # a copy, for flows that initialise themselves on their first batch
-            flow = copy.deepcopy(self.normalizing_flow).eval()
-        except Exception:  # not every module of a user's copies
-            return
-        like = self._like()
-        x = torch.linspace(0, 1, 4 * self.dim, dtype=like.dtype, device=like.device).view(4, self.dim)
-        with torch.no_grad():
-            try:
-                evaluate(flow, x)
-            except Exception as error:
-                raise ValueError(
-                    f"expected a flow on patches of dimension {self.dim} (patch_size {self.patch_size}, channels "
-                    f"{self.channels}); the one given fails on a tensor of shape (4, {self.dim}): {error}"
-                ) from error
+    def __setstate__(self, state: dict) -> None:
+        # whole priors pickled by 0.1.0 lack these
+        super().__setstate__({"image_range": None, "_draws": Draws(), "_asked": Asked(), "_warned": False, **state})
+
+    def extra_repr(self) -> str:
+        options = ("patch_size", "channels", "pad", "n_patches", "stride", "chunk_size", "subset", "precision")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 
     def _check_options(self) -> None:
         # at each call too: they are attributes that a user may set
@@ -270,7 +268,6 @@ class PatchNR(PatchWeights, deepinv.optim.PatchNR):
     def _check(self, x: Tensor, images_only: bool = False) -> None:
         self._check_options()
         check_input(x, self._like(), self.patch_size, self.channels, images_only)
-
         if self.image_range is not None and not self._warned and not transformed(x):
             self._warned = warn_outside(x, self.image_range)
 

@@ -54,8 +54,9 @@ def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[
     They are partial derivatives, also where x and the factors s (B,) depend on the weights. ``handed`` is the gradient in
     the image for s = 1, if it is known already.
     """
-    if _batched(scale):
-        return _batched_gradients(potential, x, scale, wanted)
+    few = handed is None and len(potential.index) <= potential.recorded_chunk(x)
+    if _batched(scale) or (few and torch.is_grad_enabled()):
+        return _direct_gradients(potential, x, scale, wanted)
     return _Gradients.apply(x, scale, potential, tuple(wanted), handed, *potential.params.values())
 
 
@@ -153,11 +154,12 @@ def _batched(scale: Tensor) -> bool:
     return transformed(scale) or torch._C._dispatch_keys(scale).has(_BATCHED)
 
 
-def _batched_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[str] | tuple):
-    """:func:`gradients` for batched factors, by autograd throughout: their values cannot be looked at."""
+def _direct_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[str] | tuple):
+    """:func:`gradients` by autograd throughout: of a chunk, or for batched factors, whose values cannot be looked at."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaf = x.view_as(x) if x.requires_grad and recording else x.detach().requires_grad_()
+        known = recording and x.requires_grad
+        leaf = _Unmodified.apply(x, *potential.params.values()) if known else x.detach().requires_grad_()
         aliases = {name: p.view_as(p) if recording else p.detach() for name, p in potential.params.items()}
         for name in wanted:
             aliases[name].requires_grad_()
@@ -166,6 +168,19 @@ def _batched_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, want
         values = values.new_zeros(potential.index.batch).index_add(0, image, values)
     targets = [leaf, *(aliases[name] for name in wanted)]
     return torch.autograd.grad(values, targets, scale, create_graph=recording, **_UNUSED)
+
+
+class _Unmodified(torch.autograd.Function):
+    """The image. Steps hold copies of the weights: a backward pass after these were changed in place is refused here."""
+
+    @staticmethod
+    def forward(ctx, x, *values):
+        ctx.save_for_backward(*values)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(None for _ in ctx.saved_tensors)
 
 
 def _chunk_grads(potential: PatchPotential, steps: list, wanted: list, x: Tensor, scale: Tensor, number: Tensor):

@@ -1,5 +1,6 @@
 """What strangers bring and do: flows that almost satisfy the contract, patched layers, other units; and what it costs."""
 
+import copy
 import types
 import warnings
 
@@ -103,6 +104,18 @@ def test_it_is_a_patchnr_of_deepinv():
     assert isinstance(PatchNR(num_layers=1), dinv.optim.PatchNR) and isinstance(PatchNR(num_layers=1), dinv.optim.Prior)
 
 
+def test_it_prints_what_it_is():
+    assert "patch_size=3, channels=1, pad='reflect', n_patches=4, stride=1" in repr(smooth(pad=True, n_patches=4))
+
+
+def test_whole_priors_pickled_before_still_work():
+    prior, x = smooth(n_patches=4), image()
+    state = {k: v for k, v in vars(prior).items() if k not in ("image_range", "_draws", "_asked", "_warned")}
+    old = PatchNR.__new__(PatchNR)
+    old.__setstate__(copy.deepcopy(state))
+    assert torch.equal(old(x), prior(x)) and old.image_range is None
+
+
 @pytest.mark.parametrize("options", [{}, {"pad": True}, {"n_patches": 4, "stride": 2}], ids=str)
 @pytest.mark.parametrize("name", ["glow_silu", *UNKNOWN])
 def test_map_of_values(name, options):
@@ -171,7 +184,8 @@ def test_nothing_is_computed_that_is_not_asked_for(sweeps):
         return list(sweeps)
 
     assert done(lambda: prior(x)) == [VALUE]
-    assert done(lambda: prior.grad(x)) == [IMAGE]
+    with torch.no_grad():
+        assert done(lambda: prior.grad(x)) == [IMAGE]
     leaf = x.clone().requires_grad_()
     for create_graph in (False, True):
         assert done(lambda c=create_graph: torch.autograd.grad(prior(leaf).sum(), leaf, create_graph=c)) == [IMAGE]
@@ -188,6 +202,17 @@ def test_nothing_is_computed_that_is_not_asked_for(sweeps):
     assert done(lambda: prior(x)) == [VALUE]
     prior.requires_grad_(False)
     assert done(lambda: prior(leaf).sum().backward()) == [IMAGE]
+
+
+def test_few_patches_are_left_to_autograd(sweeps, monkeypatch):
+    monkeypatch.setattr(potential, "FEW", 41)
+    prior, x = smooth(), image()  # of 40 patches
+    with torch.no_grad():
+        few = prior(x), prior.grad(x)
+        assert not sweeps
+        monkeypatch.setattr(potential, "FEW", 40)
+        torch.testing.assert_close((prior(x), prior.grad(x)), few)
+        assert sweeps == [VALUE, IMAGE]
 
 
 def test_large_buffers_do_not_stay(monkeypatch):

@@ -16,8 +16,8 @@ from ..patches import PatchIndex
 from .steps import Program
 from .workspace import workspace
 
-LEAST_SHARE = 256  # patches that are worth a thread
-ALIGNED = 16  # patches whose float32 entries fill a cache line: products of other rows are a sixth slower
+LEAST_SHARE = 256  # patches that make a thread worth its start
+ALIGNED = 16  # patches whose float32 entries fill a cache line: matrix products of other sizes are a sixth slower
 
 
 @dataclass
@@ -63,7 +63,7 @@ def patch_sums(
     :param torch.dtype dtype: of matrix products; ``None`` for the dtype of x.
     :param bool image: whether to compute the gradient in the image.
     :param bool weights: whether to compute the gradients in the packed weights.
-    :param torch.Tensor scale: what the images count in the gradients (B,); ``None`` for 1.
+    :param torch.Tensor scale: factors of the images in the gradients (B,); ``None`` for 1.
     :return: sums, the same at each call with as many threads: shares and the order of additions are fixed.
     """
     flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another
@@ -93,7 +93,7 @@ class _Sweep:
         """The sums over the patches with these numbers."""
         flat, dim = self.flat, len(self.index.offsets)
         sums = _zeros(self.steps, flat, self.index.batch, self.image, self.weights)
-        # as many equal chunks as it takes; what the last lacks is filled with patches that count nothing
+        # as many equal chunks as it takes; the last is filled up with patches of weight zero
         size = math.ceil((stop - start) / math.ceil((stop - start) / self.chunk_size))
         size = math.ceil(size / ALIGNED) * ALIGNED
         with workspace(size, flat.dtype, flat.device, self.dtype) as space:

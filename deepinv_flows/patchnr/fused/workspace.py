@@ -50,7 +50,7 @@ class Workspace:
         return sum(len(slab) for slab in self.slabs)
 
     def shared(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A buffer whose content no one relies on later: the same memory for all steps, which stays in cache."""
+        """A buffer whose content is used before the next step writes to it: one memory for all steps, which stays in cache."""
         key = name, rows, dtype
         if key not in self.by_name:
             self.by_name[key] = self.new(rows, dtype)
