@@ -75,11 +75,12 @@ class PatchPotential:
         if transformed(x, *self.params.values()):
             return plain.value(self.module(), x, self.index, len(self.index))
         trainable, steps = self.trainable, self.steps(x)
-        if trainable and (steps is None or torch.is_autocast_enabled(x.device.type)):
-            return plain.value(self.module(), x, self.index, self.recorded_chunk(x))
-        if trainable or (x.requires_grad and torch.is_grad_enabled()):
-            return recorded.value(self, x, steps)
-        return self.constants(x, steps, image=False)[0]
+        if not trainable and not (x.requires_grad and torch.is_grad_enabled()):
+            return self.constants(x, steps, image=False)[0]
+        chunk, autocast = self.recorded_chunk(x), torch.is_autocast_enabled(x.device.type)
+        if (trainable and autocast) or (steps is None and (trainable or len(self.index) <= chunk)):
+            return plain.value(self.module(), x, self.index, chunk)
+        return recorded.value(self, x, steps)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`value` and its gradient in the image, without a graph; the weights are constants."""

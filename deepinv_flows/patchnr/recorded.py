@@ -54,7 +54,7 @@ def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[
     They are partial derivatives, also where x and the factors s (B,) depend on the weights. ``handed`` is the gradient in
     the image for s = 1, if it is known already.
     """
-    few = handed is None and len(potential.index) <= potential.recorded_chunk(x)
+    few = handed is None and x.requires_grad and len(potential.index) <= potential.recorded_chunk(x)
     if _batched(scale) or (few and torch.is_grad_enabled()):
         return _direct_gradients(potential, x, scale, wanted)
     return _Gradients.apply(x, scale, potential, tuple(wanted), handed, *potential.params.values())
