@@ -3,12 +3,14 @@
 import contextlib
 import operator
 import sys
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _counting: ContextVar[int | None] = ContextVar("iteration", default=None)
 # deepinv's loops, which count in `it`, do not tell a prior which iteration it is
@@ -49,6 +51,12 @@ def randomness(generator: torch.Generator | None) -> Iterator[None]:
         yield
 
 
+def transformed(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation or a transform of :mod:`torch.func` is under way: values cannot be looked at."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(wrapped(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 def check_finite(what: str, *tensors: Tensor) -> None:
     if not all(bool(torch.isfinite(t.detach()).all()) for t in tensors):
         raise ValueError(f"{what} holds NaN or infinite entries{iteration()}")
@@ -65,11 +73,25 @@ def check_input(x: Tensor, like: Tensor, patch_size: int, channels: int, images_
         )
     if x.device != like.device:
         raise ValueError(f"expected a tensor on {like.device}, as the flow's weights; got one on {x.device}")
-    if not bool(torch.isfinite(x.detach()).all()):
+    if not transformed(x) and not bool(torch.isfinite(x.detach()).all()):
         raise ValueError(
             f"the input of shape {tuple(x.shape)} holds NaN or infinite entries{iteration()}; "
             "if an optimizer passed it, its step size may be too large"
         )
+
+
+def warn_outside(x: Tensor, image_range: tuple[float, float]) -> bool:
+    """Whether images are further outside the range of the training images than that range is long; then it is told."""
+    low, high = image_range
+    least, most = (float(end) for end in x.detach().aminmax())
+    outside = least < 2 * low - high or most > 2 * high - low
+    if outside:
+        warnings.warn(
+            f"expected images in about [{low:.3g}, {high:.3g}], the range of those that this prior was trained on; got values "
+            f"in [{least:.3g}, {most:.3g}]: rescale the images, or train a prior in their unit",
+            stacklevel=4,
+        )
+    return outside
 
 
 def check_autograd(who: str) -> None:
@@ -94,7 +116,7 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"expected {name} > 0; got {value}")
 
 
-def check_choice(name: str, value: str, choices) -> None:
+def check_choice(name: str, value: Any, choices) -> None:
     if value not in choices:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}")
 

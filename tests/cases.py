@@ -64,11 +64,46 @@ FOREIGN = {
 FLOWS = BUILT | FOREIGN
 
 
+class Around(torch.nn.Module):
+    """A user's module that holds a builder's flow."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.inner = glow_flow(dim, 1, 16, activation="silu")
+        self.scale = torch.nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x, rev=False):
+        if rev:
+            z, log_det = self.inner(x * torch.exp(-self.scale), rev=True)
+            return z, log_det - self.scale.sum()
+        z, log_det = self.inner(x)
+        return z * torch.exp(self.scale), log_det + self.scale.sum()
+
+
+def prelu(dim):
+    def subnet(dim_in, dim_out):
+        return torch.nn.Sequential(torch.nn.Linear(dim_in, 16), torch.nn.PReLU(), torch.nn.Linear(16, dim_out))
+
+    return as_flow(Fm.GLOWCouplingBlock([(dim,)], subnet_constructor=subnet))
+
+
+def spline(dim):
+    import zuko
+
+    return as_flow(zuko.flows.NSF(dim, transforms=2, hidden_features=(16,)))
+
+
+# flows of which some part is not known: left to autograd
+UNKNOWN = {"zuko_spline": spline, "around": Around, "prelu": prelu}
+
+ANY = FLOWS | UNKNOWN
+
+
 def make(name: str, dim: int, dtype=torch.float64, spread: float = 0.3, seed: int = 0):
     """The flow with weights large enough that no term of it is negligible; the global random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        flow = FLOWS[name](dim).to(dtype)
+        flow = ANY[name](dim).to(dtype)
         with torch.no_grad():
             for p in flow.parameters():
                 if p.requires_grad:

@@ -7,6 +7,7 @@ it changes sign with ``rev``. FrEIA's ``SequenceINN`` and ``GraphINN``, deepinv'
 :mod:`deepinv_flows.flows` satisfy it; :func:`as_flow` adapts bare FrEIA modules and zuko flows.
 """
 
+import inspect
 import json
 import math
 
@@ -71,7 +72,7 @@ class Reversed(KnowsItsConfig, nn.Module):
         return {**self.flow.config, "reversed": True}
 
     def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        return self.flow(x, rev=not rev)
+        return evaluate(self.flow, x, not rev)
 
 
 class _TupleFlow(nn.Module):
@@ -137,14 +138,36 @@ def _check_standard_normal(module: nn.Module) -> None:
 
 
 def evaluate(flow: nn.Module, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-    """``flow(x, rev=rev)`` with the contract checked and ``log_det`` as (N,)."""
-    out = flow(x, rev=rev)
-    if not (isinstance(out, tuple) and len(out) == 2 and torch.is_tensor(out[0])):
+    """
+    ``flow(x, rev=rev)`` with the contract checked, and ``log_det`` as (N,).
+
+    A ``log_det`` of shape (N, 1), a list instead of a tuple, and a ``forward`` without ``rev`` (a density that cannot be sampled)
+    are taken as well.
+    """
+    out = flow(x, rev=rev) if _knows_rev(flow) else _one_way(flow, x, rev)
+    if not (isinstance(out, (tuple, list)) and len(out) == 2 and torch.is_tensor(out[0])):
         raise TypeError(f"expected the flow {type(flow).__name__} to return (z, log_det); got {type(out).__name__}")
     z, log_det = out
     if z.numel() != x.numel():
         raise ValueError(f"expected a flow output of {x.numel()} numbers, as its input {tuple(x.shape)}; got {z.shape}")
     return z, _per_sample(log_det, x)
+
+
+def _knows_rev(flow: nn.Module) -> bool:
+    try:
+        parameters = inspect.signature(flow.forward).parameters
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return True
+    return "rev" in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _one_way(flow: nn.Module, x: Tensor, rev: bool):
+    if rev:
+        raise TypeError(
+            f"expected a flow that is called with rev=True for its inverse, to sample from it; "
+            f"{type(flow).__name__}.forward takes no rev: it gives densities only"
+        )
+    return flow(x)
 
 
 def nll(flow: nn.Module, x: Tensor, constant: bool = True) -> Tensor:
@@ -164,6 +187,8 @@ def nll(flow: nn.Module, x: Tensor, constant: bool = True) -> Tensor:
 def _per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
     if not torch.is_tensor(log_det) or log_det.ndim == 0:
         return x.new_zeros(x.shape[0]) + log_det
+    if log_det.shape == (len(x), 1):
+        return log_det[:, 0]
     if log_det.shape != x.shape[:1]:
         raise ValueError(f"expected log_det of shape ({x.shape[0]},), one per sample; got {tuple(log_det.shape)}")
     return log_det

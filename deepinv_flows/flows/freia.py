@@ -5,6 +5,7 @@ forward pass of a Householder block (which does not deep-copy), and returns the 
 volume-preserving flow as the number zero. It also draws rotations from numpy's global random state.
 """
 
+import copy
 import math
 
 import FrEIA.framework as Ff
@@ -112,11 +113,9 @@ class AllInOneBlock(Fm.AllInOneBlock):
         self._orthogonalise()
 
     def forward(self, x, c=(), rev=False, jac=True):
-        try:
-            return super().forward(x, c, rev, jac)
-        finally:
-            if self.householder:
-                self.w_perm = self.w_perm_inv = None
+        # FrEIA leaves a product of reflections on the block that it is called on: on a copy, as other threads use this one
+        block = copy.copy(self) if self.householder else self
+        return Fm.AllInOneBlock.forward(block, x, c, rev, jac)
 
 
 class Permutation(Fm.InvertibleModule):

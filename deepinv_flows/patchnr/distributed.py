@@ -10,18 +10,16 @@ overlap by ``patch_size - 1``), and the number n of all patches. Sums over proce
 transposes, so gradients of any order follow.
 """
 
-from types import ModuleType
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import potential as patchwise
 from .patches import PatchIndex
+from .potential import PatchPotential
 from .prior import PatchNR
 
-# images are compared by so many pixels, whose standard deviation over the processes is rounding if so much smaller
+# images are compared at this many pixels; a standard deviation over the processes below this share of them is rounding
 PROBES, TOLERANCE = 64, 2e-3
 
 
@@ -56,50 +54,64 @@ class DistributedPatchNR(PatchNR):
         super().__init__(*args, **kwargs)
         self.group = group
 
-    @property
-    def _sums(self) -> "_Shares | ModuleType":
-        return _Shares(self.group) if dist.is_initialized() else patchwise
-
     def _check(self, x: Tensor, images_only: bool = False) -> None:
         super()._check(x, images_only=True)
 
-    def _index(self, padded: Tensor) -> PatchIndex:
+    def _index(self, x: Tensor, method: str) -> PatchIndex:
         if self.n_patches != -1 and dist.is_initialized():
-            state = self.generator.get_state().to(padded.device)
+            state = self.generator.get_state().to(x.device)
             dist.broadcast(state, 0 if self.group is None else dist.get_global_rank(self.group, 0), self.group)
             self.generator.set_state(state.cpu())
-        return super()._index(padded)
+        return super()._index(x, method)
+
+    def _over(self, index: PatchIndex) -> PatchPotential:
+        whole = super()._over(index)
+        return SharedPotential(whole, self.group) if dist.is_initialized() else whole
 
 
-class _Shares:
-    """This process's part in what :mod:`deepinv_flows.patchnr.potential` computes, under the same names."""
+class SharedPotential(PatchPotential):
+    """
+    A potential of which this process evaluates a share of the rows of patches.
 
-    def __init__(self, group: dist.ProcessGroup | None):
+    :param PatchPotential whole: the potential of all patches.
+    :param torch.distributed.ProcessGroup group: the processes; ``None`` for all.
+    """
+
+    def __init__(self, whole: PatchPotential, group: dist.ProcessGroup | None):
+        super().__init__(whole.flow, whole.index, whole.chunk_size, whole.precision, whole.asked)
         self.group, self.place = group, (dist.get_rank(group), dist.get_world_size(group))
         if self.place[0] < 0:
-            raise ValueError(f"expected a process of the group; process {dist.get_rank()} is none")
+            raise ValueError(f"expected a process of the group; process {dist.get_rank()} is not in it")
+        self.share, self.rows = self.index.share(*self.place)
 
-    def image_nll(self, flow: nn.Module, x: Tensor, index: PatchIndex, *options) -> Tensor:
-        part, rows = index.share(*self.place)
-        shared, weights = self._copies(flow, x)
-        return self._sum(x, patchwise.under(flow, weights, patchwise.image_nll, shared[:, :, rows], part, *options))[0]
+    def value(self, x: Tensor) -> Tensor:
+        shared, own = self._copies(x)
+        return self._sum(x, own.value(shared[:, :, self.rows]))[0]
 
-    def value_and_grad(self, flow: nn.Module, x: Tensor, index: PatchIndex, *options) -> tuple[Tensor, Tensor]:
-        part, rows = index.share(*self.place)
-        value, grad = patchwise.value_and_grad(flow, x[:, :, rows], part, *options)
-        return self._sum(x, value, _among(grad, rows, x))
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        value, grad = self._own({}).value_and_grad(x[:, :, self.rows])
+        value, grad = self._sum(x, value, self._among(grad, x))
+        return value, grad
 
-    def differentiable_grad(self, flow: nn.Module, x: Tensor, index: PatchIndex, chunk_size: int | None) -> Tensor:
-        part, rows = index.share(*self.place)
-        shared, weights = self._copies(flow, x)
-        grad = patchwise.under(flow, weights, patchwise.differentiable_grad, shared[:, :, rows], part, chunk_size)
-        return self._sum(x, _among(grad, rows, x))[0]
+    def grad(self, x: Tensor) -> Tensor:
+        if not self.trainable and not (x.requires_grad and torch.is_grad_enabled()):
+            return self.value_and_grad(x)[1]
+        shared, own = self._copies(x)
+        return self._sum(x, self._among(own.grad(shared[:, :, self.rows]), x))[0]
 
-    def _copies(self, flow: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The image and those weights that ask for a gradient, which is then summed over the processes."""
-        named = {name: t for name, t in [("", x), *flow.named_parameters()] if t.requires_grad}
+    def _own(self, weights: dict[str, Tensor]) -> PatchPotential:
+        return PatchPotential(self.flow, self.share, self.chunk_size, self.precision, self.asked, weights)
+
+    def _copies(self, x: Tensor) -> tuple[Tensor, PatchPotential]:
+        """The image, and the own share on those weights, that ask for a gradient, which is then summed over the processes."""
+        recording = torch.is_grad_enabled()
+        named = {name: t for name, t in [("", x), *self.params.items()] if t.requires_grad and recording}
         copies = dict(zip(named, _Copy.apply(self.group, *named.values()))) if named else {}
-        return copies.pop("", x), copies
+        return copies.pop("", x), self._own(copies)
+
+    def _among(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Gradient in x from the one in its rows."""
+        return F.pad(grad, (0, 0, self.rows.start, x.shape[2] - self.rows.stop))
 
     def _sum(self, x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
         """Sums over the processes, if these agree on the image."""
@@ -113,11 +125,6 @@ class _Shares:
                 "start drawn from seeds that differ?)"
             )
         return tuple(sums)
-
-
-def _among(grad: Tensor, rows: slice, x: Tensor) -> Tensor:
-    """Gradient in x from the one in its ``rows``."""
-    return F.pad(grad, (0, 0, rows.start, x.shape[2] - rows.stop))
 
 
 class _Sum(torch.autograd.Function):

@@ -78,7 +78,7 @@ class PatchIndex:
         """
         The k-th of n shares of the rows of patches, as an index of the images cut to the pixel rows of the slice.
 
-        A share that would be empty has patches of another's that count nothing.
+        A share that would be empty gets a row of patches of another share, with weight zero.
         """
         first, last = (len(self.rows) * end // n for end in (k, k + 1))
         part = self._between(first, last)

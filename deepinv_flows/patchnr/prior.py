@@ -1,23 +1,22 @@
 """PatchNR: negative log-likelihood of image patches under a normalizing flow, as a deepinv prior."""
 
-import copy
-
+import deepinv
 import torch
-import torch.nn.functional as F
 from deepinv.optim import Prior
 from torch import Tensor, nn
 
 from .. import solvers
-from ..checks import check_autograd, check_input, positive_int
+from ..checks import check_autograd, check_choice, check_input, positive_int, transformed, warn_outside
 from ..flows import as_flow, evaluate, glow_flow, like_weights
-from . import potential as patchwise
+from .padding import PAD_MODES, PaddedPotential, padded
 from .patches import SUBSETS, PatchIndex
+from .plain import check_dimension
+from .potential import Asked, PatchPotential
+from .subsets import Draws
 from .weights import PatchWeights
 
-PAD_MODES = ("constant", "reflect", "replicate", "circular")
 
-
-class PatchNR(PatchWeights, Prior):
+class PatchNR(PatchWeights, deepinv.optim.PatchNR):
     r"""
     Patch prior by a normalizing flow; drop-in for :class:`deepinv.optim.PatchNR` that also takes images.
 
@@ -40,8 +39,15 @@ class PatchNR(PatchWeights, Prior):
     ``alpha`` = :math:`0.6\,\frac{HW}{p^2}`, where intervals were found to be calibrated.
 
     **Speed.** Flows whose parts are all known (those of our builders, FrEIA chains of the same blocks, deepinv's) are
-    evaluated without a graph, on all of torch's threads, in memory that does not grow with the image. In a loop of your
-    own, weights collect gradients too unless frozen: ``prior.requires_grad_(False)`` saves a third of the time.
+    evaluated without a graph, on all of torch's threads, in memory that does not grow with the image. Other flows, among them
+    those with hooks or replaced methods, are evaluated by autograd. In a loop of your own, weights collect gradients too
+    unless they are frozen: ``prior.requires_grad_(False)`` saves a third of the time. :func:`torch.compile` does not look into
+    a prior: code around it is compiled, with a break of the graph at each call.
+
+    The flow is never changed by a call, not even for a moment, so that threads may share a prior. Layers whose output
+    depends on the other patches of a batch (BatchNorm in training mode) are refused. ``isinstance(prior, deepinv.optim.PatchNR)``
+    holds. ``image_range``, the (lowest, highest) value of the training images if they are known, is saved with the weights: a
+    call with images far outside warns once.
 
     :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
         D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds
@@ -59,7 +65,8 @@ class PatchNR(PatchWeights, Prior):
         equally likely, and the result an unbiased estimate of the one on all.
     :param int stride: step between patches, at most ``patch_size``; the last row and column are always included.
     :param torch.Generator generator: source of random patches and samples; ``None`` is one of its own, with a fixed seed.
-        torch's global random state is never used.
+        torch's global random state is never used. A call that is repeated inside a backward pass
+        (:func:`torch.utils.checkpoint.checkpoint`) takes the random patches of the first call again.
     :param int chunk_size: patches evaluated at a time, by each thread; ``None`` chooses.
     :param str subset: ``"uniform"`` draws ``n_patches`` without replacement, ``"grid"`` about as many on a regular grid
         with a random offset, which covers the image evenly.
@@ -84,8 +91,6 @@ class PatchNR(PatchWeights, Prior):
     torch.Size([1, 1, 20, 30])
     """
 
-    _sums = patchwise  # where value and gradients over the patches of an image come from
-
     def __init__(
         self,
         normalizing_flow: nn.Module | None = None,
@@ -104,16 +109,17 @@ class PatchNR(PatchWeights, Prior):
         subset: str = "uniform",
         precision: str | None = None,
     ):
-        super().__init__()
+        Prior.__init__(self)  # deepinv's PatchNR would draw a flow of its own
         self.explicit_prior = True
         self.patch_size, self.channels = positive_int(patch_size=patch_size, channels=channels)
         self.pad = "reflect" if pad is True else pad
-        if self.pad is not False and self.pad not in PAD_MODES:
-            raise ValueError(f"expected pad to be a bool or one of {', '.join(PAD_MODES)}; got {pad!r}")
+        check_choice("pad", pad, (False, True, *PAD_MODES))
         self.n_patches, self.stride, self.chunk_size = n_patches, stride, chunk_size
         self.subset, self.precision = subset, precision
         self._check_options()
         self.generator = torch.Generator() if generator is None else generator
+        self.image_range: tuple[float, float] | None = None
+        self._draws, self._asked, self._warned = Draws(), Asked(), False
         if normalizing_flow is not None:
             self.normalizing_flow = as_flow(normalizing_flow)
         elif not pretrained:
@@ -121,13 +127,14 @@ class PatchNR(PatchWeights, Prior):
         if pretrained:
             sizes = None if normalizing_flow is not None else {"num_layers": num_layers, "sub_net_size": sub_net_size}
             self._load_pretrained(pretrained, sizes, device)
-        self._probe()
+        check_dimension(self.normalizing_flow, self.dim, f"patch_size {patch_size}, channels {channels}")
 
     @property
     def dim(self) -> int:
         """Dimension D of a flattened patch."""
         return self.channels * self.patch_size**2
 
+    @torch.compiler.disable
     def fn(self, x: Tensor, *args, **kwargs) -> Tensor:
         r"""
         Mean negative log-likelihood of the patches of each image, or the one of each patch.
@@ -139,18 +146,34 @@ class PatchNR(PatchWeights, Prior):
         :raises TypeError: when x is no real floating-point tensor of the weights' dtype.
         """
         self._check(x)
-        if x.ndim == 4:
-            padded = self._padded(x)
-            return self._sums.image_nll(self.normalizing_flow, padded, self._index(padded), *self._options)
-        # a patch is an image of D channels and one pixel
-        columns = x.reshape(-1, self.dim, 1, 1)
-        index = PatchIndex(columns.shape, 1, device=x.device)
-        nll = patchwise.image_nll(self.normalizing_flow, columns, index, *self._options)
-        return nll.view(x.shape[:2])
+        images, potential = self._potential(x, "fn")
+        value = potential.value(images)
+        return value if x.ndim == 4 else value.view(x.shape[:2])
 
+    @torch.compiler.disable
+    def nll_map(self, x: Tensor) -> Tensor:
+        r"""
+        Negative log-likelihood of each patch of images, :math:`h(P_i x)`, as a map: what the prior finds unlikely.
+
+        :param torch.Tensor x: images (B, C, H, W).
+        :return: (B, H - p + 1, W - p + 1) in nats, at the upper left pixel of each patch of the image (of the padded one, with
+            ``pad``); differentiable as :meth:`fn` is. ``stride`` and ``n_patches`` have no effect.
+
+        >>> import torch
+        >>> from deepinv_flows import PatchNR
+        >>> PatchNR(patch_size=3, num_layers=1).nll_map(torch.rand(2, 1, 8, 9)).shape
+        torch.Size([2, 6, 7])
+        """
+        self._check(x, images_only=True)
+        p = self.patch_size
+        patches = padded(x, p - 1, self.pad).unfold(2, p, 1).unfold(3, p, 1).permute(0, 2, 3, 1, 4, 5)
+        columns, potential = self._of_patches(patches.flatten(1, 2))
+        return potential.value(columns).view(patches.shape[:3])
+
+    @torch.compiler.disable
     def grad(self, x: Tensor, *args, **kwargs) -> Tensor:
         r"""
-        Gradient of g at images x, which is left untouched.
+        Gradient of g at images x, or of the sum of g over patches x, which are left untouched.
 
         Under :func:`torch.no_grad` (as in deepinv's optimizers), or when neither x nor a weight asks for a gradient, the result
         has no graph; otherwise it is differentiable in both.
@@ -160,10 +183,10 @@ class PatchNR(PatchWeights, Prior):
         """
         self._check(x)
         check_autograd("PatchNR")
-        if x.ndim != 4:
-            return self._patch_grad(x)
-        return self._image_grad(x, self._index(self._padded(x)))
+        images, potential = self._potential(x, "grad")
+        return potential.grad(images).view(x.shape)
 
+    @torch.compiler.disable
     def prox(
         self,
         x: Tensor,
@@ -181,26 +204,23 @@ class PatchNR(PatchWeights, Prior):
         diverge. The result is differentiable in x, gamma and the weights by the implicit function theorem, exactly so
         at convergence: lower ``tol_inter`` for accurate derivatives.
 
-        :param torch.Tensor x: images (B, C, H, W).
-        :param float, torch.Tensor gamma: one number >= 0, or one an image.
+        :param torch.Tensor x: images (B, C, H, W), or patches as in :meth:`fn`, each of which is a problem of its own.
+        :param float, torch.Tensor gamma: one number >= 0, or one for each entry of the batch.
         :param float stepsize_inter: length of the first trial step.
         :param int max_iter_inter: bound on the number of steps.
         :param float tol_inter: stop once a step is shorter than this times the norm of u.
         :return: tensor like x.
         :raises ValueError: for a negative or non-finite gamma, and as :meth:`fn`.
         """
-        self._check(x, images_only=True)
+        self._check(x)
         check_autograd("PatchNR")
         gamma = solvers.gamma_like(gamma, x)
-        index = self._index(self._padded(x))
-
-        def value_and_grad(u):
-            return self._value_and_grad(u, index)
-
-        def grad(u):
-            return self._image_grad(u, index)
-
-        return solvers.prox(value_and_grad, grad, x, gamma, stepsize_inter, int(max_iter_inter), tol_inter)
+        images, potential = self._potential(x, "prox")
+        if x.ndim != 4:
+            gamma = gamma.expand(*x.shape[:2], *gamma.shape[2:]).reshape(-1, 1, 1, 1)
+        options = (stepsize_inter, int(max_iter_inter), tol_inter)
+        u = solvers.prox(potential.value_and_grad, potential.grad, images, gamma, *options)
+        return u.view(x.shape)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """
@@ -224,22 +244,13 @@ class PatchNR(PatchWeights, Prior):
     def _like(self) -> Tensor:
         return like_weights(self.normalizing_flow)
 
-    def _probe(self) -> None:
-        try:
-            # a copy, for flows that initialise themselves on their first batch
-            flow = copy.deepcopy(self.normalizing_flow).eval()
-        except Exception:  # not every module of a user's copies
-            return
-        like = self._like()
-        x = torch.linspace(0, 1, 4 * self.dim, dtype=like.dtype, device=like.device).view(4, self.dim)
-        with torch.no_grad():
-            try:
-                evaluate(flow, x)
-            except Exception as error:
-                raise ValueError(
-                    f"expected a flow on patches of dimension {self.dim} (patch_size {self.patch_size}, channels "
-                    f"{self.channels}); the one given fails on a tensor of shape (4, {self.dim}): {error}"
-                ) from error
+    def __setstate__(self, state: dict) -> None:
+        # whole priors pickled by 0.1.0 lack these
+        super().__setstate__({"image_range": None, "_draws": Draws(), "_asked": Asked(), "_warned": False, **state})
+
+    def extra_repr(self) -> str:
+        options = ("patch_size", "channels", "pad", "n_patches", "stride", "chunk_size", "subset", "precision")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 
     def _check_options(self) -> None:
         # at each call too: they are attributes that a user may set
@@ -251,49 +262,31 @@ class PatchNR(PatchWeights, Prior):
             )
         if self.chunk_size is not None:
             positive_int(chunk_size=self.chunk_size)
-        if self.subset not in SUBSETS:
-            raise ValueError(f"expected subset to be one of {', '.join(SUBSETS)}; got {self.subset!r}")
-        if self.precision not in (None, "bfloat16"):
-            raise ValueError(f"expected precision to be None or 'bfloat16'; got {self.precision!r}")
+        check_choice("subset", self.subset, SUBSETS)
+        check_choice("precision", self.precision, (None, "bfloat16"))
 
     def _check(self, x: Tensor, images_only: bool = False) -> None:
         self._check_options()
         check_input(x, self._like(), self.patch_size, self.channels, images_only)
+        if self.image_range is not None and not self._warned and not transformed(x):
+            self._warned = warn_outside(x, self.image_range)
 
-    def _padded(self, x: Tensor) -> Tensor:
-        return F.pad(x, [self.patch_size - 1] * 4, mode=self.pad) if self.pad else x
+    def _potential(self, x: Tensor, method: str) -> tuple[Tensor, PatchPotential | PaddedPotential]:
+        """Images, and the potential of their patches, whose values and gradients are those of x."""
+        if x.ndim != 4:
+            return self._of_patches(x)
+        return x, PaddedPotential(self._over(self._index(x, method)), self.patch_size - 1, self.pad)
 
-    @property
-    def _options(self) -> tuple:
-        return self.chunk_size, self.precision
+    def _of_patches(self, x: Tensor) -> tuple[Tensor, PatchPotential]:
+        """Each patch as an image of D channels and one pixel."""
+        columns = x.reshape(-1, self.dim, 1, 1)
+        return columns, PatchNR._over(self, PatchIndex(columns.shape, 1, device=x.device))
 
-    def _index(self, padded: Tensor) -> PatchIndex:
-        subset = self.stride, self.n_patches, self.generator, padded.device, self.subset
-        return PatchIndex(padded.shape, self.patch_size, *subset)
+    def _over(self, index: PatchIndex) -> PatchPotential:
+        return PatchPotential(self.normalizing_flow, index, self.chunk_size, self.precision, self._asked)
 
-    def _image_grad(self, x: Tensor, index: PatchIndex) -> Tensor:
-        recorded = torch.is_grad_enabled() and (x.requires_grad or patchwise.weights_need_grad(self.normalizing_flow))
-        if not recorded:
-            return self._value_and_grad(x, index)[1]
-        leaf = x if x.requires_grad else x.detach().requires_grad_()
-        padded = self._padded(leaf)
-        return _transpose(
-            padded, leaf, self._sums.differentiable_grad(self.normalizing_flow, padded, index, self.chunk_size)
-        )
-
-    def _value_and_grad(self, x: Tensor, index: PatchIndex) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_() if self.pad else x.detach()
-            padded = self._padded(leaf)
-        value, grad = self._sums.value_and_grad(self.normalizing_flow, padded.detach(), index, *self._options)
-        return value, _transpose(padded, leaf, grad)
-
-    def _patch_grad(self, x: Tensor) -> Tensor:
-        return solvers.gradient(self.fn, x, self.normalizing_flow)
-
-
-def _transpose(padded: Tensor, x: Tensor, grad: Tensor) -> Tensor:
-    """Gradient in x from the gradient in padded x."""
-    if padded is x:
-        return grad
-    return torch.autograd.grad(padded, x, grad, create_graph=grad.requires_grad)[0]
+    def _index(self, x: Tensor, method: str) -> PatchIndex:
+        margin = 2 * (self.patch_size - 1) if self.pad else 0
+        shape = (*x.shape[:2], *(side + margin for side in x.shape[2:]))
+        source = self.generator if self.n_patches == -1 else self._draws.source(self.generator, method, x)
+        return PatchIndex(shape, self.patch_size, self.stride, self.n_patches, source, x.device, self.subset)

@@ -121,7 +121,7 @@ def work(rank: int, store: str) -> None:
             compare(*both(group), x)
             check_optimizers(group, x)
         else:
-            with pytest.raises(ValueError, match="expected a process of the group; process 2 is none"):
+            with pytest.raises(ValueError, match="expected a process of the group; process 2 is not in it"):
                 both(group)[1](x)
     check_everything(x)
     check_beside_distributed_physics(x)

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from cases import FLOWS, make, reference_nll
+from cases import ANY, make, reference_nll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepinv_flows import PatchNR
 from deepinv_flows.flows import nll
 from deepinv_flows.patchnr.patches import PatchIndex
-from deepinv_flows.patchnr.potential import differentiable_grad, image_nll, value_and_grad
+from deepinv_flows.patchnr.potential import PatchPotential
 
 CHUNKS = [7, 10_000]
 UNUSED = {"allow_unused": True, "materialize_grads": True}  # the global scale of a GIN block
@@ -65,7 +65,7 @@ def test_value_and_gradient_against_a_naive_loop(batch, channels, patch_size, ex
 
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", ANY)
 def test_all_paths_agree_with_whole_image_autograd(name, chunk_size):
     flow = make(name, 9)
     x = torch.rand(2, 1, 8, 7, dtype=torch.float64, requires_grad=True)
@@ -78,24 +78,25 @@ def test_all_paths_agree_with_whole_image_autograd(name, chunk_size):
     first = torch.autograd.grad((value * scale).sum(), [x, *weights], retain_graph=True, **UNUSED)
     second = torch.autograd.grad((gradient * direction).sum(), [x, *weights], **UNUSED)
 
-    fast_value, fast_gradient = value_and_grad(flow, x.detach(), index, chunk_size)
+    potential = PatchPotential(flow, index, chunk_size)
+    fast_value, fast_gradient = potential.value_and_grad(x.detach())
     close(fast_value, value)
     close(fast_gradient, gradient)
 
-    value_ = image_nll(flow, x, index, chunk_size)
+    value_ = potential.value(x)
     for a, b in zip(torch.autograd.grad((value_ * scale).sum(), [x, *weights], **UNUSED), first):
         close(a, b)
-    value_ = image_nll(flow, x, index, chunk_size)
+    value_ = potential.value(x)
     (gradient_,) = torch.autograd.grad(value_.sum(), x, create_graph=True)
     for a, b in zip(torch.autograd.grad((gradient_ * direction).sum(), [x, *weights], **UNUSED), second):
         close(a, b)
-    gradient_ = differentiable_grad(flow, x, index, chunk_size)
+    gradient_ = potential.grad(x)
     close(gradient_, gradient)
     for a, b in zip(torch.autograd.grad((gradient_ * direction).sum(), [x, *weights], **UNUSED), second):
         close(a, b)
 
     flow.requires_grad_(False)
-    frozen = image_nll(flow, x, index, chunk_size)
+    frozen = potential.value(x)
     close(frozen, value)
     close(torch.autograd.grad((frozen * scale).sum(), x, retain_graph=True)[0], first[0])
     (gradient_,) = torch.autograd.grad(frozen.sum(), x, create_graph=True)
@@ -103,7 +104,7 @@ def test_all_paths_agree_with_whole_image_autograd(name, chunk_size):
 
 
 @pytest.mark.parametrize("equal", [True, False])
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", ANY)
 def test_weights_gradients_of_single_patches_that_count_alike_or_not(name, equal):
     flow = make(name, 12)
     prior = PatchNR(flow, patch_size=2, channels=3, chunk_size=7)

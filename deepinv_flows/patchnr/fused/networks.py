@@ -1,10 +1,12 @@
 """The networks of a patch flow's couplings, on chunks held as columns; ``do`` is that of ``steps``."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .workspace import Workspace
@@ -14,9 +16,14 @@ aten = torch.ops.aten
 
 @dataclass
 class Activation:
-    """``apply(do, a, h)`` writes h = f(a); ``backward(do, g, kept)`` multiplies g by f'(a) in place, ``kept`` being h if f works
-    in place and a if not."""
+    """
+    A function f of each entry.
 
+    ``function(a)`` is f(a) with a graph. ``apply(do, a, h)`` writes h = f(a); ``backward(do, g, kept)`` multiplies g by f'(a) in
+    place, where ``kept`` is h if f works in place and a if not.
+    """
+
+    function: Callable[[Tensor], Tensor]
     in_place: bool
     apply: Callable[[Callable, Tensor, Tensor], None]
     backward: Callable[[Callable, Tensor, Tensor], None]
@@ -24,6 +31,7 @@ class Activation:
 
 def relu() -> Activation:
     return Activation(
+        torch.relu,
         True,
         lambda do, a, h: do(a.relu_),
         lambda do, g, h: do(aten.threshold_backward.grad_input, g, h, 0, grad_input=g),
@@ -32,6 +40,7 @@ def relu() -> Activation:
 
 def leaky_relu(slope: float) -> Activation:
     return Activation(
+        functools.partial(F.leaky_relu, negative_slope=slope),
         True,
         lambda do, a, h: do(aten.leaky_relu_, a, slope),
         lambda do, g, h: do(aten.leaky_relu_backward.grad_input, g, h, slope, True, grad_input=g),
@@ -40,6 +49,7 @@ def leaky_relu(slope: float) -> Activation:
 
 def silu() -> Activation:
     return Activation(
+        F.silu,
         False,
         lambda do, a, h: do(aten.silu.out, a, out=h),
         lambda do, g, a: do(aten.silu_backward.grad_input, g, a, grad_input=g),
@@ -48,6 +58,7 @@ def silu() -> Activation:
 
 def gelu(approximate: str) -> Activation:
     return Activation(
+        functools.partial(F.gelu, approximate=approximate),
         False,
         lambda do, a, h: do(aten.gelu.out, a, approximate=approximate, out=h),
         lambda do, g, a: do(aten.gelu_backward.grad_input, g, a, approximate=approximate, grad_input=g),
@@ -64,6 +75,12 @@ class Network:
 
     def __init__(self, packed: list[Tensor], activations: list[Activation]):
         self.packed, self.activations = packed, activations
+
+    def recorded(self, x: Tensor) -> Tensor:
+        """The outputs for the rows of x, with a graph."""
+        for w, act in zip(self.packed, self.activations):
+            x = act.function(F.linear(x, w[:, :-1], w[:, -1]))
+        return F.linear(x, self.packed[-1][:, :-1], self.packed[-1][:, -1])
 
     def prepare(self, space: Workspace) -> SimpleNamespace:
         weights = [w.detach().to(space.dtype) for w in self.packed]

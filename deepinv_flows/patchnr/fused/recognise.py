@@ -4,7 +4,7 @@ From a flow's modules to :mod:`deepinv_flows.patchnr.fused.steps`, where every o
 Known are FrEIA's ``SequenceINN`` and ``GraphINN`` chains of GLOW, RealNVP, NICE and GIN couplings, ``AllInOneBlock`` and fixed
 permutations, and deepinv's ``NormalizingFlow``, all over networks of linear layers with ReLU, LeakyReLU, SiLU or GELU between
 them. Classes are told by name, exactly: a subclass may compute something else. Everything is read anew at each call, so
-weights changed in any way never give a stale result.
+weights changed in any way never give a stale result, and nothing is ever written to the modules.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .networks import Activation, Network, gelu, leaky_relu, relu, silu
+from .originals import unchanged
 from .steps import Affine, Coupling
 
 
@@ -20,37 +21,50 @@ class _Unknown(Exception):
     pass
 
 
-def steps_of(flow: nn.Module) -> list | None:
-    """The steps of a flow in float32 or float64, or ``None`` if any part of it is not known."""
-    if not all(_plain(module) for module in flow.modules()):
+class _Reading:
+    """
+    The tensors of a flow as they are read: a parameter, or the tensor that stands for it.
+
+    :param torch.Tensor like: a weight, for dtype and device.
+    :param dict weights: from ``id`` of a parameter to the tensor to read in its place.
+    """
+
+    def __init__(self, like: Tensor, weights: dict[int, Tensor]):
+        self.like, self.weights = like, weights
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self.weights.get(id(tensor), tensor)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return self.like.new_zeros(shape)
+
+
+def steps_of(flow: nn.Module, weights: dict[str, Tensor] | None = None) -> list | None:
+    """
+    The steps of a flow in float32 or float64, or ``None`` if any part of it is not known.
+
+    :param torch.nn.Module flow: flow.
+    :param dict weights: tensors to read in place of the parameters of these names; ``None`` reads the parameters.
+    """
+    own = dict(flow.named_parameters())
+    floating = [p for p in own.values() if p.is_floating_point()]
+    if len({(p.dtype, p.device) for p in floating}) != 1 or floating[0].dtype not in (torch.float32, torch.float64):
         return None
-    weights = [p for p in flow.parameters() if p.is_floating_point()]
-    if len({(p.dtype, p.device) for p in weights}) != 1 or weights[0].dtype not in (torch.float32, torch.float64):
+    if not unchanged(flow):
         return None
     try:
-        return _steps(flow, weights[0])
+        return _steps(flow, _Reading(floating[0], {id(own[name]): t for name, t in (weights or {}).items()}))
     except _Unknown:
         return None
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}", {}) for name in _HOOKS]
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether a call of the module is its class's ``forward`` and nothing else."""
-    return (
-        "forward" not in vars(module) and not any(vars(module).get(name) for name in _HOOKS) and not any(_GLOBAL_HOOKS)
-    )
-
-
-def _steps(module: nn.Module, like: Tensor) -> list:
+def _steps(module: nn.Module, read: _Reading) -> list:
     package, name = type(module).__module__.split(".")[0], type(module).__name__
     try:
         reader = _READERS[package][name]
     except KeyError:
         raise _Unknown from None
-    return reader(module, like)
+    return reader(module, read)
 
 
 def _require(condition: bool) -> None:
@@ -58,35 +72,35 @@ def _require(condition: bool) -> None:
         raise _Unknown
 
 
-def _chain(modules, like: Tensor) -> list:
-    return [step for module in modules for step in _steps(module, like)]
+def _chain(modules, read: _Reading) -> list:
+    return [step for module in modules for step in _steps(module, read)]
 
 
-def _sequence(module, like: Tensor) -> list:
+def _sequence(module, read: _Reading) -> list:
     _require(all(condition is None for condition in module.conditions) and not module.force_tuple_output)
-    return _chain(module.module_list, like)
+    return _chain(module.module_list, read)
 
 
-def _graph(module, like: Tensor) -> list:
+def _graph(module, read: _Reading) -> list:
     _require(len(module.in_nodes) == len(module.out_nodes) == 1)
     _require(not module.condition_nodes and not module.force_tuple_output)
     for before, node in zip(module.node_list, module.node_list[1:]):
         _require(node.inputs == [(before, 0)])
-    return _chain([node.module for node in module.node_list if node.module is not None], like)
+    return _chain([node.module for node in module.node_list if node.module is not None], read)
 
 
-def _wrapped(module, like: Tensor) -> list:
-    return _steps(module.module, like)
+def _wrapped(module, read: _Reading) -> list:
+    return _steps(module.module, read)
 
 
-def _reversed(module, like: Tensor) -> list:
-    return [step.inverse() for step in reversed(_steps(module.flow, like))]
+def _reversed(module, read: _Reading) -> list:
+    return [step.inverse() for step in reversed(_steps(module.flow, read))]
 
 
-def _permutation(module, like: Tensor) -> list:
-    matrix = torch.eye(len(module.perm), dtype=like.dtype, device=like.device)[module.perm]
-    zero = like.new_zeros(len(matrix), 1)
-    return [Affine([matrix, zero, like.new_zeros(())], lambda: [matrix.t(), zero, like.new_zeros(())])]
+def _permutation(module, read: _Reading) -> list:
+    matrix = torch.eye(len(module.perm), dtype=read.like.dtype, device=read.like.device)[module.perm]
+    zero = read.zeros(len(matrix), 1)
+    return [Affine([matrix, zero, read.zeros()], lambda: [matrix.t(), zero, read.zeros()])]
 
 
 def _two_sided(moves_first: tuple, moves_second: tuple, **options) -> list:
@@ -99,34 +113,34 @@ def _halves(module) -> tuple[slice, slice]:
     return slice(0, module.split_len1), slice(module.split_len1, module.channels)
 
 
-def _joint(subnet: nn.Module, moved: slice, inner: float) -> list[Network]:
+def _joint(subnet: nn.Module, moved: slice, inner: float, read: _Reading) -> list[Network]:
     d = moved.stop - moved.start
-    return [_network(subnet, 2 * d, [inner] * d + [1.0] * d)]
+    return [_network(subnet, read, 2 * d, [inner] * d + [1.0] * d)]
 
 
-def _glow(module, like: Tensor, centred: bool = False) -> list:
+def _glow(module, read: _Reading, centred: bool = False) -> list:
     first, second = _halves(module)
     function, outer, inner = _clamp(module)
     return _two_sided(
-        (_joint(module.subnet2, first, inner), first, second),
-        (_joint(module.subnet1, second, inner), second, first),
+        (_joint(module.subnet2, first, inner, read), first, second),
+        (_joint(module.subnet1, second, inner, read), second, first),
         function=function,
         alpha=outer * module.clamp,
         centred=centred,
     )
 
 
-def _gin(module, like: Tensor) -> list:
-    return _glow(module, like, centred=True)
+def _gin(module, read: _Reading) -> list:
+    return _glow(module, read, centred=True)
 
 
-def _realnvp(module, like: Tensor) -> list:
+def _realnvp(module, read: _Reading) -> list:
     first, second = _halves(module)
     function, outer, inner = _clamp(module)
 
     def networks(scale, shift, moved):
         d = moved.stop - moved.start
-        return [_network(scale, d, [inner] * d), _network(shift, d, [1.0] * d)]
+        return [_network(scale, read, d, [inner] * d), _network(shift, read, d)]
 
     return _two_sided(
         (networks(module.subnet_s2, module.subnet_t2, first), first, second),
@@ -136,32 +150,31 @@ def _realnvp(module, like: Tensor) -> list:
     )
 
 
-def _nice(module, like: Tensor) -> list:
+def _nice(module, read: _Reading) -> list:
     first, second = _halves(module)
     return _two_sided(
-        ([_network(module.F, module.split_len1)], first, second),
-        ([_network(module.G, module.split_len2)], second, first),
+        ([_network(module.F, read, module.split_len1)], first, second),
+        ([_network(module.G, read, module.split_len2)], second, first),
     )
 
 
-def _deepinv_block(module, like: Tensor) -> list:
+def _deepinv_block(module, read: _Reading) -> list:
     first, second = slice(0, module.split1), slice(module.split1, module.split1 + module.split2)
     inner, outer = 1 / module.clamp, 2 / math.pi
     return _two_sided(
-        (_joint(module.subnet1, second, inner), second, first),
-        (_joint(module.subnet2, first, inner), first, second),
+        (_joint(module.subnet1, second, inner, read), second, first),
+        (_joint(module.subnet2, first, inner, read), first, second),
         function="atan",
         alpha=outer * module.clamp,
     )
 
 
-def _all_in_one(module, like: Tensor) -> list:
+def _all_in_one(module, read: _Reading) -> list:
     _require(not module.conditional and module.input_rank == 0 and min(module.splits) > 0)
-    rotation = (module._construct_householder_permutation() if module.householder else module.w_perm).to(like.dtype)
-    back = rotation.t() if module.householder else module.w_perm_inv
-    raw = module.global_scale
+    rotation, back = _rotation(module, read)
+    raw = read(module.global_scale)
     scale = torch.ones_like(raw) if module.GIN else module.global_scale_activation(raw)
-    offset, zero = module.global_offset.t(), like.new_zeros(module.in_channels, 1)
+    offset, zero = read(module.global_offset).t(), read.zeros(module.in_channels, 1)
     log_scale = scale.log().sum()
     after = Affine(
         [rotation * scale, rotation @ offset, log_scale],
@@ -172,20 +185,32 @@ def _all_in_one(module, like: Tensor) -> list:
     coupling = Coupling(
         slice(0, kept),
         moved,
-        [_network(module.subnet, 2 * d, [0.1] * (2 * d))],
+        [_network(module.subnet, read, 2 * d, [0.1] * (2 * d))],
         function="tanh",
         alpha=module.clamp,
         centred=bool(module.GIN),
     )
     if not module.reverse_pre_permute:
         return [coupling, after]
-    none = like.new_zeros(())
+    none = read.zeros()
     return [Affine([back, zero, none], lambda: [rotation, zero, none]), coupling, after]
+
+
+def _rotation(module, read: _Reading) -> tuple[Tensor, Tensor]:
+    """The rotation of an ``AllInOneBlock`` and its inverse."""
+    if not module.householder:
+        return read(module.w_perm).to(read.like.dtype), read(module.w_perm_inv)
+    rotation = read(module.w_0).to(read.like.dtype)
+    for v in read(module.vk_householder):
+        rotation = rotation @ (torch.eye(len(v), dtype=v.dtype, device=v.device) - 2 * torch.outer(v, v) / (v @ v))
+    return rotation, rotation.t()
 
 
 def _clamp(module) -> tuple[str, float, float]:
     """f, outer and inner of a block's soft clamp u -> outer * f(inner * u), which FrEIA keeps as a bare function."""
     _require(not torch.is_tensor(module.clamp) and module.clamp != 0 and not isinstance(module.f_clamp, nn.Module))
+    if type(module.f_clamp).__module__ == "deepinv_flows.flows.freia":  # the builders' clamps say what they are
+        return module.f_clamp.function, module.f_clamp.outer, module.f_clamp.inner
     known = [
         ("atan", 0.636, 1.0),  # FrEIA's "ATAN"
         ("tanh", 1.0, 1.0),
@@ -204,15 +229,16 @@ def _clamp(module) -> tuple[str, float, float]:
     raise _Unknown
 
 
-def _network(module: nn.Module, dim_out: int, scale: list[float] | None = None) -> Network:
+def _network(module: nn.Module, read: _Reading, dim_out: int, scale: list[float] | None = None) -> Network:
     """Linear layers with activations between them; ``scale`` multiplies the entries of the output."""
-    _require(type(module) is nn.Sequential and len(module) % 2 == 1)
-    layers, activations = list(module)[::2], list(module)[1::2]
-    _require(all(type(layer) is nn.Linear for layer in layers) and layers[-1].out_features == dim_out)
-    packed = []
+    if type(module) is not nn.Sequential or len(module) % 2 == 0:
+        raise _Unknown
+    layers = [layer for layer in list(module)[::2] if type(layer) is nn.Linear]
+    activations, packed = list(module)[1::2], []
+    _require(len(layers) == len(activations) + 1 and layers[-1].out_features == dim_out)
     for layer in layers:
-        bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
-        packed.append(torch.cat([layer.weight, bias[:, None]], 1))
+        bias = read.zeros(layer.out_features) if layer.bias is None else read(layer.bias)
+        packed.append(torch.cat([read(layer.weight), bias[:, None]], 1))
     if scale is not None:
         packed[-1] = packed[-1] * packed[-1].new_tensor(scale)[:, None]
     return Network(packed, [_activation(module) for module in activations])
@@ -242,7 +268,7 @@ _READERS = {
         "PermuteRandom": _permutation,
     },
     "deepinv": {
-        "NormalizingFlow": lambda module, like: _chain(module.blocks, like),
+        "NormalizingFlow": lambda module, read: _chain(module.blocks, read),
         "GLOWCouplingBlock": _deepinv_block,
     },
     "deepinv_flows": {

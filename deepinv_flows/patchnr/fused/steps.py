@@ -10,10 +10,11 @@ Each step has ``packed`` weights, which are functions of the flow's parameters (
 - ``forward(do, x, log_det, tape)``: the new state; ``log_det`` (N,) is added to, ``tape`` holds what ``backward`` needs;
 - ``backward(do, g, weight, tape, grads)``: from :math:`g = \partial L/\partial` (new state) the one of the old state, for
   :math:`L = \sum_i w_i (\tfrac12 \|z_i\|^2 - \log|\det J|_i)`, adding to ``grads`` (as ``packed``) unless it is ``None``;
-- ``inverse()``: the step that undoes it.
+- ``inverse()``: the step that undoes it;
+- ``recorded(x)``: the new state and log-determinants of the rows of x (n, D), with a graph in x and in ``packed``.
 
-Both are called once, and write down by ``do(operation, ...)`` what is then done to each chunk. An operation writes into a
-buffer, never to a new tensor, and costs the interpreter, for which threads wait, one call.
+The first two are called once, and note by ``do(operation, ...)`` what is then done to each chunk. An operation writes into a
+buffer, never to a new tensor, and costs one call of the interpreter, which runs one thread at a time.
 """
 
 import copy
@@ -41,6 +42,10 @@ class Affine:
 
     def inverse(self) -> "Affine":
         return Affine(self.inverse_packed(), lambda: self.packed)
+
+    def recorded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        matrix, offset, log_det = self.packed
+        return x @ matrix.t() + offset.t(), log_det
 
     def prepare(self, space: Workspace) -> SimpleNamespace:
         dim = len(self.packed[0])
@@ -98,6 +103,20 @@ class Coupling:
         step = copy.copy(self)
         step.sign = -self.sign
         return step
+
+    def recorded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        m = x[:, self.moved]
+        out = torch.cat([network.recorded(x[:, self.kept]) for network in self.networks], 1)
+        a, t = out[:, : -m.shape[1]], out[:, -m.shape[1] :]
+        if self.function is None:
+            m, log_det = m + self.sign * t, x.new_zeros(())
+        else:
+            s = self.sign * self.alpha * getattr(torch, self.function)(a)
+            s = s - s.mean(1, keepdim=True) if self.centred else s
+            m = m * s.exp() + t if self.sign > 0 else (m - t) * s.exp()
+            log_det = x.new_zeros(()) if self.centred else s.sum(1)
+        halves = (m, x[:, self.kept]) if self.moved.start == 0 else (x[:, self.kept], m)
+        return torch.cat(halves, 1), log_det
 
     def prepare(self, space: Workspace) -> SimpleNamespace:
         d = self.moved.stop - self.moved.start
@@ -194,6 +213,15 @@ class Coupling:
         do(s.sub_, tape.sum)
 
 
+def recorded_nll(steps: list, x: Tensor) -> Tensor:
+    """Negative log-likelihoods (n,), without their constant, of the rows of x (n, D), with a graph."""
+    total = x.new_zeros(len(x))
+    for step in steps:
+        x, log_det = step.recorded(x)
+        total = total + log_det
+    return 0.5 * x.square().sum(1) - total
+
+
 class Program:
     """
     What is done to each chunk by a flow's steps; one for each thread.
@@ -209,7 +237,7 @@ class Program:
     """
 
     def __init__(self, steps: list, dim: int, space: Workspace, backward: bool = True, grads: list | None = None):
-        self.operations = []
+        self.operations: list[Callable] = []
         self.x, self.weight, self.value, log_det = space.new(dim), *(space.new(1)[0] for _ in range(3))
         tapes, do = [step.prepare(space) for step in steps], self._note
         z = self.x

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from ..patches import PatchIndex
 from .steps import Program
 from .workspace import workspace
 
-LEAST_SHARE = 256  # patches that are worth a thread
-ALIGNED = 16  # patches whose float32 entries fill a cache line: products of other rows are a sixth slower
+LEAST_SHARE = 256  # patches that make a thread worth its start
+ALIGNED = 16  # patches whose float32 entries fill a cache line: matrix products of other sizes are a sixth slower
 
 
 @dataclass
@@ -36,12 +36,11 @@ class Sums:
 
     def add_(self, other: "Sums") -> "Sums":
         self.value += other.value
-        if self.grad is not None:
+        if self.grad is not None and other.grad is not None:
             self.grad += other.grad
-        if self.grads is not None:
-            for mine, its in zip(self.grads, other.grads):
-                for a, b in zip(mine, its):
-                    a += b
+        for mine, its in zip(self.grads or [], other.grads or []):
+            for a, b in zip(mine, its):
+                a += b
         return self
 
 
@@ -64,40 +63,58 @@ def patch_sums(
     :param torch.dtype dtype: of matrix products; ``None`` for the dtype of x.
     :param bool image: whether to compute the gradient in the image.
     :param bool weights: whether to compute the gradients in the packed weights.
-    :param torch.Tensor scale: what the images count in the gradients (B,); ``None`` for 1.
+    :param torch.Tensor scale: factors of the images in the gradients (B,); ``None`` for 1.
     :return: sums, the same at each call with as many threads: shares and the order of additions are fixed.
     """
     flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another
-    stopped = threading.Event()
-
-    def share(start: int, stop: int) -> Sums:
-        sums = _zeros(steps, flat, index.batch, image, weights)
-        # as many equal chunks as it takes; what the last lacks is filled with patches that count nothing
-        size = math.ceil((stop - start) / math.ceil((stop - start) / chunk_size))
-        size = math.ceil(size / ALIGNED) * ALIGNED
-        space = workspace(size, flat.dtype, flat.device, dtype or flat.dtype)
-        program = Program(steps, len(index.offsets), space, image or weights, sums.grads)
-        pixels = space.new(len(index.offsets), torch.int64)
-        for first in range(start, stop, size):
-            if stopped.is_set():
-                break
-            numbers = torch.arange(first, first + size, device=flat.device)
-            counts = (numbers < stop).to(flat.dtype)
-            number, flat_pixels = index.columns(numbers.clamp_(max=stop - 1), pixels)
-            flat_pixels = flat_pixels.view(-1)
-            torch.index_select(flat, 0, flat_pixels, out=program.x.view(-1))
-            program.weight.copy_(counts if scale is None else counts * scale[number])
-            program.run()
-            sums.value.index_add_(0, number, (program.value * counts).to(sums.value.dtype))
-            if image:
-                sums.grad.index_add_(0, flat_pixels, program.grad.view(-1))
-        return sums
-
-    shares = _in_threads(share, _split(len(index), _thread_count(flat, len(index))), stopped)
+    sweep = _Sweep(steps, flat, index, chunk_size, dtype or flat.dtype, image, weights, scale)
+    shares = _in_threads(sweep.share, _split(len(index), _thread_count(flat, len(index))), sweep.stopped)
     total = shares[0]
     for other in shares[1:]:
         total.add_(other)
     return total
+
+
+@dataclass
+class _Sweep:
+    """What the threads of one :func:`patch_sums` have in common."""
+
+    steps: list
+    flat: Tensor
+    index: PatchIndex
+    chunk_size: int
+    dtype: torch.dtype
+    image: bool
+    weights: bool
+    scale: Tensor | None
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def share(self, start: int, stop: int) -> Sums:
+        """The sums over the patches with these numbers."""
+        flat, dim = self.flat, len(self.index.offsets)
+        sums = _zeros(self.steps, flat, self.index.batch, self.image, self.weights)
+        # as many equal chunks as it takes; the last is filled up with patches of weight zero
+        size = math.ceil((stop - start) / math.ceil((stop - start) / self.chunk_size))
+        size = math.ceil(size / ALIGNED) * ALIGNED
+        with workspace(size, flat.dtype, flat.device, self.dtype) as space:
+            program = Program(self.steps, dim, space, self.image or self.weights, sums.grads)
+            pixels = space.new(dim, torch.int64)
+            for first in range(start, stop, size):
+                if self.stopped.is_set():
+                    break
+                self._chunk(program, pixels, torch.arange(first, first + size, device=flat.device), stop, sums)
+        return sums
+
+    def _chunk(self, program: Program, pixels: Tensor, numbers: Tensor, stop: int, sums: Sums) -> None:
+        counts = (numbers < stop).to(self.flat.dtype)
+        number, flat_pixels = self.index.columns(numbers.clamp_(max=stop - 1), pixels)
+        flat_pixels = flat_pixels.view(-1)
+        torch.index_select(self.flat, 0, flat_pixels, out=program.x.view(-1))
+        program.weight.copy_(counts if self.scale is None else counts * self.scale[number])
+        program.run()
+        sums.value.index_add_(0, number, (program.value * counts).to(sums.value.dtype))
+        if sums.grad is not None:
+            sums.grad.index_add_(0, flat_pixels, program.grad.view(-1))
 
 
 def _zeros(steps: list, flat: Tensor, batch: int, image: bool, weights: bool) -> Sums:
@@ -107,7 +124,32 @@ def _zeros(steps: list, flat: Tensor, batch: int, image: bool, weights: bool) ->
 
 
 def _thread_count(flat: Tensor, patches: int) -> int:
-    return min(torch.get_num_threads(), max(patches // LEAST_SHARE, 1)) if flat.device.type == "cpu" else 1
+    return min(_alone.threads(), max(patches // LEAST_SHARE, 1)) if flat.device.type == "cpu" else 1
+
+
+class _Alone:
+    """A thread in it computes by itself; torch's number of threads, which callers share, is afterwards what it was."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, 1
+
+    def threads(self) -> int:
+        with self.lock:
+            return self.before if self.inside else torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.before = self.before if self.inside else torch.get_num_threads()
+            self.inside += 1
+        torch.set_num_threads(1)  # MKL's count is one for all threads
+
+    def __exit__(self, *error) -> None:
+        with self.lock:
+            self.inside -= 1
+            torch.set_num_threads(self.before)
+
+
+_alone = _Alone()
 
 
 def _split(total: int, parts: int) -> list[tuple[int, int]]:
@@ -128,15 +170,12 @@ def _in_threads(work: Callable, shares: list[tuple[int, int]], stopped: threadin
 
     if len(shares) == 1:
         return [run(shares[0])]
-    threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)  # MKL's count is one for all threads
-        return list(_pool(len(shares), os.getpid()).map(run, shares))
-    except BaseException:  # an interrupt too: the next call would wait for what no one wants
+        with _alone:
+            return list(_pool(len(shares), os.getpid()).map(run, shares))
+    except BaseException:  # an interrupt too: threads that went on would delay the next call
         stopped.set()
         raise
-    finally:
-        torch.set_num_threads(threads)
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,12 +1,15 @@
 """Buffers for chunks of patches, kept from call to call."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 SLAB = 2**23  # bytes
+KEPT = 2**27  # bytes that a thread keeps from call to call at most; more is made anew
 
 
 class Workspace:
@@ -18,14 +21,16 @@ class Workspace:
     """
 
     def __init__(self, n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype):
-        self.slabs = []
+        self.slabs: list[Tensor] = []
+        self.typed: dict = {}  # the slabs as tensors of each dtype
         self.device = device
         self.start(n, state_dtype, dtype)
 
     def start(self, n: int, state_dtype: torch.dtype, dtype: torch.dtype) -> "Workspace":
         """Take all buffers back, to be handed out for chunks of another size."""
         self.n, self.state_dtype, self.dtype = n, state_dtype, dtype
-        self.slab, self.taken, self.by_name = 0, 0, {}
+        self.slab, self.taken = 0, 0
+        self.by_name: dict[tuple, Tensor] = {}
         return self
 
     def new(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -34,13 +39,18 @@ class Workspace:
         while self.slab < len(self.slabs) and self.taken + size > len(self.slabs[self.slab]):
             self.slab, self.taken = self.slab + 1, 0
         if self.slab == len(self.slabs):
-            self.slabs.append(_memory(max(size, SLAB), self.device))
-        flat = self.slabs[self.slab][self.taken : self.taken + size].view(dtype)
-        self.taken += -(-size // 64) * 64
-        return flat.view(rows, self.n)
+            self.slabs.append(_memory(max(-(-size // 64) * 64, SLAB), self.device))
+        start, self.taken = self.taken // dtype.itemsize, self.taken + -(-size // 64) * 64
+        if (self.slab, dtype) not in self.typed:
+            self.typed[self.slab, dtype] = self.slabs[self.slab].view(dtype)
+        return self.typed[self.slab, dtype].as_strided((rows, self.n), (self.n, 1), start)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(slab) for slab in self.slabs)
 
     def shared(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A buffer whose content no one relies on later: the same memory for all steps, which stays in cache."""
+        """A buffer whose content is used before the next step writes to it: one memory for all steps, which stays in cache."""
         key = name, rows, dtype
         if key not in self.by_name:
             self.by_name[key] = self.new(rows, dtype)
@@ -50,13 +60,19 @@ class Workspace:
 _kept = threading.local()
 
 
-def workspace(n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> Workspace:
-    """On a CPU this thread's workspace, kept from call to call, as the first touch of memory is slow."""
+@contextlib.contextmanager
+def workspace(n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> Iterator[Workspace]:
+    """On a CPU this thread's workspace, kept from call to call if it is small, as the first touch of memory is slow."""
     if device.type != "cpu":
-        return Workspace(n, state_dtype, device, dtype)
+        yield Workspace(n, state_dtype, device, dtype)
+        return
     if n > getattr(_kept, "capacity", 0):  # slabs that are too small for it would lie idle
         _kept.capacity, _kept.space = n, Workspace(n, state_dtype, device, dtype)
-    return _kept.space.start(n, state_dtype, dtype)
+    try:
+        yield _kept.space.start(n, state_dtype, dtype)
+    finally:
+        if _kept.space.nbytes > KEPT:
+            del _kept.capacity, _kept.space
 
 
 def _memory(size: int, device: torch.device) -> Tensor:

@@ -1,0 +1,199 @@
+r"""
+The patch potential as functions of autograd, whose gradients are computed by the potential itself.
+
+The value is recorded as the sum of two functions, one of the image and one (zero) of the weights, so that a backward pass
+computes what it is asked for and nothing else. What the forward pass has computed already is handed on: the gradient in the
+image, if the image asks for one, and those in the weights, if the backward pass of the call before asked for them. These are
+for images that count alike, as in a sum or mean, and computed again with the factors of the backward pass if they do not.
+
+A backward pass with a graph is another function, of the gradient, whose own backward pass is a Hessian-vector product: autograd
+on the flow's steps, each chunk with a graph of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..checks import transformed
+from . import plain
+from .fused import recorded_nll
+
+if TYPE_CHECKING:
+    from .potential import PatchPotential
+
+_UNUSED: Any = {"allow_unused": True, "materialize_grads": True}  # the global scale of a GIN block
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
+
+def value(potential: PatchPotential, x: Tensor, steps: list | None) -> Tensor:
+    """The potential (B,), differentiable in the image and, if the steps are known, in the weights that ask for it."""
+    trainable = [name for name, p in potential.params.items() if p.requires_grad]
+    speculate, potential.asked.weights = bool(trainable) and potential.asked.weights, False
+    grad: Tensor | None
+    weight_grads = None
+    random = plain.random_state(x) if steps is None else None
+    if speculate:
+        found, grad, weight_grads = potential.all_grads(x, trainable)
+    else:
+        found, grad = potential.constants(x, steps, image=x.requires_grad)
+    if x.requires_grad:
+        found = _OfImage.apply(x, potential, found, grad, random)
+    if trainable:
+        found = found + _OfWeights.apply(potential, [x], weight_grads, trainable, *potential.params.values())
+    return found
+
+
+def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[str] | tuple = (), handed=None):
+    r"""
+    Gradients of :math:`\sum_b s_b g(x_b)` in the image and in the ``wanted`` weights, differentiable in all of them.
+
+    They are partial derivatives, also where x and the factors s (B,) depend on the weights. ``handed`` is the gradient in
+    the image for s = 1, if it is known already.
+    """
+    few = handed is None and x.requires_grad and len(potential.index) <= potential.recorded_chunk(x)
+    if _batched(scale) or (few and torch.is_grad_enabled()):
+        return _direct_gradients(potential, x, scale, wanted)
+    return _Gradients.apply(x, scale, potential, tuple(wanted), handed, *potential.params.values())
+
+
+class _OfImage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, potential, value, grad, random):
+        ctx.potential, ctx.random = potential, random
+        # weights that were changed in place since are noticed
+        ctx.save_for_backward(x, grad, *potential.params.values())
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, scale):
+        x, grad, *values = ctx.saved_tensors
+        potential = ctx.potential
+        if not torch.is_grad_enabled():
+            found = _scaled(grad, scale)
+        elif ctx.random is None:
+            found = gradients(potential.on(values), x, scale, handed=grad)[0]
+        else:
+            with plain.replayed(x, ctx.random):
+                found = plain.grad(potential.module(), x, potential.index, potential.recorded_chunk(x), scale)
+        return found, None, None, None, None
+
+
+class _OfWeights(torch.autograd.Function):
+    """Zero, with gradients in the weights. The image is hidden in a list: it is no input, so that its gradient needs no call."""
+
+    @staticmethod
+    def forward(ctx, potential, hidden, grads, names, *values):
+        ctx.potential, ctx.grads, ctx.names = potential, grads, names
+        ctx.save_for_backward(hidden[0], *values)
+        return values[0].new_zeros(potential.index.batch, dtype=hidden[0].dtype)
+
+    @staticmethod
+    def backward(ctx, scale):
+        x, *values = ctx.saved_tensors
+        potential, names, grads = ctx.potential.on(values), ctx.names, ctx.grads
+        if torch.is_grad_enabled() or _batched(scale):
+            found = gradients(potential, x, scale, names)[1:]
+        else:
+            alike = bool((scale == scale[0]).all())
+            potential.asked.weights = alike
+            if grads is None or not alike:
+                grads = potential.all_grads(x, names, None if alike else scale)[2]
+            found = [g * scale[0] for g in grads] if alike else grads
+        by_name = dict(zip(names, found))
+        return None, None, None, None, *(by_name.get(name) for name in potential.params)
+
+
+class _Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, potential, wanted, handed, *values):
+        ctx.potential, ctx.wanted = potential, wanted
+        ctx.save_for_backward(x, scale, *values)
+        if wanted:
+            _, grad, weight_grads = potential.on(values).all_grads(x, wanted, scale)
+            return grad, *weight_grads
+        return (_scaled(potential.on(values).value_and_grad(x)[1] if handed is None else handed, scale),)
+
+    @staticmethod
+    def backward(ctx, *directions):
+        potential, recording = ctx.potential, torch.is_grad_enabled()
+        x, scale, *values = (
+            t.view_as(t) if recording and t.requires_grad else t.detach().requires_grad_(k < 2 or t.requires_grad)
+            for k, t in enumerate(ctx.saved_tensors)
+        )
+        params = dict(zip(potential.params, values))
+        trainable = [name for name, p in params.items() if p.requires_grad]
+        targets = [x, scale, *(params[name] for name in trainable)]
+        with torch.enable_grad():
+            aliases = {name: p.view_as(p) for name, p in params.items()}
+            steps = potential.known_steps(aliases)
+            wanted = [aliases[name] for name in ctx.wanted]
+
+        def chunk(number, *directions):
+            grads = _chunk_grads(potential, steps, wanted, x, scale, number)
+            # the graph from the weights to the steps is that of all chunks
+            return torch.autograd.grad(grads, targets, directions, True, create_graph=recording, **_UNUSED)
+
+        total = None
+        with torch.enable_grad():
+            for number in potential.index.chunks(potential.recorded_chunk(x)):
+                if recording and not trainable:
+                    parts = checkpoint(chunk, number, *directions, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    parts = chunk(number, *directions)
+                total = parts if total is None else [a + b for a, b in zip(total, parts)]
+        weight_grads = dict(zip(trainable, total[2:]))
+        return *total[:2], None, None, None, *(weight_grads.get(name) for name in params)
+
+
+def _batched(scale: Tensor) -> bool:
+    """Whether many backward passes are taken at once, as in :func:`torch.autograd.grad` with ``is_grads_batched``."""
+    return transformed(scale) or torch._C._dispatch_keys(scale).has(_BATCHED)
+
+
+def _direct_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[str] | tuple):
+    """:func:`gradients` by autograd throughout: of a chunk, or for batched factors, whose values cannot be looked at."""
+    recording = torch.is_grad_enabled()
+    with torch.enable_grad():
+        known = recording and x.requires_grad
+        leaf = _Unmodified.apply(x, *potential.params.values()) if known else x.detach().requires_grad_()
+        aliases = {name: p.view_as(p) if recording else p.detach() for name, p in potential.params.items()}
+        for name in wanted:
+            aliases[name].requires_grad_()
+        image, pixels = potential.index(torch.arange(len(potential.index), device=x.device))
+        values = recorded_nll(potential.known_steps(aliases), leaf.reshape(-1)[pixels]) * potential.index.weight
+        values = values.new_zeros(potential.index.batch).index_add(0, image, values)
+    targets = [leaf, *(aliases[name] for name in wanted)]
+    return torch.autograd.grad(values, targets, scale, create_graph=recording, **_UNUSED)
+
+
+class _Unmodified(torch.autograd.Function):
+    """The image. Steps hold copies of the weights: a backward pass after these were changed in place is refused here."""
+
+    @staticmethod
+    def forward(ctx, x, *values):
+        ctx.save_for_backward(*values)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(None for _ in ctx.saved_tensors)
+
+
+def _chunk_grads(potential: PatchPotential, steps: list, wanted: list, x: Tensor, scale: Tensor, number: Tensor):
+    """What the patches of these numbers contribute to :func:`gradients`, as a graph of any order."""
+    image, pixels = potential.index(number)
+    patches = x.reshape(-1)[pixels]
+    if not patches.requires_grad:
+        patches.requires_grad_()
+    value = (recorded_nll(steps, patches) * scale[image]).sum() * potential.index.weight
+    patch_grad, *rest = torch.autograd.grad(value, [patches, *wanted], create_graph=True, **_UNUSED)
+    grad = x.new_zeros(x.numel()).index_add(0, pixels.reshape(-1), patch_grad.reshape(-1))
+    return grad.view_as(x), *rest
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    return grad * scale.view(-1, *[1] * (grad.ndim - 1))
