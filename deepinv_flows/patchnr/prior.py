@@ -11,13 +11,13 @@ from .. import solvers
 from ..checks import check_autograd, check_input, positive_int
 from ..flows import as_flow, evaluate, glow_flow, like_weights
 from . import potential as patchwise
+from . import weights
 from .patches import SUBSETS, PatchIndex
-from .weights import PatchWeights
 
 PAD_MODES = ("constant", "reflect", "replicate", "circular")
 
 
-class PatchNR(PatchWeights, Prior):
+class PatchNR(Prior):
     r"""
     Patch prior by a normalizing flow; drop-in for :class:`deepinv.optim.PatchNR` that also takes images.
 
@@ -46,8 +46,8 @@ class PatchNR(PatchWeights, Prior):
     :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
         D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds
         :func:`deepinv_flows.glow_flow`.
-    :param str pretrained: path of a checkpoint of any dialect, name of shipped weights (``"gravel"``), deepinv's
-        ``"PatchNR_lodopab_small2"``, or ``None``. A file written by :meth:`save` brings its own architecture.
+    :param str pretrained: path of a checkpoint of any dialect, an open binary file, name of shipped weights (``"gravel"``),
+        deepinv's ``"PatchNR_lodopab_small2"``, or ``None``. A file written by :meth:`save` brings its own architecture.
     :param int patch_size: side p of a patch, in pixels.
     :param int channels: channels C of the images.
     :param int num_layers: coupling blocks of the default flow.
@@ -84,12 +84,14 @@ class PatchNR(PatchWeights, Prior):
     torch.Size([1, 1, 20, 30])
     """
 
+    save, to_deepinv_state_dict = weights.save, weights.to_deepinv_state_dict
+    load_state_dict, from_checkpoint = weights.load_state_dict, classmethod(weights.from_checkpoint)
     _sums = patchwise  # where value and gradients over the patches of an image come from
 
     def __init__(
         self,
         normalizing_flow: nn.Module | None = None,
-        pretrained: str | None = None,
+        pretrained: weights.Source | None = None,
         patch_size: int = 6,
         channels: int = 1,
         num_layers: int = 5,
@@ -114,13 +116,11 @@ class PatchNR(PatchWeights, Prior):
         self.subset, self.precision = subset, precision
         self._check_options()
         self.generator = torch.Generator() if generator is None else generator
-        if normalizing_flow is not None:
-            self.normalizing_flow = as_flow(normalizing_flow)
-        elif not pretrained:
-            self.normalizing_flow = glow_flow(self.dim, num_layers, sub_net_size).to(device)
+        sizes = (num_layers, sub_net_size) if normalizing_flow is None else None
+        # a new flow is drawn also where weights take its place: a seeded script goes on with the numbers deepinv leaves it
+        self.normalizing_flow = glow_flow(self.dim, *sizes).to(device) if sizes else as_flow(normalizing_flow)
         if pretrained:
-            sizes = None if normalizing_flow is not None else {"num_layers": num_layers, "sub_net_size": sub_net_size}
-            self._load_pretrained(pretrained, sizes, device)
+            weights.load_pretrained(self, pretrained, sizes, device)
         self._probe()
 
     @property
