@@ -94,7 +94,7 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"expected {name} > 0; got {value}")
 
 
-def check_choice(name: str, value: str, choices) -> None:
+def check_choice(name: str, value: Any, choices) -> None:
     if value not in choices:
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}")
 
