@@ -175,7 +175,7 @@ def test_lengthened_goes_on_at_the_rate_of_the_new_length(tmp_path, monkeypatch)
 
 
 def test_early_stopping_counts_epochs_before_an_interruption(tmp_path, monkeypatch):
-    options = dict(eval_images=torch.rand(1, 1, 30, 30), early_stop=2, lr=3e-3, sub_net_size=64, steps_per_epoch=20)
+    options = dict(eval_images=torch.rand(1, 1, 12, 12), early_stop=1, lr=1e-2, sub_net_size=32)
     patches(tmp_path / "whole", 40, **options)
     expected = newest(tmp_path / "whole")["eval_loss"]["FlowNLL"]
     interrupted(patches, tmp_path / "broken", monkeypatch, 40, 1, **options)
