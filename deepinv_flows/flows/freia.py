@@ -62,8 +62,8 @@ def _not_orthogonal(matrix: Tensor) -> Tensor:
 
 def _orthogonal(matrix: Tensor) -> Tensor:
     """A rotation that was rounded to a shorter dtype, orthogonal to the precision of its own again (Newton-Schulz steps)."""
-    tolerance = _ROTATION_ROUNDING.get(matrix.dtype)
-    for _ in range(3 if tolerance and not matrix.is_meta else 0):
+    tolerance = _ROTATION_ROUNDING.get(matrix.dtype, 1.0)
+    for _ in range(0 if matrix.is_meta else 3):
         error = _not_orthogonal(matrix)
         if not tolerance < float(error.abs().max()) < 0.02:
             break

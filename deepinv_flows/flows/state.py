@@ -124,7 +124,7 @@ def deepinv_state_dict(flow: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def arrange(block: nn.Module, names: tuple[str, str]) -> None:
+def arrange(block: nn.Module, names: tuple[str, ...]) -> None:
     """Register the networks of a new block in this order."""
     for name in names:
         block._modules[name] = block._modules.pop(name)
@@ -141,13 +141,13 @@ def exchange(block: nn.Module) -> None:
     Each parameter keeps its place among those of the flow, as an optimizer that was made of them expects, and takes the name, the
     values and the shape that belong to that place in the other order.
     """
-    first, second = (block._modules[name] for name in order(block))
+    first, second = (block.get_submodule(name) for name in order(block))
     pairs = list(zip(first.modules(), second.modules()))
     if any(a._parameters.keys() != b._parameters.keys() for a, b in pairs):
         return  # networks of a user's own
     for a, b in pairs:
         a._parameters, b._parameters = b._parameters, a._parameters
-        for p, q in ((p, b._parameters[name]) for name, p in a._parameters.items() if p is not None):
+        for p, q in zip(a.parameters(recurse=False), b.parameters(recurse=False)):
             p.grad, q.grad = None, None  # of the weights before
             p.data, q.data = q.data, p.data
             p.requires_grad, q.requires_grad = q.requires_grad, p.requires_grad

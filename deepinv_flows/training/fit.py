@@ -76,7 +76,7 @@ def fit_patchnr(
         quarter more patches a second.
     :param str device: where to train.
     :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is one with a fixed seed.
-    :param bool verbose: progress bars and losses.
+    :param bool verbose: say what the training will take, and show one bar for all of it, with the loss and the best evaluation.
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis`` or ``metrics``.
     :return: the trained prior.
     :raises ValueError: for images that are not finite floating-point tensors of a patch's size or more, for the sizes of a new
@@ -108,7 +108,7 @@ def fit_patchnr(
         train_dataloader=_batches(samples, batch_size, generator, sampler),
         eval_dataloader=_batches(subset(PatchSamples(held_out, prior.patch_size)), batch_size, generator),
         physics=Denoising(), generator=generator, epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision,
-        device=device, verbose=verbose, show_progress_bar=verbose, **{"grad_clip": 100.0, **trainer_options},
+        device=device, verbose=verbose, **{"grad_clip": 100.0, **trainer_options},
     )  # fmt: skip
     _widen_range(prior, images)
     return prior.to(device)
@@ -162,7 +162,7 @@ def fit_flow(
     :param bool compile: compile the flow by :func:`torch.compile`; not with ``sigma``.
     :param str device: where to train.
     :param torch.Generator generator: source of batches and noise; ``None`` is one with a fixed seed.
-    :param bool verbose: progress bars and losses.
+    :param bool verbose: say what the training will take, and show one bar for all of it, with the loss and the best evaluation.
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis``.
     :return: ``flow``, trained.
     :raises ValueError: for images that are not finite, floating-point and of one size, or not of the flow's; for a noise
@@ -202,7 +202,7 @@ def fit_flow(
         train_dataloader=_batches(samples, batch_size, generator, RandomSampler(samples, generator=generator)),
         eval_dataloader=_batches(eval_samples, batch_size, generator),
         generator=generator, epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device,
-        verbose=verbose, show_progress_bar=verbose, keep_interval=max(1, epochs // 20), **{**objective, **trainer_options},
+        verbose=verbose, keep_interval=max(1, epochs // 20), **{**objective, **trainer_options},
     )  # fmt: skip
     return flow
 
@@ -236,7 +236,7 @@ def initialised(
             first = noisy(first, sigma, generator)
         else:
             first = first + dequantise * (torch.rand(first.shape, generator=generator, dtype=first.dtype) - 0.5)
-        flow.initialise(first.to(next(flow.parameters()).device))
+        flow.initialise(first.to(next(flow.parameters()).device))  # type: ignore[operator]
     return flow
 
 

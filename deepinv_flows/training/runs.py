@@ -16,6 +16,7 @@ from deepinv.loss import Loss
 from torch import Tensor, nn
 
 from .. import weights as checkpoints
+from .progress import Progress
 
 
 def fit(
@@ -38,9 +39,10 @@ def fit(
     :param bool resume: continue from the newest readable checkpoint there.
     :param bool keep_best: end with the weights of the best epoch.
     :param torch.Generator generator: source of all randomness; its state is kept in the checkpoints.
-    :param options: those of :class:`deepinv.Trainer`.
+    :param options: those of :class:`deepinv.Trainer`; ``verbose`` shows a bar.
     :raises ValueError: when weights end up not finite, or a checkpoint cannot be read or written.
     """
+    bar = bool(options.pop("verbose", True)) and options.pop("show_progress_bar", True)
     if resume and save_path is None:
         raise ValueError("expected save_path, the folder of the training to resume; got None")
     earlier = _runs(Path(save_path)) if resume and save_path is not None else []
@@ -53,7 +55,8 @@ def fit(
     defaults = dict(
         metrics=None, compute_train_metrics=False, compute_eval_losses=True, early_stop_on_losses=True,
         check_grad=True,  # deepinv 0.5.0 clips only when it also checks
-        freq_update_progress_bar=25, non_blocking_transfers=False,
+        verbose=False, show_progress_bar=False,  # one bar of ours for all epochs
+        non_blocking_transfers=False,
     )  # fmt: skip
     trainer = _Trainer(
         model=model,
@@ -64,7 +67,7 @@ def fit(
         save_path=None if save_path is None else _new_run(Path(save_path)),
         **{**defaults, **options},
     )
-    trainer.generators = (generator,)
+    trainer.generators, trainer.bar = (generator,), bar
     with torch.enable_grad():
         trainer.train()
     if keep_best:
@@ -121,8 +124,30 @@ class _Trainer(Resumes, Trainer):
     :param int keep_interval: of the checkpoints of every epoch those of every such epoch stay, and the newest.
     """
 
+    metrics: Any = None
     keep_interval: int = 1
     best: tuple[float, dict[str, Tensor]] | None = None  # loss and weights of the best epoch of this run
+    bar: bool = False
+    progress: Progress | None = None
+
+    def train(self) -> nn.Module:
+        try:
+            return super().train()
+        finally:
+            if self.progress is not None:
+                self.progress.close(*self._losses())
+
+    def step(self, *args, train: bool = True, **kwargs) -> None:
+        super().step(*args, train=train, **kwargs)
+        if train and self.bar:
+            if self.progress is None:
+                self.progress = Progress(len(self.train_dataloader[0]), self.epoch_start, self.epochs)
+            self.progress.step(*self._losses())
+
+    def _losses(self) -> tuple[float, float | None]:
+        """The mean training loss of this epoch, and the least evaluation loss so far."""
+        past = [loss for losses in self.eval_loss_history.values() for loss in losses if math.isfinite(loss)]
+        return self.logs_total_loss_train.avg, min(past, default=None)
 
     def save_model(self, filename: str, epoch: int, state: dict | None = None) -> None:
         if filename == "ckp_best.pth.tar":
@@ -147,7 +172,8 @@ class _Trainer(Resumes, Trainer):
         return checkpoint
 
     def save_best_model(self, epoch: int, train_ite: int, **kwargs) -> None:
-        metrics, self.metrics = self.metrics, []  # the best by the loss, whatever else is reported
+        metrics: Any = self.metrics
+        self.metrics = []  # the best by the loss, whatever else is reported
         try:
             super().save_best_model(epoch, train_ite, **kwargs)
         finally:

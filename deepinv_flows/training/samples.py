@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,21 +50,20 @@ class PatchSamples(Dataset):
         return {key: value[0] for key, value in self.__getitems__([i]).items()}
 
     def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
-        numbers = torch.as_tensor(numbers)
-        image = torch.bucketize(numbers, self.ends, right=True)
+        drawn = torch.as_tensor(numbers)
+        image = torch.bucketize(drawn, self.ends, right=True)
         patches = self.flat[0].new_empty(len(numbers), math.prod(self.shape))
         for k in image.unique().tolist():
             own = image == k
-            _, pixels = self.indices[k](numbers[own] - self.ends[k] + len(self.indices[k]))
+            _, pixels = self.indices[k](drawn[own] - self.ends[k] + len(self.indices[k]))
             patches[own] = self.flat[k][pixels]
         if self.augment:
             parts = patches.view(-1, *self.shape).tensor_split(min(8, len(patches)))
-            numbers = list(range(8))
+            symmetries = list(range(8))
             if len(parts) < 8:
-                numbers = torch.randint(
-                    8, (len(parts),), generator=self.generator, device=self.generator.device
-                ).tolist()
-            patches = torch.cat([_symmetry(part, k) for k, part in zip(numbers, parts)]).flatten(1)
+                draws = torch.randint(8, (len(parts),), generator=self.generator, device=self.generator.device)
+                symmetries = draws.tolist()
+            patches = torch.cat([_symmetry(part, k) for k, part in zip(symmetries, parts)]).flatten(1)
         return {"x": patches, "y": patches}
 
 
@@ -105,8 +105,8 @@ class ImageSamples(Dataset):
         if self.y is not None:
             return {"x": x, "y": self.y[numbers]}
         if self.augment:
-            source = {"generator": self.generator, "device": self.generator.device}
-            mirrored = torch.rand(len(x), **source).to(x.device) < 0.5
+            draws = torch.rand(len(x), generator=self.generator, device=self.generator.device)
+            mirrored = draws.to(x.device) < 0.5
             x[mirrored] = x[mirrored].flip(3)
         return {"x": x, "y": noisy(x, self.sigma, self.generator) if self.sigma else x}
 
@@ -128,7 +128,7 @@ def subset(samples: Dataset, size: int = 16384) -> Dataset:
     return Subset(samples, torch.linspace(0, number - 1, min(size, number)).long().tolist())
 
 
-def same(batch: dict) -> dict:
+def same(batch: Any) -> Any:
     return batch
 
 

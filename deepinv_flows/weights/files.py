@@ -135,7 +135,7 @@ def build(weights: Weights, patch: dict[str, int], num_layers: int, sub_net_size
     try:
         load_into(flow, weights.state)
     except CheckpointError as error:
-        sizes = {key: weights.config[key] for key in ("num_layers", "sub_net_size")}
+        sizes = {key: config[key] for key in ("num_layers", "sub_net_size")}
         hint = f" (the file has {sizes}, asked for was {asked}; PatchNR.from_checkpoint takes the file's)"
         raise CheckpointError(f"{error}{hint if weights.dialect and sizes != asked else ''}") from None
     return flow

@@ -100,7 +100,7 @@ def test_killed_and_resumed(tmp_path):
 
 # --- resumed as if never interrupted ---
 
-IMAGES = torch.nn.functional.avg_pool2d(torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0)), 5, 1)
+IMAGES = torch.nn.functional.avg_pool2d(torch.rand(1, 1, 18, 18, generator=torch.Generator().manual_seed(0)), 5, 1)
 FACES = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -165,12 +165,12 @@ def test_lengthened_goes_on_at_the_rate_of_the_new_length(tmp_path, monkeypatch)
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.Adam, "step", recording)
-    patches(tmp_path, 4, steps_per_epoch=1, batch_size=1)
-    patches(tmp_path, 8, steps_per_epoch=1, batch_size=1, resume=True)
+    patches(tmp_path, 4, steps_per_epoch=1, batch_size=64)
+    patches(tmp_path, 8, steps_per_epoch=1, batch_size=64, resume=True)
     expected = [1e-3 * WarmCosine(4)(k) for k in range(4)] + [1e-3 * WarmCosine(8)(k) for k in range(4, 8)]
     assert rates == pytest.approx(expected)
     rates.clear()
-    patches(tmp_path, 10, steps_per_epoch=1, batch_size=1, resume=True, lr=1e-4)
+    patches(tmp_path, 10, steps_per_epoch=1, batch_size=64, resume=True, lr=1e-4)
     assert rates == pytest.approx([1e-4 * WarmCosine(10)(k) for k in (8, 9)])
 
 
