@@ -21,6 +21,7 @@ from .state import (
     deepinv_key,
     deepinv_state_dict,
     glow_config,
+    is_rotation,
     rename_deepinv,
     same_function,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "glow_config",
     "glow_flow",
     "image_flow",
+    "is_rotation",
     "like_weights",
     "nll",
     "rename_deepinv",

@@ -69,6 +69,12 @@ def as_permutation(found: Tensor) -> Tensor:
     return perm
 
 
+def is_rotation(matrix: Tensor) -> bool:
+    """Whether a matrix is orthogonal up to the rounding of half precision."""
+    matrix = matrix.detach().flatten(1).float()
+    return bool((matrix.T @ matrix - torch.eye(matrix.shape[1], device=matrix.device)).abs().max() < 0.02)
+
+
 def glow_config(**differ) -> dict:
     """The config of deepinv's flow (its function if no more is given), or of one that differs."""
     function = dict(clamp=1.6, coupling="glow", clamp_activation="deepinv", activation="relu", permute=False)

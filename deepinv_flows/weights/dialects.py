@@ -31,6 +31,7 @@ from ..flows import (
     deepinv_key,
     deepinv_state_dict,
     glow_config,
+    is_rotation,
 )
 
 # the names by which modules hold a flow without changing its function
@@ -105,9 +106,6 @@ def modern(raw: Mapping) -> dict:
         metadata.setdefault(key.removesuffix(EXTRA).removesuffix("."), {}).update(
             {CONFIG: config, NETWORKS: FREIA_ORDER}
         )
-    for key, value in state.items():
-        if key.endswith((".perm", "initialised")) and torch.is_tensor(value) and not value.is_floating_point():
-            state[key] = value.float()
     state._metadata = metadata  # type: ignore[attr-defined]
     return state
 
@@ -193,8 +191,14 @@ def _last_index(state: dict[str, Tensor]) -> int:
     return max(int(key.split(".")[1]) for key in state)
 
 
-def check_numbers(key: str, expected: Tensor, found: Tensor) -> None:
-    """Refuse what a parameter or buffer of our flows cannot be."""
+def as_number(key: str, expected: Tensor, found: Tensor) -> Tensor:
+    """What 0.1.0 kept as integers and truth values, and is a number today."""
+    former = key.endswith((".perm", "initialised")) and expected.is_floating_point() and not found.is_complex()
+    return found.float() if former and not found.is_floating_point() else found
+
+
+def check_numbers(key: str, expected: Tensor, found: Tensor, ours: bool) -> None:
+    """Refuse what a parameter or buffer of a flow, one of ``ours`` or a user's, cannot be."""
     if expected.shape != found.shape:
         raise CheckpointError(f"{key}: expected shape {tuple(expected.shape)}; found {tuple(found.shape)}")
     if found.is_floating_point() != expected.is_floating_point() or found.is_complex() or found.layout != torch.strided:
@@ -206,3 +210,5 @@ def check_numbers(key: str, expected: Tensor, found: Tensor) -> None:
             as_permutation(found)
         except ValueError as error:
             raise CheckpointError(f"{key}: {error}") from None
+    if key.endswith((".w_perm", ".w_0", ".rotation")) and ours and not is_rotation(found):
+        raise CheckpointError(f"{key}: is not a rotation (an average of different rotations?)")

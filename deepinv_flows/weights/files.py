@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flows import build_flow, same_function
-from .dialects import CheckpointError, Weights, check_numbers, convert, descriptions, modern
+from .dialects import CheckpointError, Weights, as_number, check_numbers, convert, descriptions, modern
 
 METADATA_KEY = "deepinv_flows"
 LODOPAB = "PatchNR_lodopab_small2"
@@ -90,7 +90,8 @@ def load_into(module: nn.Module, state: dict[str, Tensor], strict: bool = True, 
             raise CheckpointError(f"expected weights of a flow {ours[name]}; found weights of {theirs[name]}")
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     for key in sorted(expected.keys() & state.keys()):
-        check_numbers(key, expected[key], state[key])
+        state[key] = as_number(key, expected[key], state[key])
+        check_numbers(key, expected[key], state[key], bool(ours))
     if strict and (missing or extra):
         raise CheckpointError(f"missing tensors: {missing[:3] or 'none'}; unexpected tensors: {extra[:3] or 'none'}")
     return nn.Module.load_state_dict(module, state, strict=strict, assign=assign)

@@ -142,7 +142,7 @@ def test_another_functions_weights_are_refused_inside_a_larger_module():
         outer.load_state_dict(silu.state_dict())
 
 
-@pytest.mark.parametrize("name", ["deepinv", "freia_sequence", "freia_block", "allinone"])
+@pytest.mark.parametrize("name", ["deepinv", "freia_sequence", "freia_graph", "freia_block", "allinone"])
 def test_pretrained_for_a_users_own_flow(name, tmp_path):
     prior = PatchNR(make(name, 9, torch.float32), patch_size=3)
     torch.save(prior.state_dict(), tmp_path / "own.pt")
@@ -261,3 +261,30 @@ def test_permutations_of_another_flow_are_checked():
     for wrong in (state[key] + 0.4, state[key].clamp(min=1)):
         with pytest.raises(CheckpointError, match="perm: is not a permutation"):
             prior.load_state_dict({**state, key: wrong})
+
+
+@pytest.mark.parametrize("name", ["allinone", "allinone_soft_exp", "allinone_householder"])
+def test_rotations_are_checked_before_anything_is_loaded(name):
+    priors = [PatchNR(make(name, 9, torch.float32, 0.1, seed), patch_size=3) for seed in (0, 1)]
+    a, b = ({k: v.clone() for k, v in prior.state_dict().items()} for prior in priors)
+    with pytest.raises(CheckpointError, match="w_.*: is not a rotation"):
+        priors[0].load_state_dict({key: 0.5 * a[key] + 0.5 * b[key] for key in a})
+    assert all(torch.equal(value, a[key]) for key, value in priors[0].state_dict().items())
+
+
+def test_a_users_own_integers_stay_integers():
+    """Buffers of names that ours have, too."""
+
+    class Own(Outer):
+        def __init__(self, seed=0):
+            super().__init__(seed=seed)
+            self.register_buffer("perm", torch.randperm(9, generator=torch.Generator().manual_seed(seed)))
+            self.register_buffer("initialised", torch.tensor(True))
+
+        def forward(self, x, rev=False):
+            return self.inner(x[:, self.perm], rev=rev)
+
+    prior, other = (PatchNR(Own(seed), patch_size=3) for seed in (0, 1))
+    other.load_state_dict(prior.state_dict())
+    x = torch.rand(1, 5, 9)
+    assert torch.equal(other(x), prior(x)) and other.normalizing_flow.perm.dtype == torch.int64
