@@ -173,14 +173,13 @@ def read_torch(path) -> dict:
 
 
 def _read_safetensors(raw: bytes) -> Weights:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    import safetensors.torch
 
     try:
-        state = load(raw)
+        state = safetensors.torch.load(raw)
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         said = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(f"neither a torch nor a safetensors file ({error})") from None
     if not said:
         return convert(state)
