@@ -35,7 +35,7 @@ def fit(
     :param torch.nn.Module model: what :class:`deepinv.Trainer` trains.
     :param deepinv.loss.Loss losses: the loss.
     :param float lr: largest learning rate, of Adam.
-    :param str save_path: folder of this training; ``None`` keeps nothing, on no disk.
+    :param str save_path: folder of this training; ``None`` writes no files.
     :param bool resume: continue from the newest readable checkpoint there.
     :param bool keep_best: end with the weights of the best epoch.
     :param torch.Generator generator: source of all randomness; its state is kept in the checkpoints.
@@ -109,7 +109,7 @@ class Resumes:
         if scheduler:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch: a scheduler steps before its optimizer
-                for _ in range(self.epoch_start):
+                for _ in range(getattr(scheduler, "last_epoch", 0), self.epoch_start):
                     scheduler.step()
         for generator, state in zip(self.generators, checkpoint.get("generators", [])):
             generator.set_state(state.cpu())
@@ -193,13 +193,13 @@ class WarmCosine:
 
 
 def _runs(folder: Path) -> list[Path]:
-    """The folders ``run_0``, ``run_1``, ... that are there, in their order; whatever else lies beside them is not looked at."""
+    """The folders ``run_0``, ``run_1``, ... that are there, in their order; anything else beside them is ignored."""
     found = [path for path in folder.glob("run_*") if re.fullmatch(r"run_\d+", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[4:]))
 
 
 def _new_run(folder: Path) -> Path:
-    """A new folder after the others, which no other training is given, also when it starts at the same time."""
+    """Make the next folder; of two trainings that start at the same time, each gets its own."""
     number = 1 + max((int(path.name[4:]) for path in _runs(folder)), default=-1)
     while True:
         try:

@@ -64,7 +64,7 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a flow to load them into: the longer of the file's and torch's default."""
+        """The dtype of a flow to load them into: the file's or torch's default, whichever is longer."""
         known = [
             v.dtype for k, v in self.state.items() if v.is_floating_point() and not k.endswith((".perm", "initialised"))
         ]
