@@ -124,9 +124,9 @@ class _Trainer(Resumes, Trainer):
     :param int keep_interval: of the checkpoints of every epoch those of every such epoch stay, and the newest.
     """
 
-    metrics: Any = None
     keep_interval: int = 1
     best: tuple[float, dict[str, Tensor]] | None = None  # loss and weights of the best epoch of this run
+    past: list[float] | None = None  # evaluation losses of the epochs before this run
     bar: bool = False
     progress: Progress | None = None
 
@@ -146,18 +146,21 @@ class _Trainer(Resumes, Trainer):
 
     def _losses(self) -> tuple[float, float | None]:
         """The mean training loss of this epoch, and the least evaluation loss so far."""
-        past = [loss for losses in self.eval_loss_history.values() for loss in losses if math.isfinite(loss)]
-        return self.logs_total_loss_train.avg, min(past, default=None)
+        return self.logs_total_loss_train.avg, min(filter(math.isfinite, self._eval_losses()), default=None)
+
+    def _eval_losses(self) -> list[float]:
+        """Of all epochs, those before an interruption included."""
+        (losses,) = self.eval_loss_history.values()
+        return [*(self.past or []), *losses]
 
     def save_model(self, filename: str, epoch: int, state: dict | None = None) -> None:
         if filename == "ckp_best.pth.tar":
-            (history,) = self.eval_loss_history.values()
-            self.best = history[-1], copy.deepcopy(self.model.state_dict())
+            self.best = self._eval_losses()[-1], copy.deepcopy(self.model.state_dict())
         if not self.save_path:
             return
         folder = Path(self.save_path)
         try:
-            super().save_model(f"{filename}.part", epoch, state)
+            super().save_model(f"{filename}.part", epoch, {"past": self.past or [], **(state or {})})
             os.replace(folder / f"{filename}.part", folder / filename)
         except (OSError, RuntimeError) as error:  # torch's archive writer raises the latter
             (folder / f"{filename}.part").unlink(missing_ok=True)
@@ -168,16 +171,18 @@ class _Trainer(Resumes, Trainer):
     def load_model(self, ckpt_pretrained: str | Path | None = None, strict: bool = True) -> dict | None:
         checkpoint = super().load_model(ckpt_pretrained, strict)
         if checkpoint is not None:  # early stopping and the best epoch look at all epochs
-            self.loss_history, self.eval_loss_history = checkpoint["loss"], checkpoint["eval_loss"]
+            (losses,) = checkpoint["eval_loss"].values()
+            self.past = [*checkpoint.get("past", []), *losses]
         return checkpoint
 
     def save_best_model(self, epoch: int, train_ite: int, **kwargs) -> None:
-        metrics: Any = self.metrics
-        self.metrics = []  # the best by the loss, whatever else is reported
-        try:
-            super().save_best_model(epoch, train_ite, **kwargs)
-        finally:
-            self.metrics = metrics
+        losses = self._eval_losses()  # whatever other metrics are reported
+        if losses and losses[-1] <= min(filter(math.isfinite, losses), default=-math.inf):
+            self.save_model("ckp_best.pth.tar", epoch)
+
+    def stop_criterion(self, epoch: int, train_ite: int, **kwargs) -> bool:
+        losses = self._eval_losses()
+        return epoch > self.eval_interval * (self.early_stop + losses.index(min(losses)))
 
 
 class WarmCosine:
