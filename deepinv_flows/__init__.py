@@ -1,6 +1,7 @@
 """Normalizing-flow priors for deepinv."""
 
 from .flows import Reversed, allinone_flow, as_flow, build_flow, glow_flow, image_flow
+from .images import load_images
 from .iterators import (
     NMAPG,
     CondatVu,
@@ -61,6 +62,7 @@ __all__ = [
     "fit_patchnr",
     "glow_flow",
     "image_flow",
+    "load_images",
     "nmapg",
     "register",
     "registered",

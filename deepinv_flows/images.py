@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def load_images(
 
     :param str data: a folder with images in it or below it, a file, or a name of those that come with scikit-image (``"camera"``,
         ``"grass"``, ``"lfw_subset"``, ...); or a list of such. An ``.npy`` file holds (N, H, W) in [0, 1].
-    :param int channels: 1 for grey images, 3 for colour.
+    :param int channels: 1 for grey images, 3 for colour. Colour read as grey is said by a warning.
     :param str part: ``"eval"`` for every fifth image, or the last of fewer than five, or the lowest fifth of the rows of one;
         ``"train"`` for the rest; ``None`` for all.
     :param int min_size: least number of pixels a side.
@@ -32,16 +33,23 @@ def load_images(
     :raises FileNotFoundError: where there are no images.
     :raises ValueError: for images that are too small, or not of 8 bits.
 
-    >>> from deepinv_flows.images import load_images
+    >>> from deepinv_flows import load_images
     >>> [image.shape for image in load_images("coins")]
     [torch.Size([1, 303, 384])]
     """
     check_choice("part", part, (None, "train", "eval"))
     check_choice("channels", channels, (1, 3))
     names = [data] if isinstance(data, str | os.PathLike) else list(data or [])
-    images = [image for name in names for path in _files(name) for image in _read(path, channels)]
+    files = [path for name in names for path in _files(name)]
+    images = [image for path in files for image in _read(path, channels)]
     if not images:
         raise FileNotFoundError(f"expected data to name images; got {data!r}")
+    in_colour = sum(map(_in_colour, files)) if channels == 1 else 0
+    if in_colour:
+        warnings.warn(
+            f"{in_colour} of {len(files)} files of {data!r} are in colour and are read as grey; channels=3 keeps colours",
+            stacklevel=2,
+        )
     if part is not None and len(images) == 1:
         top = images[0].shape[1] - max(images[0].shape[1] // EVERY, min_size)
         images = [images[0][:, max(top, 0) :] if part == "eval" else images[0][:, : max(top, 0)]]
@@ -123,11 +131,21 @@ def _files(name: str | os.PathLike) -> list[Path]:
     if path.is_file():
         return [path]
     skimage = importlib.util.find_spec("skimage")
-    bundled = Path(skimage.origin).parent / "data" if skimage else Path()
-    found = [bundled / f"{name}{suffix}" for suffix in FILES if skimage and (bundled / f"{name}{suffix}").is_file()]
+    bundled = Path(skimage.origin).parent / "data" if skimage and skimage.origin else None
+    found = [bundled / f"{name}{suffix}" for suffix in FILES if bundled and (bundled / f"{name}{suffix}").is_file()]
     if not found or len(path.parts) != 1:
         raise FileNotFoundError(f"expected a folder of images, a file, or a name of scikit-image's; got {str(name)!r}")
     return found
+
+
+def _in_colour(path: Path) -> bool:
+    from PIL import Image
+
+    if path.suffix == ".npy":
+        return False
+    with Image.open(path) as image:
+        red, *others = np.moveaxis(np.asarray(image.convert("RGB")), 2, 0)
+    return any(not np.array_equal(red, other) for other in others)
 
 
 def _read(path: Path, channels: int) -> list[Tensor]:
@@ -142,5 +160,5 @@ def _read(path: Path, channels: int) -> list[Tensor]:
         if image.mode not in EIGHT_BITS:
             raise ValueError(f"expected an image of 8 bits; got mode {image.mode} in {path}")
         pixels = np.asarray(image.convert("L" if channels == 1 else "RGB")) / 255
-    image = torch.from_numpy(pixels).to(torch.get_default_dtype())
-    return [image.view(*pixels.shape[:2], channels).permute(2, 0, 1).contiguous()]
+    tensor = torch.from_numpy(pixels).to(torch.get_default_dtype())
+    return [tensor.view(*pixels.shape[:2], channels).permute(2, 0, 1).contiguous()]

@@ -4,9 +4,12 @@ Train what a YAML file describes
 
 ``python examples/train.py --config examples/configs/patchnr.yaml [key=value ...]`` runs a :class:`deepinv.Trainer` whose physics,
 model, losses, metrics, optimizer and data the file names by their import paths. Every key of the file can be given anew
-(``epochs=5``, ``optimizer.lr=1e-4``, ``data=/my/folder``), and one that it has not can be added (``+trainer.early_stop=3``). With
-``resume=true`` the training goes on from its newest checkpoint. ``torchrun --nproc_per_node 2 examples/train.py ...`` shares each
-batch out over two processes, with the losses of one.
+(``epochs=5``, ``optimizer.lr=1e-4``, ``data=/my/folder``), and one that it has not can be added (``+trainer.early_stop=3``).
+
+With ``resume=true`` the training goes on from its newest checkpoint, as if it had not been interrupted; more epochs or another
+rate count from there on. ``mode=test [test_data=/my/folder]`` evaluates the best checkpoint of the newest run, or the one that
+``resume=`` names, and writes images beside it. ``torchrun --nproc_per_node 2 examples/train.py ...`` shares each batch out over
+two processes, with the losses of one.
 
 A file can name any function to call: run those that you trust.
 """
@@ -30,11 +33,14 @@ from deepinv.datasets.base import batch_as_dict
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+from torchvision.utils import save_image
 
-from deepinv_flows import DistributedTrainer
+from deepinv_flows import DistributedTrainer, FlowModel
 from deepinv_flows.checks import check_choice, positive_int
+from deepinv_flows.training import Resumes
 from deepinv_flows.weights import CheckpointError, guarded, read_torch
 
+PATHS = ("data", "test_data", "save_path", "resume")
 instantiate = functools.partial(hydra.utils.instantiate, _convert_="all")  # lists as lists
 
 
@@ -45,15 +51,36 @@ def read_config(path: str, overrides: list[str]) -> DictConfig:
         raise ValueError(f"expected keys and values; got {type(config).__name__} in {path}")
     for override in overrides:
         key, equals, value = override.partition("=")
-        name, known = key.removeprefix("+"), keys(OmegaConf.to_container(config))
+        plain = OmegaConf.to_container(config)
+        name, known = key.removeprefix("+"), keys(plain)
         if not (name and equals):
             raise ValueError(f"expected key=value; got {override!r}")
         if name not in known and name == key:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(str, config))}"
             raise ValueError(f"no key {name!r} in {path}; {hint} (+{name}=... adds one)")
-        OmegaConf.update(config, name, OmegaConf.create(f"value: {value}")["value"], merge=False)
+        OmegaConf.update(
+            config, name, read_value(value, name in PATHS or isinstance(at(plain, name), str)), merge=False
+        )
     return config
+
+
+def read_value(text: str, is_text: bool):
+    """An override: YAML, save that the words of a path or another text stand for themselves, whatever YAML reads in them."""
+    if is_text and not re.match(r"""\s*([\[{"']|(null|~|true|false)?\s*$)""", text):
+        return text
+    value = OmegaConf.create(f"value: {text}")["value"]
+    return text if isinstance(value, str) and not re.match(r"""\s*["']""", text) else value
+
+
+def at(node, name: str):
+    """What a file has under a key, if anything."""
+    for part in name.split("."):
+        if isinstance(node, list):
+            node = node[int(part)] if part.isdecimal() and int(part) < len(node) else None
+        else:
+            node = node.get(part) if isinstance(node, dict) else None
+    return node
 
 
 def keys(node) -> list[str]:
@@ -63,15 +90,25 @@ def keys(node) -> list[str]:
 
 
 def newest_checkpoint(config: DictConfig) -> tuple[Path | None, int]:
-    """What to resume from, and the epochs that it has behind it; one that an interruption cut short is passed over."""
+    """What to go on from or to test, and the epochs that it has behind it; one that an interruption cut short is passed over."""
+    testing = config.get("mode") == "test"
     if config.resume and not isinstance(config.resume, bool):
         with guarded(config.resume):
             return Path(config.resume), read_torch(config.resume)["epoch"] + 1
-    paths = Path(config.save_path).glob("*/ckp_*.pth.tar") if config.resume else []
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(CheckpointError):
+    if not config.resume and not testing:
+        return None, 0
+    asked = "mode=test" if testing else "resume=true"
+    if not config.save_path:
+        raise ValueError(f"{asked} needs save_path, the folder of the training, or resume=<path of a checkpoint>")
+    paths = sorted(Path(config.save_path).glob("*/ckp_*.pth.tar"), key=lambda path: path.stat().st_mtime, reverse=True)
+    if testing:  # the best of the newest run
+        paths = [path.parent / "ckp_best.pth.tar" for path in paths[:1]] + paths
+    for path in paths:
+        with contextlib.suppress(CheckpointError, OSError):
             return path, read_torch(path)["epoch"] + 1
-    return None, 0
+    raise ValueError(
+        f"{asked}: no readable checkpoint under {config.save_path}" + ("; resume=false starts anew" * (not testing))
+    )
 
 
 def only_x(batch) -> torch.Tensor:
@@ -87,21 +124,61 @@ def measured(data: Dataset, physics, device: torch.device) -> Dataset:
     return TensorDataset(x=x, y=y, use_dict_output=True)
 
 
-def train(config: DictConfig) -> DistributedTrainer:
-    """Make all that the file names, and train."""
-    check_choice("dtype", config.dtype, ("float32", "float64"))
-    torch.set_default_dtype(getattr(torch, config.dtype))
+class ResumingTrainer(Resumes, DistributedTrainer):
+    """Leaves beside its checkpoints the file that made them."""
+
+    config: DictConfig | None = None
+
+    def setup_train(self, train: bool = True, **kwargs):
+        super().setup_train(train, **kwargs)
+        if self.save_path and self.config is not None:
+            OmegaConf.save(self.config, Path(self.save_path) / "config.yaml", resolve=True)
+
+
+def generators(*things) -> tuple[torch.Generator, ...]:
+    """All sources of random numbers of modules and data, torch's own ahead."""
+    parts = [part for thing in things for part in (thing.modules() if isinstance(thing, torch.nn.Module) else [thing])]
+    found = [value for part in parts for value in vars(part).values() if isinstance(value, torch.Generator)]
+    return torch.default_generator, *{id(generator): generator for generator in found}.values()
+
+
+def device_of(config: DictConfig) -> torch.device:
+    """The device, of this process among those of torchrun."""
     device = torch.device(config.device)
-    if "LOCAL_RANK" in os.environ:  # by torchrun
+    if "LOCAL_RANK" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def whole_folder(node) -> None:
+    """Take all images of what was to give the held-out ones."""
+    for key, below in node.items() if OmegaConf.is_dict(node) else ():
+        if key == "part":
+            node[key] = None
+        whole_folder(below)
+
+
+def run(config: DictConfig) -> ResumingTrainer:
+    """Make all that the file names, and train or test."""
+    check_choice("dtype", config.dtype, ("float32", "float64"))
+    check_choice("mode", config.get("mode", "train"), ("train", "test"))
+    testing = config.get("mode") == "test"
+    if config.get("test_data"):
+        if not testing:
+            raise ValueError(f"test_data is for mode=test; got {config.test_data!r} with mode={config.get('mode')}")
+        config.data = config.test_data
+        whole_folder(config.eval_data)
+    torch.set_default_dtype(getattr(torch, config.dtype))
+    device = device_of(config)
     checkpoint, epoch = newest_checkpoint(config)
 
     torch.manual_seed(config.seed)
     physics = instantiate(config.physics).to(device)
     model = instantiate(config.model).to(device)
+    losses = instantiate(config.losses)
     optimizer = instantiate(config.optimizer, _partial_=True)([p for p in model.parameters() if p.requires_grad])
     scheduler = instantiate(config.scheduler, _partial_=True)(optimizer) if config.scheduler else None
     options = instantiate(config.trainer)
@@ -113,28 +190,56 @@ def train(config: DictConfig) -> DistributedTrainer:
         sampler = RandomSampler(data, samples_per_epoch is not None, samples_per_epoch) if shuffle else None
         return DataLoader(data, positive_int(batch_size=config.batch_size), sampler=sampler, collate_fn=collate)
 
-    trainer = DistributedTrainer(
+    eval_data = loader(config.eval_data, False)
+    trainer = ResumingTrainer(
         model=model,
         physics=physics,
-        losses=instantiate(config.losses),
+        losses=losses,
         metrics=instantiate(config.metrics),
         optimizer=optimizer,
         scheduler=scheduler,
-        train_dataloader=loader(config.train_data, True, config.samples_per_epoch),
-        eval_dataloader=loader(config.eval_data, False),
+        train_dataloader=eval_data if testing else loader(config.train_data, True, config.samples_per_epoch),
+        eval_dataloader=eval_data,
         epochs=positive_int(epochs=config.epochs),
         device=device,
-        save_path=config.save_path,
+        save_path=None if testing else config.save_path,
         ckpt_pretrained=checkpoint,
         non_blocking_transfers=device.type == "cuda",
         **options,
     )
-    torch.manual_seed(config.seed + epoch)  # a resumed training draws anew
+    trainer.config = config
+    trainer.generators = generators(physics, model, losses, trainer.train_dataloader.dataset)
+    if testing:
+        test(trainer, eval_data, checkpoint.parent / "test", options.get("compare_no_learning", False))
+    else:
+        torch.manual_seed(config.seed + epoch)  # for checkpoints that keep no random state
+        train(trainer)
+    return trainer
+
+
+def train(trainer: ResumingTrainer) -> None:
     model = trainer.train()
     histories = [*trainer.loss_history.values(), *trainer.eval_metrics_history.values()]
     if not all(bool(p.isfinite().all()) for p in [*model.parameters(), *map(torch.tensor, histories)]):
         raise ValueError("the training diverged: a weight, loss or metric is not finite")
-    return trainer
+
+
+def test(trainer: ResumingTrainer, data: DataLoader, folder: Path, compare_no_learning: bool) -> None:
+    """Metrics, and images: measured, reconstructed and true ones, or samples of a flow."""
+    folder.mkdir(exist_ok=True)
+    if not isinstance(trainer.model, FlowModel):
+        trainer.test(data, folder, compare_no_learning)
+    else:
+        trainer.test(data, None, False)
+        with torch.no_grad():
+            x, _ = trainer.model.flow(
+                torch.randn(64, *only_x([data.dataset[0]])[0].shape, device=trainer.device), rev=True
+            )
+        if x.ndim == 2:  # patches
+            side, channels = trainer.config.patch_size, trainer.config.channels
+            x = x.view(-1, channels, side, side)
+        save_image(x.clamp(0, 1), folder / "samples.png")
+    print(f"images: {folder}")
 
 
 def one_line(error: Exception) -> str:
@@ -158,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     start, dtype = time.perf_counter(), torch.get_default_dtype()
     try:
         args = parser.parse_intermixed_args(argv)
-        trainer = train(read_config(args.config, args.overrides))
+        trainer = run(read_config(args.config, args.overrides))
         if trainer.save_path:
             print(f"{time.perf_counter() - start:.1f} s; checkpoints: {trainer.save_path}")
     except Exception as error:

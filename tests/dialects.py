@@ -7,6 +7,8 @@ import FrEIA.framework as Ff
 import FrEIA.modules as Fm
 import torch
 
+from deepinv_flows import PatchNR
+
 LAYERS, WIDTH = 3, 24
 
 
@@ -68,3 +70,7 @@ def paper(patch_size, channels):
 
 
 DIALECTS = {"deepinv": deepinv_now, "trainer": deepinv_trainer, "deepinv_040": deepinv_040, "paper": paper}
+
+
+def ours(patch_size, channels):
+    return PatchNR(patch_size=patch_size, channels=channels, num_layers=LAYERS, sub_net_size=WIDTH)

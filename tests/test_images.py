@@ -102,3 +102,16 @@ def test_a_phantom_is_the_sum_of_its_ellipses():
             if (along / (0.1 + 0.35 * a[n, k])) ** 2 + (across / (0.1 + 0.35 * b[n, k])) ** 2 < 1:
                 level += 0.5 * value[n, k]
         assert abs(found[n, 0, row, column] - min(level, 1)) < 1e-5
+
+
+def test_colour_read_as_grey_is_said(folder, recwarn):
+    assert len(load_images(folder)) == 7 and not recwarn.list  # grey, also where a file holds three equal channels
+    Image.fromarray(np.full((10, 12, 3), 5, np.uint8)).save(folder / "equal.png")
+    load_images(folder)
+    assert not recwarn.list
+    Image.fromarray(np.dstack([np.full((10, 12), k, np.uint8) for k in (1, 2, 3)])).save(folder / "colour.png")
+    with pytest.warns(
+        UserWarning, match="1 of 9 files of .* are in colour and are read as grey; channels=3 keeps colours"
+    ):
+        load_images(folder)
+    assert len(load_images(folder, channels=3)) == 9

@@ -2,25 +2,53 @@
 Flows: the contract that every prior here relies on, and builders of flows that satisfy it.
 
 The contract and the negative log-likelihood are in :mod:`~deepinv_flows.flows.contract`; builders for vectors, for images and by
-``config`` in modules of these names; what FrEIA needs to be pickled and copied in :mod:`~deepinv_flows.flows.freia`.
+``config`` in modules of these names; what a state dict holds in :mod:`~deepinv_flows.flows.state`; what FrEIA needs to be pickled
+and copied in :mod:`~deepinv_flows.flows.freia`.
 """
 
 from .building import build_flow
-from .contract import KnowsItsConfig, Reversed, as_flow, decode_config, evaluate, like_weights, nll, same_function
+from .contract import Reversed, as_flow, evaluate, like_weights, nll
 from .image import image_flow
+from .state import (
+    CONFIG,
+    DEEPINV_ORDER,
+    EXTRA,
+    FREIA_ORDER,
+    NETWORKS,
+    KnowsItsConfig,
+    as_permutation,
+    decode_config,
+    deepinv_key,
+    deepinv_state_dict,
+    glow_config,
+    is_rotation,
+    rename_deepinv,
+    same_function,
+)
 from .vector import allinone_flow, glow_flow
 
 __all__ = [
+    "CONFIG",
+    "DEEPINV_ORDER",
+    "EXTRA",
+    "FREIA_ORDER",
+    "NETWORKS",
     "KnowsItsConfig",
     "Reversed",
     "allinone_flow",
     "as_flow",
+    "as_permutation",
     "build_flow",
     "decode_config",
+    "deepinv_key",
+    "deepinv_state_dict",
     "evaluate",
+    "glow_config",
     "glow_flow",
     "image_flow",
+    "is_rotation",
     "like_weights",
     "nll",
+    "rename_deepinv",
     "same_function",
 ]

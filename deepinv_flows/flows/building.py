@@ -1,5 +1,7 @@
 """A flow from the description that its builder left in it."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,7 +24,7 @@ def build_flow(config: dict, generator: torch.Generator | None = None) -> nn.Mod
     >>> build_flow(glow_flow(4, num_layers=1).config).config["dim"]
     4
     """
-    builders = {"glow_flow": glow_flow, "allinone_flow": allinone_flow, "image_flow": image_flow}
+    builders: dict[Any, Any] = {"glow_flow": glow_flow, "allinone_flow": allinone_flow, "image_flow": image_flow}
     config = dict(config)
     name, reverse = config.pop("builder", None), config.pop("reversed", False)
     check_choice("builder", name, builders)

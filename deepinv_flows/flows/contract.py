@@ -8,43 +8,12 @@ it changes sign with ``rev``. FrEIA's ``SequenceINN`` and ``GraphINN``, deepinv'
 """
 
 import inspect
-import json
 import math
 
 import torch
 from torch import Tensor, nn
 
-SIZES = ("dim", "num_layers", "sub_net_size", "split_len")
-
-
-def encode_config(config: dict) -> Tensor:
-    """A builder's ``config`` as a tensor, to travel in a state dict."""
-    return torch.tensor(list(json.dumps(config, sort_keys=True).encode()), dtype=torch.uint8)
-
-
-def decode_config(code: Tensor) -> dict:
-    """Inverse of :func:`encode_config`."""
-    return json.loads(bytes(code.tolist()))
-
-
-def same_function(a: dict, b: dict) -> bool:
-    """Whether flows of these configs compute the same function when sizes and weights are equal."""
-    a, b = ({"reversed": False, **{key: c[key] for key in c if key not in SIZES}} for c in (a, b))
-    return a == b
-
-
-class KnowsItsConfig:
-    """Mixin: the state dict says which function the weights are for, and loading another function's is refused."""
-
-    config: dict
-
-    def get_extra_state(self) -> Tensor:
-        return encode_config(self.config)
-
-    def set_extra_state(self, code: Tensor) -> None:
-        found = decode_config(code)
-        if not same_function(found, self.config):
-            raise ValueError(f"expected weights of a flow {self.config}; found weights of {found}")
+from .state import KnowsItsConfig
 
 
 class Reversed(KnowsItsConfig, nn.Module):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import KnowsItsConfig
+from . import state
 
 
 class Clamp:
@@ -54,12 +54,27 @@ class GlobalScale:
         return torch.exp(a)
 
 
+_ROTATION_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def _not_orthogonal(matrix: Tensor) -> Tensor:
+    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) - matrix.T @ matrix
+
+
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """A rotation rounded to float32, orthogonal to float64's precision again (one Newton-Schulz step)."""
-    error = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) - matrix.T @ matrix
-    if matrix.dtype == torch.float64 and error.abs().max() > 1e-12:
-        return matrix + 0.5 * matrix @ error
+    """A rotation that was rounded to a shorter dtype, orthogonal to the precision of its own again (Newton-Schulz steps)."""
+    tolerance = _ROTATION_ROUNDING.get(matrix.dtype, 1.0)
+    for _ in range(0 if matrix.is_meta else 3):
+        error = _not_orthogonal(matrix)
+        if not tolerance < float(error.abs().max()) < 0.02:
+            break
+        matrix = matrix + 0.5 * matrix @ error
     return matrix
+
+
+def _check_rotation(name: str, matrix: Tensor, errors: list[str]) -> None:
+    if not matrix.is_meta and not state.is_rotation(matrix):
+        errors.append(f"{name}: is not a rotation (an average of different rotations?)")
 
 
 def _standardising(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,8 +123,10 @@ class AllInOneBlock(Fm.AllInOneBlock):
         self._orthogonalise()
         return self
 
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        name = "w_0" if self.householder else "w_perm"
+        _check_rotation(prefix + name, getattr(self, name).flatten(1), args[-1])
         self._orthogonalise()
 
     def forward(self, x, c=(), rev=False, jac=True):
@@ -126,11 +143,25 @@ class Permutation(Fm.InvertibleModule):
         self.register_buffer("perm", perm)
 
     def forward(self, x, c=(), rev=False, jac=True):
-        perm = torch.argsort(self.perm) if rev else self.perm
+        perm = self.perm.long()  # numbers where a state dict stands in for the buffers
+        perm = torch.argsort(perm) if rev else perm
         return (x[0].index_select(1, perm),), x[0].new_zeros(x[0].shape[0])
 
     def output_dims(self, input_dims):
         return input_dims
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "perm"] = self.perm.float()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        key, errors = prefix + "perm", args[-1]
+        if key in state_dict:
+            try:
+                state_dict[key] = state.as_permutation(state_dict[key])
+            except ValueError as error:
+                errors.append(f"{key}: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ChannelAffine(Fm.InvertibleModule):
@@ -166,8 +197,9 @@ class ChannelAffine(Fm.InvertibleModule):
         self.rotation.data = _orthogonal(self.rotation)
         return self
 
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _check_rotation(prefix + "rotation", self.rotation, args[-1])
         self.rotation.data = _orthogonal(self.rotation)
 
     def output_dims(self, input_dims):
@@ -203,8 +235,12 @@ class Squeeze(Fm.InvertibleModule):
         return [(4 * channels, height // 2, width // 2)]
 
 
-class SequenceFlow(KnowsItsConfig, Ff.SequenceINN):
-    """A ``SequenceINN`` that knows the builder call it came from and always returns ``log_det`` as (N,)."""
+class SequenceFlow(state.KnowsItsConfig, Ff.SequenceINN):
+    """
+    A ``SequenceINN`` that knows the builder call it came from and always returns ``log_det`` as (N,).
+
+    Its :meth:`load_state_dict` also takes the names of deepinv's ``NormalizingFlow``, where that is the same function.
+    """
 
     def __init__(self, *dims: int, config: dict):
         super().__init__(*dims)
@@ -215,3 +251,31 @@ class SequenceFlow(KnowsItsConfig, Ff.SequenceINN):
         if not torch.is_tensor(log_det) or log_det.ndim == 0:
             log_det = out.new_zeros(out.shape[0]) + log_det
         return out, log_det
+
+    def to_deepinv_state_dict(self) -> dict[str, Tensor]:
+        """
+        State dict that deepinv's ``NormalizingFlow.load_state_dict`` takes.
+
+        :raises ValueError: when deepinv has no flow of this function, as with permutations.
+        """
+        return state.deepinv_state_dict(self)
+
+    def _glow_blocks(self) -> list[nn.Module]:
+        return [block for block in self.module_list if type(block) is Fm.GLOWCouplingBlock]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if prefix[:-1] in getattr(destination, "_metadata", {}):
+            order = [list(state.order(block)) for block in self._glow_blocks()[:1]]
+            destination._metadata[prefix[:-1]].update({state.NETWORKS: order[0]} if order else {})
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        order = local_metadata.get(state.NETWORKS)
+        if prefix + state.EXTRA in state_dict:
+            order = state.FREIA_ORDER
+        elif state.rename_deepinv(state_dict, prefix, self):
+            order = state.DEEPINV_ORDER
+        for block in self._glow_blocks():
+            if order is not None and state.order(block) != tuple(order):
+                state.exchange(block)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

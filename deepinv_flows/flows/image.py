@@ -31,7 +31,7 @@ class ImageFlow(KnowsItsConfig, nn.Module):
         super().__init__()
         self.levels, self.splits, self.config = levels, splits, config
         self.img_size, self.dims_c = tuple(config["img_size"]), [tuple(dims) for dims in config["dims_c"]]
-        self.register_buffer("initialised", torch.tensor(False))
+        self.register_buffer("initialised", torch.tensor(0.0))  # a number: state dicts are averaged
         self.memory_efficient = memory_efficient
 
     def forward(
@@ -61,7 +61,7 @@ class ImageFlow(KnowsItsConfig, nn.Module):
         """
         self._check(x, self.img_size)
         self._encode(x, self._conditions(c, len(x)), initialise=True)
-        self.initialised.fill_(True)
+        self.initialised.fill_(1)
 
     def _encode(self, x, conditions, initialise=False):
         x, latents, log_det = _channels_last(x), [], x.new_zeros(len(x))

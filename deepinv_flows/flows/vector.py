@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..checks import check_choice, check_positive, positive_int, randomness
+from . import state
 
 COUPLINGS = ("glow", "realnvp", "nice", "gin")
 CLAMPS = ("deepinv", "ATAN", "TANH", "SIGMOID")
@@ -102,6 +103,8 @@ def glow_flow(
             subnets = _deepinv_order(coupling, small, large, sub_net_size, activation)
             flow.append(block, subnet_constructor=subnets, split_len=large, **options)
             flow[-1].f_clamp = Clamp.named(clamp_activation, clamp)
+            if coupling == "glow":
+                state.arrange(flow[-1], state.DEEPINV_ORDER)
             if permute:
                 flow.append(Permutation, perm=torch.randperm(dim))
         flow.append(Permutation, perm=torch.arange(dim).roll(small))

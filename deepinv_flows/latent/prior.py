@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import solvers
 from .. import weights as checkpoints
 from ..checks import check_autograd, check_input, positive_int
-from ..flows import as_flow, build_flow, evaluate, like_weights, nll
+from ..flows import as_flow, evaluate, like_weights, nll
 
 
 class FlowPrior(Prior):
@@ -69,7 +69,7 @@ class FlowPrior(Prior):
                         raise checkpoints.CheckpointError(
                             "expected weights that FlowPrior.save wrote; found those of another flow, such as one on patches"
                         )
-                    normalizing_flow = build_flow(weights.config, torch.Generator())
+                    normalizing_flow = checkpoints.new_flow(weights)
                 checkpoints.load_into(normalizing_flow, weights.state)
         self.normalizing_flow = as_flow(normalizing_flow)
 

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from .. import solvers
 from ..checks import check_autograd, check_choice, check_input, positive_int, transformed, warn_outside
 from ..flows import as_flow, evaluate, glow_flow, like_weights
+from . import weights
 from .padding import PAD_MODES, PaddedPotential, padded
 from .patches import SUBSETS, PatchIndex
 from .plain import check_dimension
 from .potential import Asked, PatchPotential
 from .subsets import Draws
-from .weights import PatchWeights
 
 
-class PatchNR(PatchWeights, deepinv.optim.PatchNR):
+class PatchNR(deepinv.optim.PatchNR):
     r"""
     Patch prior by a normalizing flow; drop-in for :class:`deepinv.optim.PatchNR` that also takes images.
 
@@ -52,8 +52,8 @@ class PatchNR(PatchWeights, deepinv.optim.PatchNR):
     :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
         D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds
         :func:`deepinv_flows.glow_flow`.
-    :param str pretrained: path of a checkpoint of any dialect, name of shipped weights (``"gravel"``), deepinv's
-        ``"PatchNR_lodopab_small2"``, or ``None``. A file written by :meth:`save` brings its own architecture.
+    :param str pretrained: path of a checkpoint of any dialect, an open binary file, name of shipped weights (``"gravel"``),
+        deepinv's ``"PatchNR_lodopab_small2"``, or ``None``. A file written by :meth:`save` brings its own architecture.
     :param int patch_size: side p of a patch, in pixels.
     :param int channels: channels C of the images.
     :param int num_layers: coupling blocks of the default flow.
@@ -91,10 +91,13 @@ class PatchNR(PatchWeights, deepinv.optim.PatchNR):
     torch.Size([1, 1, 20, 30])
     """
 
+    save, to_deepinv_state_dict = weights.save, weights.to_deepinv_state_dict
+    load_state_dict, from_checkpoint = weights.load_state_dict, classmethod(weights.from_checkpoint)
+
     def __init__(
         self,
         normalizing_flow: nn.Module | None = None,
-        pretrained: str | None = None,
+        pretrained: weights.Source | None = None,
         patch_size: int = 6,
         channels: int = 1,
         num_layers: int = 5,
@@ -120,13 +123,11 @@ class PatchNR(PatchWeights, deepinv.optim.PatchNR):
         self.generator = torch.Generator() if generator is None else generator
         self.image_range: tuple[float, float] | None = None
         self._draws, self._asked, self._warned = Draws(), Asked(), False
-        if normalizing_flow is not None:
-            self.normalizing_flow = as_flow(normalizing_flow)
-        elif not pretrained:
-            self.normalizing_flow = glow_flow(self.dim, num_layers, sub_net_size).to(device)
+        sizes = (num_layers, sub_net_size) if normalizing_flow is None else None
+        # a new flow is drawn also where weights take its place: a seeded script goes on with the numbers deepinv leaves it
+        self.normalizing_flow = glow_flow(self.dim, *sizes).to(device) if sizes else as_flow(normalizing_flow)
         if pretrained:
-            sizes = None if normalizing_flow is not None else {"num_layers": num_layers, "sub_net_size": sub_net_size}
-            self._load_pretrained(pretrained, sizes, device)
+            weights.load_pretrained(self, pretrained, sizes, device)
         check_dimension(self.normalizing_flow, self.dim, f"patch_size {patch_size}, channels {channels}")
 
     @property

@@ -1,112 +1,149 @@
-"""What PatchNR does with weights: write them, load them in any dialect, be built from a file."""
+"""What PatchNR does with weights: write them, load them in any dialect, be built from a file. Its methods of these names."""
+
+from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import weights as checkpoints
-from ..flows import same_function
+from ..flows import like_weights, rename_deepinv, same_function
+
+if TYPE_CHECKING:
+    from .prior import PatchNR
+
+Source = str | os.PathLike | BinaryIO
 
 
-class PatchWeights:
-    """Methods of a patch prior with ``normalizing_flow``, ``patch_size`` and ``channels``, for its weights."""
+def save(self: PatchNR, path: str | os.PathLike) -> None:
+    """
+    Write weights, architecture, patch shape and the range of the training images as safetensors, for :meth:`from_checkpoint`.
 
-    def save(self, path: str | os.PathLike) -> None:
-        """
-        Write weights, architecture and patch shape as safetensors, for :meth:`from_checkpoint`.
+    :param str path: file to write, in a folder that exists; left as it was if writing is interrupted.
+    :raises ValueError: when the flow is not one of our builders', or the file cannot be written.
+    """
+    image_range = getattr(self, "image_range", None)
+    checkpoints.write(
+        path, self.normalizing_flow, image_range, patch_size=self.patch_size, channels=self.channels
+    )  # fmt: skip
 
-        :param str path: file to write; left as it was if writing is interrupted.
-        :raises ValueError: when the flow is not one of our builders'.
-        """
-        checkpoints.write(path, self.normalizing_flow, patch_size=self.patch_size, channels=self.channels)
 
-    @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike, **kwargs) -> "PatchWeights":
-        """
-        PatchNR with the architecture and weights of a checkpoint of any dialect.
+def from_checkpoint(cls: type[PatchNR], path: Source, **kwargs: Any) -> PatchNR:
+    """
+    PatchNR with the architecture and weights of a checkpoint of any dialect.
 
-        :param str path: file, or name of shipped weights.
-        :param kwargs: further arguments of :class:`PatchNR`. Only our own files know ``patch_size`` and ``channels``: for the
-            others ``channels`` is 1 unless given, and ``patch_size`` follows.
-        :raises CheckpointError: when the file cannot be read or used.
+    :param str path: file, open binary file, or name of shipped weights.
+    :param kwargs: further arguments of :class:`PatchNR`. Only our own files know ``patch_size`` and ``channels``: for others
+        they are the fewest channels of which a square patch has as many entries as the flow.
+    :return: the prior, of the file's dtype where that is longer than torch's default.
+    :raises CheckpointError: when the file cannot be read or used.
 
-        >>> import tempfile, torch
-        >>> from deepinv_flows import PatchNR
-        >>> prior = PatchNR(patch_size=3, channels=2, num_layers=1, sub_net_size=8)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     prior.save(f"{folder}/weights.safetensors")
-        ...     again = PatchNR.from_checkpoint(f"{folder}/weights.safetensors")
-        >>> x = torch.rand(1, 2, 8, 8)
-        >>> torch.equal(again(x), prior(x))
-        True
-        """
-        with checkpoints.guarded(path):
-            weights = checkpoints.find(path)
-            config = checkpoints.patch_config(weights)
-            channels = kwargs.setdefault("channels", weights.patch.get("channels", 1))
-            side = round((config["dim"] / channels) ** 0.5)
-            kwargs.setdefault("patch_size", weights.patch.get("patch_size", side))
-            sizes = {key: config[key] for key in ("num_layers", "sub_net_size")}
-        return cls(pretrained=path, **{**sizes, **kwargs})
+    >>> import tempfile, torch
+    >>> from deepinv_flows import PatchNR
+    >>> prior = PatchNR(patch_size=3, channels=2, num_layers=1, sub_net_size=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     prior.save(f"{folder}/weights.safetensors")
+    ...     again = PatchNR.from_checkpoint(f"{folder}/weights.safetensors")
+    >>> x = torch.rand(1, 2, 8, 8)
+    >>> torch.equal(again(x), prior(x))
+    True
+    """
+    with checkpoints.guarded(path):
+        weights = checkpoints.find(path)
+        config = checkpoints.patch_config(weights)
+        patch = _patch_shape(config["dim"], {**weights.patch, **_given(kwargs, "patch_size", "channels")})
+        sizes = {key: config[key] for key in ("num_layers", "sub_net_size")}
+        sizes.update({key: kwargs.pop(key) for key in _given(kwargs, *sizes)})
+        flow = checkpoints.build(weights, patch, **sizes).to(kwargs.get("device", "cpu"))
+    prior = cls(flow, **{**kwargs, **patch})
+    _remember_range(prior, weights)
+    return prior
 
-    def to_deepinv_state_dict(self) -> dict[str, Tensor]:
-        """
-        State dict that ``deepinv.optim.PatchNR(...).load_state_dict`` takes.
 
-        :raises ValueError: when deepinv has no flow of this function, as with permutations.
-        """
-        return checkpoints.to_deepinv(self.normalizing_flow)
+def to_deepinv_state_dict(self: PatchNR) -> dict[str, Tensor]:
+    """
+    State dict that ``deepinv.optim.PatchNR(...).load_state_dict`` takes.
 
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """
-        Load weights of any dialect; on a misfit nothing is loaded.
+    :raises ValueError: when deepinv has no flow of this function, as with permutations.
+    """
+    return checkpoints.to_deepinv(self.normalizing_flow)
 
-        The two dialects written with FrEIA are other functions of equal shapes (clamp, order, permutations): for these
-        ``normalizing_flow`` becomes a new module, so make optimizers afterwards.
 
-        :param dict state_dict: of this class, of deepinv's PatchNR of any version, or of the paper's.
-        :param bool strict: whether all tensors must be there; if not, only names of this class and deepinv >= 0.4.1.
-        :param bool assign: as in :meth:`torch.nn.Module.load_state_dict`.
-        :raises CheckpointError: naming the tensor, the shape expected and the shape found.
-        """
-        with checkpoints.guarded("state dict"):
-            if strict:
-                return self._load(checkpoints.convert(state_dict), assign)
-            state = dict(state_dict)
-            checkpoints.rename_in_place(state, "normalizing_flow.", self.normalizing_flow)
-            return checkpoints.load_into(self, state, False, assign)
+def load_state_dict(self: PatchNR, state_dict: dict, strict: bool = True, assign: bool = False):
+    """
+    Load weights of any dialect; on a misfit nothing is loaded.
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # deepinv's names, also when the prior is part of a larger module
-        checkpoints.rename_in_place(state_dict, prefix + "normalizing_flow.", self.normalizing_flow)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    The two dialects written with FrEIA are other functions of equal shapes (clamp, order, permutations): for these
+    ``normalizing_flow`` becomes a new module, so make optimizers afterwards.
 
-    def _load_pretrained(self, pretrained: str | os.PathLike, sizes: dict[str, int] | None, device) -> None:
-        """Load into the flow that is there, or make one: of ``sizes``, unless the file knows its own."""
-        with checkpoints.guarded(pretrained):
-            weights = checkpoints.find(pretrained)
-            if sizes is None:
-                self._load(weights)
-            else:
-                self.normalizing_flow = self._flow_for(weights, **sizes).to(device)
+    :param dict state_dict: of this class, of deepinv's PatchNR of any version, or of the paper's.
+    :param bool strict: whether all tensors must be there; if not, only names of this class and deepinv >= 0.4.1.
+    :param bool assign: as in :meth:`torch.nn.Module.load_state_dict`.
+    :raises CheckpointError: naming the tensor, the shape expected and the shape found.
+    """
+    with checkpoints.guarded("state dict"):
+        if strict:
+            return _load(self, checkpoints.convert(state_dict), assign)
+        state = checkpoints.modern(state_dict)
+        rename_deepinv(state, "normalizing_flow.", self.normalizing_flow)
+        return checkpoints.load_into(self, state, False, assign)
 
-    def _load(self, weights: checkpoints.Weights, assign: bool = False):
-        flow = self.normalizing_flow
-        ours, theirs = getattr(flow, "config", None), weights.config
-        if ours is not None and theirs is not None and not same_function(ours, theirs):
-            new = (
-                self._flow_for(weights, ours["num_layers"], ours["sub_net_size"]).to(self._like()).train(flow.training)
-            )
-            if not any(p.requires_grad for p in flow.parameters()):
-                new.requires_grad_(False)
-            self.normalizing_flow = new
-            return checkpoints.load_into(new, new.state_dict())
-        state = weights.state
-        for spelling in weights.spellings if ours is None else []:
-            if spelling.keys() == flow.state_dict().keys():
-                state = spelling
-        return checkpoints.load_into(flow, state, assign=assign)
 
-    def _flow_for(self, weights: checkpoints.Weights, num_layers: int, sub_net_size: int) -> nn.Module:
-        patch = {"patch_size": self.patch_size, "channels": self.channels}
-        return checkpoints.build(weights, patch, num_layers, sub_net_size)
+def load_pretrained(prior: PatchNR, pretrained: Source, sizes: tuple[int, int] | None, device) -> None:
+    """Load into the prior's flow; given ``sizes`` (layers, width), into a new one, of the file's architecture if it says one."""
+    with checkpoints.guarded(pretrained):
+        weights = checkpoints.find(pretrained)
+        if sizes is None:
+            _load(prior, weights)
+        else:
+            prior.normalizing_flow = checkpoints.build(weights, _patch_of(prior), *sizes).to(device)
+    _remember_range(prior, weights)
+
+
+def _load(prior: PatchNR, weights: checkpoints.Weights, assign: bool = False):
+    flow = prior.normalizing_flow
+    ours: dict | None = getattr(flow, "config", None)
+    theirs = weights.config
+    if ours is not None and theirs is not None and not same_function(ours, theirs):
+        new = checkpoints.build(weights, _patch_of(prior), ours["num_layers"], ours["sub_net_size"])
+        new = new.to(like_weights(flow)).train(flow.training)
+        if not any(p.requires_grad for p in flow.parameters()):
+            new.requires_grad_(False)
+        prior.normalizing_flow = new
+        return checkpoints.load_into(new, new.state_dict())
+    state, expected = weights.state, flow.state_dict().keys()
+    for spelling in weights.spellings if ours is None else []:
+        if spelling.keys() == expected:
+            state = spelling
+    return checkpoints.load_into(flow, state, assign=assign)
+
+
+def _patch_of(prior: PatchNR) -> dict[str, int]:
+    return {"patch_size": prior.patch_size, "channels": prior.channels}
+
+
+def _patch_shape(dim: int, known: dict[str, int]) -> dict[str, int]:
+    """Side and channels of patches of ``dim`` entries, of which one, both or none are known."""
+    if "patch_size" in known:
+        channels = [known.get("channels", max(1, dim // known["patch_size"] ** 2))]
+    else:
+        channels = [known["channels"]] if "channels" in known else list(range(1, dim // 4 + 1))
+    for number in channels:
+        side = known.get("patch_size", round((dim / number) ** 0.5))
+        if number * side**2 == dim:
+            return {"patch_size": side, "channels": number}
+    given = ", ".join(f"{key}={value}" for key, value in known.items()) or "square patches of 2 x 2 pixels or more"
+    raise checkpoints.CheckpointError(
+        f"expected weights for {given}; found weights for patch dimension {dim}: "
+        "pass the channels= and patch_size= that give channels * patch_size**2 of this"
+    )
+
+
+def _given(kwargs: dict, *names: str) -> dict:
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _remember_range(prior: PatchNR, weights: checkpoints.Weights) -> None:
+    if weights.image_range is not None:
+        prior.image_range = weights.image_range

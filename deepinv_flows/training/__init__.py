@@ -8,7 +8,8 @@ Training of flows by deepinv's Trainer.
 from .distributed import DistributedTrainer
 from .fit import fit_flow, fit_patchnr, initialised
 from .likelihood import BitsPerDim, FlowModel, FlowNLL
-from .samples import ImageSamples, PatchSamples, spread
+from .runs import Resumes
+from .samples import ImageSamples, PatchSamples, subset
 
 __all__ = [
     "BitsPerDim",
@@ -17,8 +18,9 @@ __all__ = [
     "FlowNLL",
     "ImageSamples",
     "PatchSamples",
+    "Resumes",
     "fit_flow",
     "fit_patchnr",
     "initialised",
-    "spread",
+    "subset",
 ]

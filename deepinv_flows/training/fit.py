@@ -1,24 +1,23 @@
 """Images in, trained flow out."""
 
-import math
-import warnings
 from collections.abc import Iterable
-from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepinv.physics import Denoising, GaussianNoise
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from ..checks import check_input, positive_int
 from ..flows import glow_flow, like_weights
 from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..reconstruction import FlowDenoiser
+from .boundary import check_level, check_options, check_range, check_trainable
 from .likelihood import FlowModel, FlowNLL
 from .runs import fit
-from .samples import ImageSamples, PatchSamples, image_list, noisy, same, spread, stacked
+from .samples import ImageSamples, PatchSamples, image_list, noisy, same, stacked, subset
 from .score_matching import ScoreMatching, ScoreModel
 
 
@@ -27,9 +26,9 @@ def fit_patchnr(
     eval_images: Tensor | Iterable[Tensor] | None = None,
     *,
     prior: PatchNR | None = None,
-    patch_size: int = 6,
-    num_layers: int = 5,
-    sub_net_size: int = 256,
+    patch_size: int | None = None,
+    num_layers: int | None = None,
+    sub_net_size: int | None = None,
     epochs: int = 40,
     steps_per_epoch: int = 250,
     batch_size: int = 1024,
@@ -44,6 +43,7 @@ def fit_patchnr(
     device: str | torch.device = "cpu",
     generator: torch.Generator | None = None,
     verbose: bool = True,
+    **trainer_options: Any,
 ) -> PatchNR:
     r"""
     Train a :class:`PatchNR` on the patches of a few images, by :class:`deepinv.Trainer`.
@@ -52,11 +52,14 @@ def fit_patchnr(
     rises over the first epochs and falls to zero along a cosine.
 
     :param torch.Tensor images: (B, C, H, W), or a list of (C, H, W) of different sizes, in the range the prior will
-        see; 8-bit data in [0, 1] for the default ``dequantise``.
+        see; 8-bit data in [0, 1] for the default ``dequantise``. :func:`deepinv_flows.load_images` reads them from files. Half
+        precision is learned in float32. Their least and largest values are kept as ``prior.image_range``.
     :param torch.Tensor eval_images: images for the evaluation loss; the weights of its best epoch are returned. ``None``
         evaluates on patches of ``images`` and returns the last weights.
-    :param PatchNR prior: prior to train further, in place; ``None`` makes one with random permutations from
-        ``patch_size``, ``num_layers`` and ``sub_net_size``.
+    :param PatchNR prior: prior to train further, in place; ``None`` makes one with random permutations.
+    :param int patch_size: side of a patch of a new prior, in pixels; 6 if ``None``.
+    :param int num_layers: coupling blocks of a new prior; 5 if ``None``.
+    :param int sub_net_size: width of the networks of a new prior; 256 if ``None``.
     :param int epochs: number of epochs.
     :param int steps_per_epoch: batches in an epoch.
     :param int batch_size: patches in a batch.
@@ -65,16 +68,20 @@ def fit_patchnr(
     :param bool augment: also show the patches flipped and rotated.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch; ``None`` keeps none.
-    :param bool resume: continue from the newest readable checkpoint under ``save_path``, if there is one; give the same
-        ``eval_images``, as the best epoch of all runs there is returned. ``False`` starts a new run beside them.
+    :param bool resume: continue from the newest readable checkpoint under ``save_path``, if there is one, as if the training had
+        not been interrupted. More ``epochs`` or another ``lr`` count from there on. Give the same ``eval_images``, as the best
+        epoch of all runs there is returned. ``False`` starts a new run beside them.
     :param bool, str mixed_precision: as in :class:`deepinv.Trainer`.
     :param bool compile: compile the flow by :func:`torch.compile`, which needs a C++ compiler: half a minute once, then about a
         quarter more patches a second.
     :param str device: where to train.
     :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is one with a fixed seed.
-    :param bool verbose: progress bars and losses.
+    :param bool verbose: say what the training will take, and show one bar for all of it, with the loss and the best evaluation.
+    :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis`` or ``metrics``.
     :return: the trained prior.
-    :raises ValueError: for images that are no finite floating-point tensors of a patch's size or more.
+    :raises ValueError: for images that are not finite floating-point tensors of a patch's size or more, for the sizes of a new
+        prior beside ``prior``, and when the training diverges or its checkpoints cannot be written.
+    :raises TypeError: for arrays instead of tensors, for images of another dtype than the weights', and for unknown options.
 
     >>> import torch
     >>> from deepinv_flows import fit_patchnr
@@ -84,35 +91,26 @@ def fit_patchnr(
     torch.Size([2])
     """
     positive_int(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
+    check_options(trainer_options)
     generator = torch.Generator() if generator is None else generator
-    images = image_list(images, patch_size if prior is None else prior.patch_size)
-    if prior is None:
-        channels = images[0].shape[0]
-        flow = glow_flow(channels * patch_size**2, num_layers, sub_net_size, permute=True, generator=generator)
-        prior = PatchNR(flow.to(images[0].dtype), patch_size=patch_size, channels=channels)
+    sizes = dict(patch_size=patch_size, num_layers=num_layers, sub_net_size=sub_net_size)
+    prior, images = _prior_for(images, prior, sizes, generator)
     held_out = images if eval_images is None else image_list(eval_images, prior.patch_size)
-    _check_fit(prior, [*images, *held_out])
-    _check_range(images, dequantise)
-    model = FlowModel(prior.normalizing_flow.to(device), dequantise, generator, compile)
-    samples, eval_samples = PatchSamples(images, prior.patch_size, augment), PatchSamples(held_out, prior.patch_size)
-    batches = dict(batch_size=batch_size, collate_fn=same, generator=generator)
+    check_trainable(prior, "prior")
+    for image in [*images, *held_out]:
+        check_input(image[None], like_weights(prior).cpu(), prior.patch_size, prior.channels, images_only=True)
+    check_range(images, dequantise)
+    samples = PatchSamples(images, prior.patch_size, augment, generator)
     sampler = RandomSampler(samples, True, steps_per_epoch * batch_size, generator)
-    loaders = {
-        "train_dataloader": DataLoader(samples, sampler=sampler, **batches),
-        "eval_dataloader": DataLoader(spread(eval_samples), **batches),
-    }
-    options = dict(
-        epochs=epochs,
-        early_stop=early_stop,
-        mixed_precision=mixed_precision,
-        device=device,
-        verbose=verbose,
-        grad_clip=100.0,
-    )
     fit(
-        model, _largest(images), FlowNLL(), lr, save_path, resume, keep_best=eval_images is not None,
-        physics=Denoising(), **loaders, **options,
+        FlowModel(prior.normalizing_flow.to(device), dequantise, generator, compile),
+        FlowNLL(), lr, save_path, resume, keep_best=eval_images is not None,
+        train_dataloader=_batches(samples, batch_size, generator, sampler),
+        eval_dataloader=_batches(subset(PatchSamples(held_out, prior.patch_size)), batch_size, generator),
+        physics=Denoising(), generator=generator, epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision,
+        device=device, verbose=verbose, **{"grad_clip": 100.0, **trainer_options},
     )  # fmt: skip
+    _widen_range(prior, images)
     return prior.to(device)
 
 
@@ -135,6 +133,7 @@ def fit_flow(
     device: str | torch.device = "cpu",
     generator: torch.Generator | None = None,
     verbose: bool = True,
+    **trainer_options: Any,
 ) -> nn.Module:
     r"""
     Train a flow on whole images, in place, by :class:`deepinv.Trainer`.
@@ -146,7 +145,7 @@ def fit_flow(
 
     :param torch.nn.Module flow: flow on images, to train from its present weights.
     :param torch.Tensor images: (B, C, H, W), in the range the prior will see; 8-bit data in [0, 1] for the default
-        ``dequantise``.
+        ``dequantise``. Half precision is learned in float32.
     :param torch.Tensor eval_images: images for the evaluation loss; the weights of its best epoch are returned. ``None``
         evaluates on ``images`` and returns the last weights.
     :param int epochs: number of epochs.
@@ -163,11 +162,12 @@ def fit_flow(
     :param bool compile: compile the flow by :func:`torch.compile`; not with ``sigma``.
     :param str device: where to train.
     :param torch.Generator generator: source of batches and noise; ``None`` is one with a fixed seed.
-    :param bool verbose: progress bars and losses.
+    :param bool verbose: say what the training will take, and show one bar for all of it, with the loss and the best evaluation.
+    :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis``.
     :return: ``flow``, trained.
     :raises ValueError: for images that are not finite, floating-point and of one size, or not of the flow's; for a noise
         level that is negative or not finite; when the training diverges.
-    :raises TypeError: for images of another dtype than the weights'.
+    :raises TypeError: for images of another dtype than the weights', arrays instead of tensors, and unknown options.
 
     >>> import torch
     >>> from deepinv_flows import fit_flow, image_flow
@@ -175,41 +175,34 @@ def fit_flow(
     >>> flow = fit_flow(flow, torch.rand(32, 1, 8, 8), epochs=1, verbose=False)
     """
     positive_int(epochs=epochs, batch_size=batch_size)
-    if not (isinstance(sigma, Real) and math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"expected a finite noise level sigma >= 0; got {sigma!r}")
-    if sigma and compile:
-        raise ValueError("expected compile=False with sigma: torch.compile has no second derivatives")
+    check_options(trainer_options)
+    check_level(sigma, compile)
     generator = torch.Generator() if generator is None else generator
     images = stacked(images)
     held_out = images if eval_images is None else stacked(eval_images)
-    if not any(p.requires_grad for p in flow.parameters()):
-        raise ValueError("the weights of the flow are frozen; flow.requires_grad_(True) makes them trainable")
+    check_trainable(flow, "flow")
     prior = FlowPrior(getattr(flow, "normalizing_flow", flow))
     for batch in (images, held_out):
         prior.check(batch.to(like_weights(flow, batch).device))
     model = FlowModel(flow.to(device), dequantise, generator, compile)
     initialised(model.flow, images, dequantise, generator, sigma)
     if sigma:
-        model = ScoreModel(FlowDenoiser(prior), float(sigma))
-        objective = dict(losses=ScoreMatching(sigma), physics=Denoising(GaussianNoise(sigma)), grad_clip=1.0)
+        objective: dict[str, Any] = dict(
+            losses=ScoreMatching(sigma), physics=Denoising(GaussianNoise(sigma)), grad_clip=1.0
+        )
         eval_samples = ImageSamples(held_out, y=noisy(held_out, sigma, torch.Generator()))
     else:
-        _check_range(images, dequantise)
+        check_range(images, dequantise)
         objective = dict(losses=FlowNLL(), physics=Denoising(), grad_clip=2.0 * images[0].numel())
         eval_samples = ImageSamples(held_out)
-    batches = dict(batch_size=batch_size, collate_fn=same, generator=generator)
     samples = ImageSamples(images, augment, sigma, generator)
-    loaders = {
-        "train_dataloader": DataLoader(samples, sampler=RandomSampler(samples, generator=generator), **batches),
-        "eval_dataloader": DataLoader(eval_samples, **batches),
-    }
-    options = dict(
-        epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device, verbose=verbose,
-        keep_interval=max(1, epochs // 20),
-    )  # fmt: skip
     fit(
-        model, _largest(images), lr=lr, save_path=save_path, resume=resume, keep_best=eval_images is not None,
-        **objective, **loaders, **options,
+        ScoreModel(FlowDenoiser(prior), float(sigma)) if sigma else model,
+        lr=lr, save_path=save_path, resume=resume, keep_best=eval_images is not None,
+        train_dataloader=_batches(samples, batch_size, generator, RandomSampler(samples, generator=generator)),
+        eval_dataloader=_batches(eval_samples, batch_size, generator),
+        generator=generator, epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device,
+        verbose=verbose, keep_interval=max(1, epochs // 20), **{**objective, **trainer_options},
     )  # fmt: skip
     return flow
 
@@ -243,25 +236,34 @@ def initialised(
             first = noisy(first, sigma, generator)
         else:
             first = first + dequantise * (torch.rand(first.shape, generator=generator, dtype=first.dtype) - 0.5)
-        flow.initialise(first.to(next(flow.parameters()).device))
+        flow.initialise(first.to(next(flow.parameters()).device))  # type: ignore[operator]
     return flow
 
 
-def _largest(images: Iterable[Tensor]) -> float:
-    return max(float(image.abs().max()) for image in images)
+def _prior_for(
+    images: Tensor | Iterable[Tensor], prior: PatchNR | None, sizes: dict[str, int | None], generator: torch.Generator
+) -> tuple[PatchNR, list[Tensor]]:
+    """The prior to train, a new one of ``sizes`` unless it is given, and the images as a list."""
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if prior is not None:
+        if given:
+            raise ValueError(f"expected no sizes of a new prior beside prior, which has its own; got {given}")
+        return prior, image_list(images, prior.patch_size)
+    side, num_layers, sub_net_size = positive_int(**{**dict(patch_size=6, num_layers=5, sub_net_size=256), **given})
+    images = image_list(images, side)
+    channels = images[0].shape[0]
+    flow = glow_flow(channels * side**2, num_layers, sub_net_size, permute=True, generator=generator)
+    return PatchNR(flow.to(images[0].dtype), patch_size=side, channels=channels), images
 
 
-def _check_range(images: Iterable[Tensor], dequantise: float) -> None:
-    if 0 < dequantise < 1 and _largest(images) > 10:
-        warnings.warn(
-            f"dequantise={dequantise:.4g} is for images in [0, 1]; divide by their range, or pass their grey-level step",
-            stacklevel=3,
-        )
+def _batches(
+    samples: Dataset, size: int, generator: torch.Generator, sampler: RandomSampler | None = None
+) -> DataLoader:
+    return DataLoader(samples, size, sampler=sampler, collate_fn=same, generator=generator)
 
 
-def _check_fit(prior: PatchNR, images: list[Tensor]) -> None:
-    if not any(p.requires_grad for p in prior.parameters()):
-        raise ValueError("the weights of the prior are frozen; prior.requires_grad_(True) makes them trainable")
-    like = next(p for p in prior.parameters() if p.requires_grad).cpu()
-    for image in images:
-        check_input(image[None], like, prior.patch_size, prior.channels, images_only=True)
+def _widen_range(prior: PatchNR, images: list[Tensor]) -> None:
+    """Remember the least and the largest value that the prior has learned from, in all its trainings."""
+    low, high = min(float(image.min()) for image in images), max(float(image.max()) for image in images)
+    before = getattr(prior, "image_range", None) or (low, high)
+    prior.image_range = (min(low, before[0]), max(high, before[1]))

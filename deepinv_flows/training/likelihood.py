@@ -11,6 +11,7 @@ with uniform noise u as wide as a grey level, without which a flow fitted to qua
 
 import functools
 import math
+from typing import Any
 
 import torch
 from deepinv.loss import Loss
@@ -57,7 +58,7 @@ class FlowModel(Reconstructor):
         self.flow, self.dequantise = as_flow(getattr(flow, "normalizing_flow", flow)), dequantise
         self.generator = torch.Generator() if generator is None else generator
 
-    def forward(self, y: Tensor, physics=None, **kwargs) -> Tensor:
+    def forward(self, y: Tensor, physics: Any = None, **kwargs) -> Tensor:
         """
         Negative log-likelihood of samples.
 
@@ -87,7 +88,7 @@ class FlowNLL(Loss):
     tensor([1., 2.])
     """
 
-    def forward(self, x_net: Tensor, x=None, y=None, physics=None, model=None, **kwargs) -> Tensor:
+    def forward(self, x_net: Tensor, *args, **kwargs) -> Tensor:
         """
         :param torch.Tensor x_net: (N,) output of :class:`FlowModel`.
         :return: the same.

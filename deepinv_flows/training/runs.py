@@ -1,11 +1,14 @@
 """Trainings by :class:`deepinv.Trainer` that survive interruptions and end with finite weights."""
 
 import contextlib
+import copy
 import math
 import os
-import tempfile
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepinv import Trainer
@@ -13,65 +16,108 @@ from deepinv.loss import Loss
 from torch import Tensor, nn
 
 from .. import weights as checkpoints
+from .progress import Progress
 
 
 def fit(
-    model: nn.Module, largest: float, losses: Loss, lr: float, save_path, resume: bool, keep_best: bool, **options
+    model: nn.Module,
+    losses: Loss,
+    lr: float,
+    save_path: str | Path | None,
+    resume: bool,
+    keep_best: bool,
+    generator: torch.Generator,
+    **options,
 ) -> None:
     """
     Train in place.
 
     :param torch.nn.Module model: what :class:`deepinv.Trainer` trains.
-    :param float largest: largest entry of the images, for the message if it diverges.
     :param deepinv.loss.Loss losses: the loss.
     :param float lr: largest learning rate, of Adam.
-    :param str save_path: folder of this training; ``None`` keeps nothing.
+    :param str save_path: folder of this training; ``None`` writes no files.
     :param bool resume: continue from the newest readable checkpoint there.
     :param bool keep_best: end with the weights of the best epoch.
-    :param options: those of :class:`deepinv.Trainer`.
-    :raises ValueError: when weights end up not finite.
+    :param torch.Generator generator: source of all randomness; its state is kept in the checkpoints.
+    :param options: those of :class:`deepinv.Trainer`; ``verbose`` shows a bar.
+    :raises ValueError: when weights end up not finite, or a checkpoint cannot be read or written.
     """
-    with tempfile.TemporaryDirectory() as scratch, torch.enable_grad():
-        runs = _train(model, losses, lr, Path(save_path or scratch), resume, **options)
-        if keep_best:
-            model.load_state_dict(_best(runs, type(losses).__name__))
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-        raise ValueError(f"the training diverged: weights are not finite (lr {lr}, images up to {largest:.3g})")
-
-
-def _train(model: nn.Module, losses: Loss, lr: float, folder: Path, resume: bool, **options) -> list[Path]:
-    """Train by deepinv's Trainer in a new run folder; returns that folder and those of the runs it continues."""
-    runs = sorted(folder.glob("run_*"), key=lambda path: int(path.name[4:]))
-    run = folder / f"run_{len(runs)}"
-    earlier = runs if resume else []
+    bar = bool(options.pop("verbose", True)) and options.pop("show_progress_bar", True)
+    if resume and save_path is None:
+        raise ValueError("expected save_path, the folder of the training to resume; got None")
+    earlier = _runs(Path(save_path)) if resume and save_path is not None else []
     newest = _newest(earlier)
     if newest is not None:
         with checkpoints.guarded(newest):  # of another architecture?
             checkpoints.load_into(model, checkpoints.read_torch(newest)["state_dict"])
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=lr, fused=weights[0].device.type in ("cpu", "cuda"))
-    _Trainer(
+    defaults = dict(
+        metrics=None, compute_train_metrics=False, compute_eval_losses=True, early_stop_on_losses=True,
+        check_grad=True,  # deepinv 0.5.0 clips only when it also checks
+        verbose=False, show_progress_bar=False,  # one bar of ours for all epochs
+        non_blocking_transfers=False,
+    )  # fmt: skip
+    trainer = _Trainer(
         model=model,
         optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmCosine(options["epochs"])),
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, WarmCosine(options["epochs"])),
         losses=losses,
-        metrics=None,
-        compute_train_metrics=False,
-        compute_eval_losses=True,
-        early_stop_on_losses=True,
-        check_grad=True,  # deepinv 0.5.0 clips only when it also checks
         ckpt_pretrained=newest,
-        save_path=run,
-        freq_update_progress_bar=25,
-        non_blocking_transfers=False,
-        show_progress_bar=options["verbose"],
-        **options,
-    ).train()
-    return [*earlier, run]
+        save_path=None if save_path is None else _new_run(Path(save_path)),
+        **{**defaults, **options},
+    )
+    trainer.generators, trainer.bar = (generator,), bar
+    with torch.enable_grad():
+        trainer.train()
+    if keep_best:
+        model.load_state_dict(_best(earlier, type(losses).__name__, trainer.best))
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise ValueError(f"the training diverged: weights are not finite (lr {lr})")
+
+
+class Resumes:
+    """
+    Mixin of :class:`deepinv.Trainer`: a training that is resumed ends as one that was not interrupted.
+
+    The optimizer's options and the scheduler are those given now, at the epoch reached: a new learning rate counts, and a
+    longer training goes on at the rate that its schedule has there. ``generators`` go on where they stopped.
+    """
+
+    generators: tuple[torch.Generator, ...] = ()
+    optimizer: torch.optim.Optimizer | None
+    scheduler: Any
+    epoch_start: int
+
+    def save_model(self, filename: str, epoch: int, state: dict | None = None) -> None:
+        states = {"generators": [generator.get_state() for generator in self.generators]}
+        super().save_model(filename, epoch, {**states, **(state or {})})  # type: ignore[misc]
+
+    def load_model(self, ckpt_pretrained: str | Path | None = None, strict: bool = True) -> dict | None:
+        optimizer, scheduler, self.scheduler = self.optimizer, self.scheduler, None
+        groups = (
+            [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] if optimizer else []
+        )
+        try:
+            checkpoint = super().load_model(ckpt_pretrained, strict)  # type: ignore[misc]
+        finally:
+            self.scheduler = scheduler
+        if checkpoint is None:
+            return None
+        for group, now in zip(optimizer.param_groups if optimizer else [], groups):
+            group.update(now)
+        if scheduler:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch: a scheduler steps before its optimizer
+                for _ in range(getattr(scheduler, "last_epoch", 0), self.epoch_start):
+                    scheduler.step()
+        for generator, state in zip(self.generators, checkpoint.get("generators", [])):
+            generator.set_state(state.cpu())
+        return checkpoint
 
 
 @dataclass
-class _Trainer(Trainer):
+class _Trainer(Resumes, Trainer):
     """
     deepinv's Trainer, which writes where the last good checkpoint is, with writes that cannot break it.
 
@@ -79,16 +125,67 @@ class _Trainer(Trainer):
     """
 
     keep_interval: int = 1
+    best: tuple[float, dict[str, Tensor]] | None = None  # loss and weights of the best epoch of this run
+    past: list[float] | None = None  # evaluation losses of the epochs before this run
+    bar: bool = False
+    progress: Progress | None = None
+
+    def train(self) -> nn.Module:
+        try:
+            return super().train()
+        finally:
+            if self.progress is not None:
+                self.progress.close(*self._losses())
+
+    def step(self, *args, train: bool = True, **kwargs) -> None:
+        super().step(*args, train=train, **kwargs)
+        if train and self.bar:
+            if self.progress is None:
+                self.progress = Progress(len(self.train_dataloader[0]), self.epoch_start, self.epochs)
+            self.progress.step(*self._losses())
+
+    def _losses(self) -> tuple[float, float | None]:
+        """The mean training loss of this epoch, and the least evaluation loss so far."""
+        return self.logs_total_loss_train.avg, min(filter(math.isfinite, self._eval_losses()), default=None)
+
+    def _eval_losses(self) -> list[float]:
+        """Of all epochs, those before an interruption included."""
+        (losses,) = self.eval_loss_history.values()
+        return [*(self.past or []), *losses]
 
     def save_model(self, filename: str, epoch: int, state: dict | None = None) -> None:
+        if filename == "ckp_best.pth.tar":
+            self.best = self._eval_losses()[-1], copy.deepcopy(self.model.state_dict())
+        if not self.save_path:
+            return
         folder = Path(self.save_path)
-        super().save_model(f"{filename}.part", epoch, state)
-        os.replace(folder / f"{filename}.part", folder / filename)
+        try:
+            super().save_model(f"{filename}.part", epoch, {"past": self.past or [], **(state or {})})
+            os.replace(folder / f"{filename}.part", folder / filename)
+        except (OSError, RuntimeError) as error:  # torch's archive writer raises the latter
+            (folder / f"{filename}.part").unlink(missing_ok=True)
+            raise checkpoints.CheckpointError(f"{folder / filename}: cannot be written ({error})") from error
         if filename == f"ckp_{epoch}.pth.tar" and (epoch - 1) % self.keep_interval:
             (folder / f"ckp_{epoch - 1}.pth.tar").unlink(missing_ok=True)
 
+    def load_model(self, ckpt_pretrained: str | Path | None = None, strict: bool = True) -> dict | None:
+        checkpoint = super().load_model(ckpt_pretrained, strict)
+        if checkpoint is not None:  # early stopping and the best epoch look at all epochs
+            (losses,) = checkpoint["eval_loss"].values()
+            self.past = [*checkpoint.get("past", []), *losses]
+        return checkpoint
 
-class _WarmCosine:
+    def save_best_model(self, epoch: int, train_ite: int, **kwargs) -> None:
+        losses = self._eval_losses()  # whatever other metrics are reported
+        if losses and losses[-1] <= min(filter(math.isfinite, losses), default=-math.inf):
+            self.save_model("ckp_best.pth.tar", epoch)
+
+    def stop_criterion(self, epoch: int, train_ite: int, **kwargs) -> bool:
+        losses = self._eval_losses()
+        return epoch > self.eval_interval * (self.early_stop + losses.index(min(losses)))
+
+
+class WarmCosine:
     """Factor of the learning rate at an epoch: up over the first twentieth of the epochs, then down along a cosine."""
 
     def __init__(self, epochs: int):
@@ -98,6 +195,29 @@ class _WarmCosine:
         if epoch < self.warm:
             return (epoch + 0.5) / (self.warm + 0.5)
         return 0.5 + 0.5 * math.cos(math.pi * epoch / self.epochs)
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The folders ``run_0``, ``run_1``, ... that are there, in their order; anything else beside them is ignored."""
+    found = [path for path in folder.glob("run_*") if re.fullmatch(r"run_\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[4:]))
+
+
+def _new_run(folder: Path) -> Path:
+    """Make the next folder; of two trainings that start at the same time, each gets its own."""
+    number = 1 + max((int(path.name[4:]) for path in _runs(folder)), default=-1)
+    while True:
+        try:
+            (folder / f"run_{number}").mkdir(parents=True)
+            return folder / f"run_{number}"
+        except FileExistsError:
+            if folder.exists() and not folder.is_dir():
+                raise checkpoints.CheckpointError(
+                    f"{folder}: expected a folder for checkpoints; found a file"
+                ) from None
+            number += 1
+        except OSError as error:
+            raise checkpoints.CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 def _readable(runs: list[Path], pattern: str) -> list[tuple[dict, Path]]:
@@ -110,14 +230,15 @@ def _readable(runs: list[Path], pattern: str) -> list[tuple[dict, Path]]:
 
 
 def _newest(runs: list[Path]) -> Path | None:
-    # of two from one epoch, the numbered one was written after the scheduler's step
+    # of two from one epoch, the numbered one, which is the last that the Trainer writes
     order = [(raw["epoch"], "best" not in path.name, path) for raw, path in _readable(runs, "ckp_*.pth.tar")]
     return max(order)[2] if order else None
 
 
-def _best(runs: list[Path], loss: str) -> dict[str, Tensor]:
-    scored = [(raw["eval_loss"][loss][-1], raw["state_dict"]) for raw, _ in _readable(runs, "ckp_best.pth.tar")]
-    scored = [(loss, state) for loss, state in scored if math.isfinite(loss)]
+def _best(earlier: list[Path], loss: str, now: tuple[float, dict[str, Tensor]] | None) -> dict[str, Tensor]:
+    """Weights of the best epoch of this run and those that it continues."""
+    before = [(raw["eval_loss"][loss][-1], raw["state_dict"]) for raw, _ in _readable(earlier, "ckp_best.pth.tar")]
+    scored = [(value, state) for value, state in [*before, *([now] if now else [])] if math.isfinite(value)]
     if not scored:
         raise ValueError("the training diverged: no evaluation loss is finite")
     return min(scored, key=lambda pair: pair[0])[1]

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -16,7 +18,9 @@ class PatchSamples(Dataset):
 
     :param Sequence[torch.Tensor] images: of shape (C, H, W), possibly of different sizes.
     :param int patch_size: side of a patch.
-    :param bool augment: show each eighth of a batch under another symmetry of the square.
+    :param bool augment: show each eighth of a batch under another symmetry of the square; a batch of fewer than eight under
+        symmetries drawn at random.
+    :param torch.Generator generator: source of these; ``None`` is one of its own, with a fixed seed.
 
     >>> import torch
     >>> from deepinv_flows.training import PatchSamples
@@ -25,9 +29,16 @@ class PatchSamples(Dataset):
     (13, torch.Size([36]))
     """
 
-    def __init__(self, images: Sequence[Tensor], patch_size: int, augment: bool = False):
+    def __init__(
+        self,
+        images: Sequence[Tensor],
+        patch_size: int,
+        augment: bool = False,
+        generator: torch.Generator | None = None,
+    ):
         self.shape = (images[0].shape[0], patch_size, patch_size)
         self.augment = augment
+        self.generator = torch.Generator() if generator is None else generator
         self.flat = [image.reshape(-1) for image in images]
         self.indices = [PatchIndex((1, *image.shape), patch_size) for image in images]
         self.ends = torch.tensor([len(index) for index in self.indices]).cumsum(0)
@@ -39,16 +50,20 @@ class PatchSamples(Dataset):
         return {key: value[0] for key, value in self.__getitems__([i]).items()}
 
     def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
-        numbers = torch.as_tensor(numbers)
-        image = torch.bucketize(numbers, self.ends, right=True)
+        drawn = torch.as_tensor(numbers)
+        image = torch.bucketize(drawn, self.ends, right=True)
         patches = self.flat[0].new_empty(len(numbers), math.prod(self.shape))
         for k in image.unique().tolist():
             own = image == k
-            _, pixels = self.indices[k](numbers[own] - self.ends[k] + len(self.indices[k]))
+            _, pixels = self.indices[k](drawn[own] - self.ends[k] + len(self.indices[k]))
             patches[own] = self.flat[k][pixels]
         if self.augment:
-            parts = patches.view(-1, *self.shape).chunk(8)
-            patches = torch.cat([_symmetry(part, k) for k, part in enumerate(parts)]).flatten(1)
+            parts = patches.view(-1, *self.shape).tensor_split(min(8, len(patches)))
+            symmetries = list(range(8))
+            if len(parts) < 8:
+                draws = torch.randint(8, (len(parts),), generator=self.generator, device=self.generator.device)
+                symmetries = draws.tolist()
+            patches = torch.cat([_symmetry(part, k) for k, part in zip(symmetries, parts)]).flatten(1)
         return {"x": patches, "y": patches}
 
 
@@ -90,8 +105,8 @@ class ImageSamples(Dataset):
         if self.y is not None:
             return {"x": x, "y": self.y[numbers]}
         if self.augment:
-            source = {"generator": self.generator, "device": self.generator.device}
-            mirrored = torch.rand(len(x), **source).to(x.device) < 0.5
+            draws = torch.rand(len(x), generator=self.generator, device=self.generator.device)
+            mirrored = draws.to(x.device) < 0.5
             x[mirrored] = x[mirrored].flip(3)
         return {"x": x, "y": noisy(x, self.sigma, self.generator) if self.sigma else x}
 
@@ -102,17 +117,28 @@ def noisy(x: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
     return x + sigma * noise.to(x.device)
 
 
-def spread(samples: PatchSamples, size: int = 16384) -> Dataset:
-    """At most ``size`` samples, spread evenly."""
-    numbers = torch.linspace(0, len(samples) - 1, min(size, len(samples))).long()
-    return Subset(samples, numbers.tolist())
+def subset(samples: Dataset, size: int = 16384) -> Dataset:
+    """
+    At most ``size`` samples, evenly over all of them.
+
+    :param torch.utils.data.Dataset samples: all samples.
+    :param int size: how many.
+    """
+    number = len(samples)  # type: ignore[arg-type]
+    return Subset(samples, torch.linspace(0, number - 1, min(size, number)).long().tolist())
 
 
-def same(batch: dict) -> dict:
+def same(batch: Any) -> Any:
     return batch
 
 
 def image_list(images: Tensor | Iterable[Tensor], patch_size: int) -> list[Tensor]:
+    """Finite images (C, H, W) of one number of channels; those of half precision in float32."""
+    if isinstance(images, np.ndarray):
+        raise TypeError(
+            f"expected a tensor (B, C, H, W) or a list of tensors (C, H, W); got ndarray of shape {images.shape}"
+            f"{_conversion(images, 'images')}"
+        )
     if torch.is_tensor(images) and images.ndim != 4:
         raise ValueError(
             f"expected a tensor (B, C, H, W) or a list of (C, H, W); got a tensor of shape {tuple(images.shape)}. "
@@ -123,16 +149,31 @@ def image_list(images: Tensor | Iterable[Tensor], patch_size: int) -> list[Tenso
         raise ValueError("expected at least one image; got none")
     for image in images:
         if not torch.is_tensor(image):
-            raise TypeError(f"expected images as tensors (C, H, W); got {type(image).__name__}")
-        shape = tuple(getattr(image, "shape", ()))
+            shape = f" of shape {image.shape}" if isinstance(image, np.ndarray) else ""
+            raise TypeError(
+                f"expected images as tensors (C, H, W); got {type(image).__name__}{shape}{_conversion(image, 'image')}"
+            )
+        shape = tuple(image.shape)
+        if not image.is_floating_point() or not bool(torch.isfinite(image).all()):
+            hint = ": pass image.float() / 255" if image.dtype == torch.uint8 else ""
+            raise ValueError(f"expected finite floating-point images; got {image.dtype} of shape {shape}{hint}")
         if len(shape) != 3 or shape[0] != images[0].shape[0] or min(shape[1:]) < patch_size:
             raise ValueError(
                 f"expected images (C, H, W) of one number of channels and at least {patch_size} x {patch_size} pixels; "
                 f"got shape {shape}"
             )
-        if not image.is_floating_point() or not bool(torch.isfinite(image).all()):
-            raise ValueError(f"expected finite floating-point images; got {image.dtype} of shape {shape}")
-    return [image.detach().cpu() for image in images]
+    half = (torch.float16, torch.bfloat16)
+    return [(image.float() if image.dtype in half else image).detach().cpu() for image in images]
+
+
+def _conversion(image, name: str) -> str:
+    """What to pass instead of an array, where its shape leaves no doubt."""
+    axes = {2: "[None]", 3: ".permute(2, 0, 1)"}.get(getattr(image, "ndim", 0))
+    if axes is None or not isinstance(image, np.ndarray) or (image.ndim == 3 and image.shape[2] != 3):
+        return ""
+    scaled = ".float() / 255" if image.dtype == np.uint8 else ".float()"
+    tensor = f"torch.from_numpy({name}){axes}{scaled}"
+    return f": pass {tensor}" if name == "image" else f": pass [{tensor}]"
 
 
 def stacked(images: Tensor | Iterable[Tensor]) -> Tensor:

@@ -5,8 +5,8 @@ Reading, checking and writing files is in :mod:`~deepinv_flows.weights.files`, a
 :mod:`~deepinv_flows.weights.dialects`: a new dialect goes there.
 """
 
-from .dialects import CheckpointError, Weights, convert, rename_in_place, to_deepinv
-from .files import build, find, guarded, load_into, patch_config, read_torch, shipped, write
+from .dialects import CheckpointError, Weights, convert, modern, to_deepinv
+from .files import build, find, guarded, load_into, new_flow, patch_config, read_torch, shipped, write
 from .former import find_former_modules
 
 find_former_modules()
@@ -19,9 +19,10 @@ __all__ = [
     "find",
     "guarded",
     "load_into",
+    "modern",
+    "new_flow",
     "patch_config",
     "read_torch",
-    "rename_in_place",
     "shipped",
     "to_deepinv",
     "write",

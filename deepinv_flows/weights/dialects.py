@@ -8,24 +8,39 @@ deepinv >= 0.4.1          ``blocks.K.subnet{1,2}...``                    clamp c
 deepinv's Trainer         the same under ``state_dict``                  the same
 deepinv <= 0.4.0          ``module_list.K.subnet{1,2}...``               FrEIA's clamp c*0.636*atan(s)
 PatchNR paper             ``module_list.K...perm`` in ``net_state_dict`` the same, permutations, run in reverse
-ours                      ``..._extra_state`` holds the config           what the config says
+ours                      the config is in ``_metadata``                 what the config says
+ours, of 0.1.0            ``..._extra_state`` holds the config           what the config says
 ========================  =============================================  =====================================
 """
 
-import re
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..flows import decode_config, same_function
+from ..flows import (
+    CONFIG,
+    DEEPINV_ORDER,
+    EXTRA,
+    FREIA_ORDER,
+    NETWORKS,
+    as_permutation,
+    decode_config,
+    deepinv_key,
+    deepinv_state_dict,
+    glow_config,
+    is_rotation,
+)
 
-EXTRA = "_extra_state"
+# the names by which modules hold a flow without changing its function
+WRAPPERS = ("module", "_orig_mod", "flow", "normalizing_flow")
 
 
 class CheckpointError(ValueError):
     """
-    A file that cannot be read, or does not hold the weights it should; nothing was loaded.
+    A file that cannot be read or written, or does not hold the weights it should; nothing was loaded.
 
     >>> from deepinv_flows import CheckpointError, PatchNR
     >>> try:
@@ -45,66 +60,87 @@ class Weights:
     patch: dict = field(default_factory=dict)  # patch_size and channels, where the file says them
     dialect: bool = False  # another library's: its sizes are for the user to say
     spellings: list[dict[str, Tensor]] = field(default_factory=list)  # as found, with fewer and fewer prefixes
+    image_range: tuple[float, float] | None = None  # of the images that were learned, where the file says it
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of a flow to load them into: the file's or torch's default, whichever is longer."""
+        known = [
+            v.dtype for k, v in self.state.items() if v.is_floating_point() and not k.endswith((".perm", "initialised"))
+        ]
+        return torch.get_default_dtype() if self.dialect else torch.promote_types(torch.get_default_dtype(), known[0])
 
 
 def convert(raw: dict) -> Weights:
     """Weights for one of our flows from what ``torch.load`` returned, whatever its dialect."""
-    spellings = _spellings(raw)
-    state = spellings[-1]
-    if EXTRA in state:
-        weights = Weights(state, decode_config(state[EXTRA]))
+    for name in ("net_state_dict", "state_dict"):
+        if isinstance(raw, dict) and isinstance(raw.get(name), dict):
+            raw = raw[name]
+    whole = modern(raw)
+    if not whole or not all(torch.is_tensor(value) for value in whole.values()):
+        raise CheckpointError("holds no state dict (a non-empty dict of tensors)")
+    state = _of_the_flow(whole)
+    if descriptions(state).get("") is not None:
+        weights = Weights(state, descriptions(state)[""])
     elif any(key.startswith("blocks.") for key in state):
         weights = _convert_glow(_rename_deepinv(state), "deepinv")
     elif "module_list.0.subnet1.0.weight" in state:
         weights = _convert_glow(state, "ATAN")
     else:
         weights = Weights(state)
-    weights.spellings = spellings
+    first = next(iter(whole))
+    starts = [first[: i + 1] for i, character in enumerate(first) if character == "."]
+    shared = [start for start in starts if all(key.startswith(start) for key in whole)]
+    weights.spellings = [whole, *(_below(whole, start) for start in shared)]
     return weights
 
 
-def deepinv_key(key: str) -> str:
-    """Our name of deepinv's tensor ``blocks.K.subnet{1,2}...``: FrEIA numbers the two networks the other way round."""
-    match = re.fullmatch(r"blocks\.(\d+)\.subnet([12])\.(.+)", key)
-    if match is None:
-        raise CheckpointError(f"unexpected tensor {key}")
-    block, subnet, rest = match.groups()
-    return f"module_list.{int(block) + 1}.subnet{3 - int(subnet)}.{rest}"
+def modern(raw: Mapping) -> dict:
+    """A state dict as it is written today from one that 0.1.0 may have written; the argument is left as it was."""
+    if not isinstance(raw, Mapping) or not all(isinstance(key, str) for key in raw):
+        raise CheckpointError("holds no state dict (a non-empty dict of tensors)")
+    state = OrderedDict(raw)
+    metadata = {key: dict(value) for key, value in getattr(raw, "_metadata", {}).items()}
+    for key in [key for key in state if key.endswith(EXTRA)]:
+        config = decode_config(state.pop(key))
+        metadata.setdefault(key.removesuffix(EXTRA).removesuffix("."), {}).update(
+            {CONFIG: config, NETWORKS: FREIA_ORDER}
+        )
+    state._metadata = metadata  # type: ignore[attr-defined]
+    return state
+
+
+def descriptions(state: dict) -> dict[str, dict]:
+    """The config of each module that says one, by the module's name."""
+    return {name: entry[CONFIG] for name, entry in getattr(state, "_metadata", {}).items() if CONFIG in entry}
 
 
 def to_deepinv(flow: nn.Module) -> dict[str, Tensor]:
     """State dict of ``deepinv.optim.PatchNR`` with the same function; refused where deepinv has no such flow."""
-    config = getattr(flow, "config", {})
-    dim = config.get("dim", 2)
-    theirs = _glow_config(dim=dim, num_layers=None, sub_net_size=None, split_len=dim - dim // 2)
-    differ = {key: value for key, value in config.items() if theirs.get(key, False) not in (None, value)}
-    if differ or not config:
-        raise ValueError(
-            f"deepinv's PatchNR has no flow like {type(flow).__name__} with {differ or 'its own architecture'}"
-        )
-    state = {}
-    for key, value in flow.state_dict().items():
-        if not key.endswith((".perm", EXTRA)):
-            _, block, subnet, rest = key.split(".", 3)
-            state[f"normalizing_flow.blocks.{int(block) - 1}.subnet{3 - int(subnet[-1])}.{rest}"] = value.clone()
+    return {f"normalizing_flow.{key}": value for key, value in deepinv_state_dict(flow).items()}
+
+
+def _of_the_flow(state: dict) -> dict:
+    """Without the names of the modules around the flow."""
+    said = [name and f"{name}." for name in descriptions(state)]
+    if said:  # the outermost description says where the flow begins
+        prefix = min(said, key=len)
+        inside = all(key.startswith(prefix) for key in state) and prefix.split(".")[-2:][0] in ("", *WRAPPERS)
+        return _below(state, prefix) if inside else state
+    for wrapper in ("module.", "_orig_mod.", "flow.", "normalizing_flow."):
+        if all(key.startswith(wrapper) for key in state):
+            state = _below(state, wrapper)
     return state
 
 
-def _spellings(raw: dict) -> list[dict[str, Tensor]]:
-    """The state dict inside a checkpoint, as it is and then without each wrapper's prefix."""
-    for name in ("net_state_dict", "state_dict"):
-        if isinstance(raw, dict) and isinstance(raw.get(name), dict):
-            raw = raw[name]
-    if not isinstance(raw, dict) or not raw or not all(torch.is_tensor(value) for value in raw.values()):
-        raise CheckpointError("holds no state dict (a non-empty dict of tensors)")
-    spellings = [dict(raw)]
-    said = [key.removesuffix(EXTRA) for key in raw if key.endswith(EXTRA)]
-    # the outermost of our flows says where the flow begins; elsewhere only known wrappers are taken off
-    for prefix in [min(said, key=len)] if said else ["module.", "flow.", "normalizing_flow."]:
-        last = spellings[-1]
-        if prefix and all(key.startswith(prefix) for key in last):
-            spellings.append({key.removeprefix(prefix): value for key, value in last.items()})
-    return spellings
+def _below(state: dict, prefix: str) -> dict:
+    """The tensors whose names start with ``prefix``, without it, and what is said of them."""
+    below: OrderedDict = OrderedDict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    metadata = getattr(state, "_metadata", {})
+    below._metadata = {  # type: ignore[attr-defined]
+        f"{k}.".removeprefix(prefix).removesuffix("."): v for k, v in metadata.items() if f"{k}.".startswith(prefix)
+    }
+    return below
 
 
 def _rename_deepinv(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,8 +149,8 @@ def _rename_deepinv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     small = _width(renamed, "module_list.1.subnet2.0.weight", 1)
     dim = small + _width(renamed, "module_list.1.subnet1.0.weight", 1)
     last = 1 + _last_index(renamed)
-    renamed["module_list.0.perm"] = torch.arange(dim).roll(-small)
-    renamed[f"module_list.{last}.perm"] = torch.arange(dim).roll(small)
+    renamed["module_list.0.perm"] = torch.arange(dim).roll(-small).float()
+    renamed[f"module_list.{last}.perm"] = torch.arange(dim).roll(small).float()
     return renamed
 
 
@@ -127,9 +163,9 @@ def _convert_glow(state: dict[str, Tensor], clamp_activation: str) -> Weights:
     split_len = _width(state, "module_list.1.subnet1.0.weight", 1)
     dim = split_len + _width(state, "module_list.1.subnet2.0.weight", 1)
     if clamp_activation == "ATAN":
-        state["module_list.0.perm"] = torch.arange(dim)
-        state[f"module_list.{1 + _last_index(state)}.perm"] = torch.arange(dim)
-    config = _glow_config(
+        state["module_list.0.perm"] = torch.arange(dim).float()
+        state[f"module_list.{1 + _last_index(state)}.perm"] = torch.arange(dim).float()
+    config = glow_config(
         dim=dim,
         num_layers=sum(key.endswith("subnet1.0.weight") for key in state),
         sub_net_size=_width(state, "module_list.1.subnet1.0.weight", 0),
@@ -140,13 +176,9 @@ def _convert_glow(state: dict[str, Tensor], clamp_activation: str) -> Weights:
     if permute:  # the paper evaluates the density with rev=True
         state = {f"flow.{key}": value for key, value in state.items()}
         return Weights(state, {**config, "reversed": True}, dialect=True)
+    state = OrderedDict(state)
+    state._metadata = {"": {NETWORKS: DEEPINV_ORDER}}  # type: ignore[attr-defined]
     return Weights(state, config, dialect=True)
-
-
-def _glow_config(**differ) -> dict:
-    """The config of deepinv's flow (its function if no more is given) or of another dialect's."""
-    function = dict(clamp=1.6, coupling="glow", clamp_activation="deepinv", activation="relu", permute=False)
-    return {"builder": "glow_flow", **function, **differ}
 
 
 def _width(state: dict[str, Tensor], key: str, axis: int) -> int:
@@ -159,12 +191,24 @@ def _last_index(state: dict[str, Tensor]) -> int:
     return max(int(key.split(".")[1]) for key in state)
 
 
-def rename_in_place(state: dict[str, Tensor], prefix: str, flow: nn.Module) -> None:
-    """Give deepinv's tensors below ``prefix`` the names that they have in ``flow``, if it is of the same function."""
-    theirs = [key for key in state if key.startswith(prefix + "blocks.")]
-    if theirs and same_function(getattr(flow, "config", {}), _glow_config()):
-        for key in theirs:
-            state[prefix + deepinv_key(key.removeprefix(prefix))] = state.pop(key)
-        for key, value in flow.state_dict().items():
-            if key.endswith((".perm", EXTRA)):
-                state.setdefault(prefix + key, value)
+def as_number(key: str, expected: Tensor, found: Tensor) -> Tensor:
+    """What 0.1.0 kept as integers and truth values, and is a number today."""
+    former = key.endswith((".perm", "initialised")) and expected.is_floating_point() and not found.is_complex()
+    return found.float() if former and not found.is_floating_point() else found
+
+
+def check_numbers(key: str, expected: Tensor, found: Tensor, ours: bool) -> None:
+    """Refuse what a parameter or buffer of a flow, one of ``ours`` or a user's, cannot be."""
+    if expected.shape != found.shape:
+        raise CheckpointError(f"{key}: expected shape {tuple(expected.shape)}; found {tuple(found.shape)}")
+    if found.is_floating_point() != expected.is_floating_point() or found.is_complex() or found.layout != torch.strided:
+        raise CheckpointError(f"{key}: expected a dense {expected.dtype} tensor; found {found.layout}, {found.dtype}")
+    if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+        raise CheckpointError(f"{key}: holds NaN or infinite values")
+    if key.endswith(".perm"):
+        try:
+            as_permutation(found)
+        except ValueError as error:
+            raise CheckpointError(f"{key}: {error}") from None
+    if key.endswith((".w_perm", ".w_0", ".rotation")) and ours and not is_rotation(found):
+        raise CheckpointError(f"{key}: is not a rotation (an average of different rotations?)")

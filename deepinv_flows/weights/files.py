@@ -5,17 +5,19 @@ Nothing but tensors is ever unpickled, and whatever is broken raises :class:`Che
 """
 
 import contextlib
+import io
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from ..flows import build_flow, decode_config, same_function
-from .dialects import EXTRA, CheckpointError, Weights, convert
+from ..flows import build_flow, same_function
+from .dialects import CheckpointError, Weights, as_number, check_numbers, convert, descriptions, modern
 
 METADATA_KEY = "deepinv_flows"
 LODOPAB = "PatchNR_lodopab_small2"
@@ -27,8 +29,10 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
-def find(pretrained: str | os.PathLike) -> Weights:
-    """Weights from a path, one of our shipped names, or deepinv's ``"PatchNR_lodopab_small2"``."""
+def find(pretrained: str | os.PathLike | BinaryIO) -> Weights:
+    """Weights from a path or an open file, one of our shipped names, or deepinv's ``"PatchNR_lodopab_small2"``."""
+    if hasattr(pretrained, "read"):
+        return _read_bytes(pretrained.read())
     if pretrained in shipped():
         return read(shipped()[pretrained])
     if pretrained == LODOPAB:
@@ -42,63 +46,77 @@ def find(pretrained: str | os.PathLike) -> Weights:
 def read(path: str | os.PathLike) -> Weights:
     """Weights in a file of any dialect; nothing but tensors is unpickled."""
     try:
-        with open(path, "rb") as file:
-            is_torch = file.read(2) in (b"PK", b"\x80\x02")
-        return convert(read_torch(path)) if is_torch else _read_safetensors(path)
+        return _read_bytes(Path(path).read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror or error})") from None
 
 
-def write(path: str | os.PathLike, flow: nn.Module, **patch: int) -> None:
+def _read_bytes(raw: bytes) -> Weights:
+    # torch's files are zip archives or, in its older format, pickles; the header of safetensors is JSON, after its length
+    is_torch = raw[8:9] != b"{" and (raw[:2] == b"PK" or raw[:1] == b"\x80")
+    return convert(read_torch(io.BytesIO(raw))) if is_torch else _read_safetensors(raw)
+
+
+def write(
+    path: str | os.PathLike, flow: nn.Module, image_range: tuple[float, float] | None = None, **patch: int
+) -> None:
     """Write weights and architecture of a builder's flow as safetensors; an interrupted write leaves ``path`` as it was."""
     from safetensors.torch import save
 
     config = getattr(flow, "config", None)
     if config is None:
         raise ValueError(f"only flows of deepinv_flows' builders know their architecture; got {type(flow).__name__}")
-    state = {k: v.detach().cpu().contiguous() for k, v in flow.state_dict().items() if not k.endswith(EXTRA)}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps({"config": config, "patch": patch})}
-    with tempfile.TemporaryDirectory(dir=Path(path).resolve().parent) as folder:
-        (Path(folder) / "weights").write_bytes(save(state, metadata))
-        os.replace(Path(folder) / "weights", path)
+    state = {k: v.detach().cpu().contiguous() for k, v in flow.state_dict().items()}
+    said = {"config": config, "patch": patch, **({"image_range": image_range} if image_range else {})}
+    place = Path(path).resolve()
+    if place.is_dir():
+        raise CheckpointError(f"{path}: cannot be written (it is a folder; name a file in it)")
+    if not place.parent.is_dir():
+        raise CheckpointError(f"{path}: cannot be written (there is no folder {place.parent})")
+    try:
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            (Path(folder) / "weights").write_bytes(save(state, {"format": "pt", METADATA_KEY: json.dumps(said)}))
+            os.replace(Path(folder) / "weights", place)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], strict: bool = True, assign: bool = False):
     """Check every tensor, then load them all; or raise naming the first misfit and load none."""
-    expected = module.state_dict()
-    # weights of other origin do not say their function: the caller has chosen the module by it
-    state = {**{key: value for key, value in expected.items() if key.endswith(EXTRA)}, **state}
+    expected, state = module.state_dict(), modern(state)
+    ours, theirs = descriptions(expected), descriptions(state)
+    for name in ours.keys() & theirs.keys():
+        if not same_function(ours[name], theirs[name]):
+            raise CheckpointError(f"expected weights of a flow {ours[name]}; found weights of {theirs[name]}")
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     for key in sorted(expected.keys() & state.keys()):
-        _check_tensor(key, expected[key], state[key])
+        state[key] = as_number(key, expected[key], state[key])
+        check_numbers(key, expected[key], state[key], bool(ours))
     if strict and (missing or extra):
         raise CheckpointError(f"missing tensors: {missing[:3] or 'none'}; unexpected tensors: {extra[:3] or 'none'}")
     return nn.Module.load_state_dict(module, state, strict=strict, assign=assign)
 
 
-def _check_tensor(key: str, expected: Tensor, found: Tensor) -> None:
-    if key.endswith(EXTRA):
-        configs = decode_config(expected), decode_config(found)
-        if not same_function(*configs):
-            raise CheckpointError("expected weights of a flow {}; found weights of {}".format(*configs))
-        return
-    if expected.shape != found.shape:
-        raise CheckpointError(f"{key}: expected shape {tuple(expected.shape)}; found {tuple(found.shape)}")
-    if found.is_floating_point() != expected.is_floating_point() or found.is_complex() or found.layout != torch.strided:
-        raise CheckpointError(f"{key}: expected a dense {expected.dtype} tensor; found {found.layout}, {found.dtype}")
-    if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-        raise CheckpointError(f"{key}: holds NaN or infinite values")
-    if key.endswith(".perm") and not torch.equal(found.sort().values, torch.arange(len(found), device=found.device)):
-        raise CheckpointError(f"{key}: is no permutation")
-
-
 def patch_config(weights: Weights) -> dict:
     """Architecture of a flow on patches."""
     if weights.config is None:
-        raise CheckpointError(f"not the weights of a PatchNR: tensors named {sorted(weights.state)[:3]}")
+        named = f"not the weights of a PatchNR: tensors named {sorted(weights.state)[:3]}"
+        lost = (
+            ", whose description was lost on the way: make the flow and load_state_dict" if _ours(weights.state) else ""
+        )
+        raise CheckpointError(f"{named}{lost}")
     if "dim" not in weights.config:
         raise CheckpointError("expected weights of a flow on patches; found those of a flow on images, for FlowPrior")
     return weights.config
+
+
+def _ours(state: dict[str, Tensor]) -> bool:
+    return any(key.endswith("module_list.0.perm") for key in state)
+
+
+def new_flow(weights: Weights, **differ) -> nn.Module:
+    """A new flow of the function that the weights are for, in their dtype; the user's random stream stands still."""
+    return build_flow({**(weights.config or {}), **differ}, torch.Generator()).to(weights.dtype)
 
 
 def build(weights: Weights, patch: dict[str, int], num_layers: int, sub_net_size: int) -> nn.Module:
@@ -113,22 +131,21 @@ def build(weights: Weights, patch: dict[str, int], num_layers: int, sub_net_size
             f"expected weights for {patch} (patch dimension {dim}); found weights for patch dimension {config['dim']}"
             f"{', ' + str(weights.patch) if weights.patch else ''}"
         )
-    if weights.dialect:
-        config = {**config, "num_layers": num_layers, "sub_net_size": sub_net_size}
-    flow = build_flow(config, torch.Generator())  # every weight is loaded: the user's random stream stands still
+    asked = {"num_layers": num_layers, "sub_net_size": sub_net_size}
+    flow = new_flow(weights, **(asked if weights.dialect else {}))
     try:
         load_into(flow, weights.state)
     except CheckpointError as error:
-        sizes = {key: weights.config[key] for key in ("num_layers", "sub_net_size")}
-        asked = {"num_layers": num_layers, "sub_net_size": sub_net_size}
+        sizes = {key: config[key] for key in ("num_layers", "sub_net_size")}
         hint = f" (the file has {sizes}, asked for was {asked}; PatchNR.from_checkpoint takes the file's)"
         raise CheckpointError(f"{error}{hint if weights.dialect and sizes != asked else ''}") from None
     return flow
 
 
 @contextlib.contextmanager
-def guarded(name: str | os.PathLike) -> Iterator[None]:
+def guarded(name: str | os.PathLike | BinaryIO) -> Iterator[None]:
     """Whatever goes wrong with the weights called ``name`` ends in one :class:`CheckpointError` that says so."""
+    name = getattr(name, "name", type(name).__name__) if hasattr(name, "read") else name
     try:
         yield
     except CheckpointError as error:
@@ -155,18 +172,20 @@ def read_torch(path) -> dict:
         raise CheckpointError(f"not a readable torch checkpoint: {reason}") from None
 
 
-def _read_safetensors(path) -> Weights:
-    from safetensors import SafetensorError, safe_open
+def _read_safetensors(raw: bytes) -> Weights:
+    import safetensors.torch
 
     try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError) as error:
+        state = safetensors.torch.load(raw)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        said = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+    except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(f"neither a torch nor a safetensors file ({error})") from None
-    if not metadata:
+    if not said:
         return convert(state)
-    return Weights(state, metadata["config"], metadata["patch"], spellings=[state])
+    state, image_range = modern(state), said.get("image_range")
+    low_high = None if image_range is None else (float(image_range[0]), float(image_range[1]))
+    return Weights(state, said["config"], said["patch"], spellings=[state], image_range=low_high)
 
 
 def _download_lodopab() -> dict:

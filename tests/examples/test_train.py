@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deepinv as dinv
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,7 +37,8 @@ TINY = {
 
 
 def arguments(name, path, *overrides):
-    return ["--config", str(CONFIGS / f"{name}.yaml"), *TINY[name].split(), "epochs=1", f"save_path={path}", *overrides]
+    quiet = ["epochs=1", "trainer.show_progress_bar=false", f"save_path={path}"]
+    return ["--config", str(CONFIGS / f"{name}.yaml"), *TINY[name].split(), *quiet, *overrides]
 
 
 def checkpoint(path, pattern="ckp_[0-9]*"):
@@ -134,6 +136,145 @@ def test_faults_of_files(tmp_path, capsys):
     assert train.main(other) == 0
     next((tmp_path / "other").glob("2*")).rename(tmp_path / "other" / "first")
     assert "size mismatch" in one_line(capsys, [*other, "resume=true", "model.flow.sub_net_size=16"])
+
+
+@pytest.mark.parametrize(
+    "key, text, expected",
+    [
+        ("data", "a #1", "a #1"),
+        ("data", "2024", "2024"),
+        ("data", "a: b", "a: b"),
+        ("data", "1e3", "1e3"),
+        ("data", "yes", "yes"),
+        ("data", "[camera, coins]", ["camera", "coins"]),
+        ("data", '"a b"', "a b"),
+        ("save_path", "null", None),
+        ("save_path", "-", "-"),
+        ("resume", "true", True),
+        ("resume", "2024", "2024"),
+        ("resume", "runs/a #1/ckp_0.pth.tar", "runs/a #1/ckp_0.pth.tar"),
+        ("test_data", "007", "007"),
+        ("model._target_", "a.b #c", "a.b #c"),
+        ("channels", "3", 3),
+        ("samples_per_epoch", "null", None),
+        ("optimizer.lr", "1e-4", 1e-4),
+        ("+trainer.early_stop", "3", 3),
+        ("+note", "a #1", "a #1"),
+    ],
+)
+def test_paths_are_texts_and_numbers_are_numbers(key, text, expected):
+    config = train.read_config(str(CONFIGS / "patchnr.yaml"), [f"{key}={text}"])
+    found = OmegaConf.select(config, key.removeprefix("+"))
+    found = OmegaConf.to_container(found) if OmegaConf.is_list(found) else found
+    assert found == expected and type(found) is type(expected)
+
+
+def test_a_folder_of_any_name_is_trained_on(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a #1", "2024", "a: b"):
+        folder.rename(tmp_path / name)
+        folder = tmp_path / name
+        assert train.main(arguments("patchnr", tmp_path / f"run {name}", f"data={name}", "channels=3")) == 0
+    other = train.main(arguments("patchnr", tmp_path / "none", "data=a"))
+    assert other == 1 and "got 'a'" in capsys.readouterr().err
+
+
+def test_resuming_nothing_is_refused(tmp_path, capsys):
+    error = one_line(capsys, arguments("patchnr", tmp_path, "resume=true"))
+    assert f"resume=true: no readable checkpoint under {tmp_path}; resume=false starts anew" in error
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ckp_0.pth.tar").write_bytes(b"cut short")
+    assert "no readable checkpoint" in one_line(capsys, arguments("patchnr", tmp_path, "resume=true"))
+    for mode in ("resume=true", "mode=test"):
+        assert f"{mode} needs save_path" in one_line(capsys, [*arguments("patchnr", tmp_path, mode), "save_path=null"])
+    assert "no readable checkpoint" in one_line(capsys, arguments("patchnr", tmp_path, "mode=test"))
+    assert "test_data is for mode=test" in one_line(capsys, arguments("patchnr", tmp_path, "test_data=coins"))
+    assert "expected mode to be one of" in one_line(capsys, arguments("patchnr", tmp_path, "mode=evaluate"))
+
+
+def set_aside(path):
+    """Out of the way of a second run in the same second."""
+    next(path.glob("2*")).rename(path / "first")
+
+
+@pytest.mark.parametrize("name", ["patchnr", "image_flow", "unfolded_nmapg"])
+def test_resumed_is_uninterrupted(name, tmp_path):
+    """Weights, the optimizer's state and random numbers, to the bit, where no schedule depends on the length."""
+    assert train.main(arguments(name, tmp_path / "whole", "epochs=3", "scheduler=null")) == 0
+    assert train.main(arguments(name, tmp_path / "broken", "epochs=2", "scheduler=null")) == 0
+    set_aside(tmp_path / "broken")
+    assert train.main(arguments(name, tmp_path / "broken", "epochs=3", "scheduler=null", "resume=true")) == 0
+    one, two = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "broken")
+    assert all(torch.equal(two["state_dict"][key], value) for key, value in one["state_dict"].items())
+    assert all(torch.equal(a, b) for a, b in zip(one["generators"], two["generators"]))
+    assert [values[-1] for values in one["eval_metrics"].values()] == [
+        values[-1] for values in two["eval_metrics"].values()
+    ]
+
+
+def test_lengthened_goes_on_at_the_rate_of_the_new_length(tmp_path):
+    assert train.main(arguments("patchnr", tmp_path, "epochs=2")) == 0
+    assert checkpoint(tmp_path)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+    set_aside(tmp_path)
+    assert train.main(arguments("patchnr", tmp_path, "epochs=3", "resume=true", "optimizer.lr=1e-2")) == 0
+    state = checkpoint(tmp_path)
+    assert state["scheduler"]["base_lrs"] == [1e-2] and state["scheduler"]["T_max"] == 3
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+    assert state["scheduler"]["last_epoch"] == 3
+
+
+# --- using what was trained ---
+
+
+def header(name):
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    return "\n".join(line.removeprefix("#   ") for line in lines if line.startswith("#   "))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_header_shows_how_to_reconstruct(name, tmp_path):
+    assert train.main(arguments(name, tmp_path)) == 0
+    run = next(tmp_path.glob("2*"))
+    code = header(name)
+    assert code.count("\n") in (4, 5) and f"runs/{name}/<date>" in code
+    config = OmegaConf.load(run / "config.yaml")
+    flow = name in ("patchnr", "image_flow")
+    physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1)) if flow else train.instantiate(config.physics)
+    x = torch.rand(1, 1, 12 if name == "patchnr" else config.size, 12 if name == "patchnr" else config.size)
+    names = {"y": physics(x), "physics": physics}
+    exec(code.replace(f"runs/{name}/<date>", str(run)), names)
+    assert names["x_net"].shape == x.shape and names["x_net"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_mode_test_evaluates_and_writes_images(name, tmp_path, folder, capsys):
+    assert train.main(arguments(name, tmp_path)) == 0
+    run = next(tmp_path.glob("2*"))
+    best = torch.load(run / "ckp_best.pth.tar", weights_only=False)
+    (metric,) = best["eval_metrics"]
+    capsys.readouterr()
+    assert train.main(arguments(name, tmp_path, "mode=test")) == 0
+    out = capsys.readouterr().out
+    assert f"{metric}: " in out and f"images: {run / 'test'}" in out
+    assert list(tmp_path.glob("2*")) == [run]
+    pictures = list((run / "test").rglob("*.png"))
+    assert pictures
+    assert (
+        train.main(arguments(name, tmp_path, "mode=test", f"test_data={folder}", f"resume={run / 'ckp_best.pth.tar'}"))
+        == 0
+    )
+    assert f"{metric}: " in capsys.readouterr().out
+
+
+def test_grey_from_a_folder_in_colour_is_said(folder, tmp_path):
+    with pytest.warns(
+        UserWarning, match="3 of 3 files of .* are in colour and are read as grey; channels=3 keeps colours"
+    ):
+        train.main(arguments("patchnr", tmp_path, f"data={folder}"))
+
+
+def test_progress_bars_are_on_by_default():
+    assert all(config["trainer"]["show_progress_bar"] is True for config in FILES.values())
 
 
 FILES = {name: OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml")) for name in TINY}

@@ -98,7 +98,7 @@ def _reversed(module, read: _Reading) -> list:
 
 
 def _permutation(module, read: _Reading) -> list:
-    matrix = torch.eye(len(module.perm), dtype=read.like.dtype, device=read.like.device)[module.perm]
+    matrix = torch.eye(len(module.perm), dtype=read.like.dtype, device=read.like.device)[module.perm.long()]
     zero = read.zeros(len(matrix), 1)
     return [Affine([matrix, zero, read.zeros()], lambda: [matrix.t(), zero, read.zeros()])]
 

@@ -126,7 +126,7 @@ CHANGES = {
 
 
 def floats(prior):
-    return {k: v for k, v in prior.state_dict().items() if torch.is_floating_point(v)}
+    return {k: v for k, v in prior.state_dict().items() if not k.endswith("perm")}
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -1,0 +1,44 @@
+"""What a training refuses, or warns of, before it starts."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import fields
+from numbers import Real
+from typing import Any
+
+import torch
+from deepinv import Trainer
+from torch import Tensor, nn
+
+# what a training sets itself, of the options of deepinv's Trainer
+OWN = {"model", "physics", "optimizer", "scheduler", "losses", "train_dataloader", "eval_dataloader", "ckpt_pretrained"}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    known = {field.name for field in fields(Trainer)} - OWN
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"expected options of deepinv.Trainer that this training does not set itself; got {unknown}")
+
+
+def check_level(sigma: float, compile: bool) -> None:
+    if not (isinstance(sigma, Real) and math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"expected a finite noise level sigma >= 0; got {sigma!r}")
+    if sigma and compile:
+        raise ValueError("expected compile=False with sigma: torch.compile has no second derivatives")
+
+
+def check_range(images: Iterable[Tensor], dequantise: float) -> None:
+    if 0 < dequantise < 1 and max(float(image.abs().max()) for image in images) > 10:
+        warnings.warn(
+            f"dequantise={dequantise:.4g} is for images in [0, 1]; divide by their range, or pass their grey-level step",
+            stacklevel=3,
+        )
+
+
+def check_trainable(module: nn.Module, name: str) -> None:
+    trainable = [p.dtype for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"the weights of the {name} are frozen; {name}.requires_grad_(True) makes them trainable")
+    if trainable[0] in (torch.float16, torch.bfloat16):
+        raise TypeError(f"expected weights of float32 or float64 to train; got {trainable[0]} ({name}.float())")
