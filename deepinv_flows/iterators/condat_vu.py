@@ -32,7 +32,7 @@ class CondatVuIteration(Iteration):
     torch.Size([1, 1, 8, 8])
     """
 
-    defaults = {"K": None, "K_adjoint": None, "stepsize_dual": 1.0}
+    defaults = {"K": None, "K_adjoint": None, "stepsize_dual": 1.0, "beta": 1.0}
     refuses = {
         "DEQ": "its fixed point is one of (x, u), and deepinv differentiates in x alone",
         "anderson_acceleration": "its fixed point is one of (x, u), and deepinv accelerates x alone",

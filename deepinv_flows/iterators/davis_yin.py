@@ -21,6 +21,7 @@ class DavisYinIteration(Iteration):
     torch.Size([1, 1, 8, 8])
     """
 
+    defaults = {"beta": 1.0}
     refuses = {
         "anderson_acceleration": "its fixed point is one of z, and deepinv accelerates x alone",
         "backtracking": "its cost need not fall from one iterate to the next",

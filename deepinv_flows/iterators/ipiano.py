@@ -3,9 +3,10 @@
 from deepinv.optim import DataFidelity, Prior
 from torch import Tensor
 
-from .base import Problem, coefficient, flat, rounding, square
+from .base import Problem
 from .optimizer import Optim
 from .search import SearchIteration, shorten
+from .terms import coefficient, flat, inner, rounding, square, unchanged
 
 # of the longest admissible step 2 (1 - inertia) / L
 SAFETY = 0.99
@@ -30,7 +31,9 @@ class IPianoIteration(SearchIteration):
     def step(self, X: dict, problem: Problem) -> dict:
         x, before = X["est"][0], X["est"][-1]
         inertia, grad = problem.coefficient("inertia", x), problem.smooth.grad(x)
-        step, config = self.first_step(problem, x, X.get("step"))
+        smooth = problem.smooth.identity
+        last = X.get("step") if unchanged(X.get("smooth", ()), smooth) else None
+        step, config = self.first_step(problem, x, last)
 
         def trial(step):
             gamma = coefficient(step, x)
@@ -44,11 +47,11 @@ class IPianoIteration(SearchIteration):
         def majorised(step, x_new):
             # L = 2 SAFETY (1 - inertia) / step bounds the curvature along this move
             move = x_new - x
-            model = f_x + (grad * move).flatten(1).sum(1) + SAFETY * (1 - flat(inertia)) / step * square(move)
+            model = f_x + inner(grad, move) + SAFETY * (1 - flat(inertia)) / step * square(move)
             return problem.smooth.value(x_new) <= model + rounding(f_x)
 
-        (x_new,), step = shorten(trial, majorised, step, config)
-        return {"est": (x_new, x), "step": self.accept(step)}
+        (x_new,), step, _ = shorten(trial, majorised, step, config)
+        return {"est": (x_new, x), "step": self.accept(step), "smooth": smooth}
 
 
 class IPiano(Optim):

@@ -6,9 +6,10 @@ import torch
 from deepinv.optim import DataFidelity, Prior
 from torch import Tensor, nn
 
-from .base import Problem, coefficient, rounding, square
+from .base import Problem
 from .optimizer import Optim
 from .search import SearchIteration, shorten
+from .terms import coefficient, rounding, square, unchanged
 
 
 class _Generator:
@@ -104,7 +105,9 @@ class LatentGDIteration(SearchIteration):
             X = self.start(X, problem)
         G, z = _Generator(problem["generator"], None), X["est"][1]
         grad = self._gradient(z, G, problem)
-        step, config = self.first_step(problem, z, X.get("step"))
+        objective = problem.f.identity + problem.g.identity
+        last = X.get("step") if unchanged(X.get("objective", ()), objective) else None
+        step, config = self.first_step(problem, z, last)
 
         def trial(step):
             z_new = z - coefficient(step, z) * grad
@@ -118,8 +121,8 @@ class LatentGDIteration(SearchIteration):
         def enough(step, *est):
             return self.objective(est, problem) <= F - config.gamma * step * square(grad) + rounding(F)
 
-        est, step = shorten(trial, enough, step, config)
-        return {"est": est, "latent": True, "step": step}
+        est, step, _ = shorten(trial, enough, step, config)
+        return {"est": est, "latent": True, "step": step, "objective": objective}
 
     def _gradient(self, z: Tensor, G: _Generator, problem: Problem) -> Tensor:
         recorded = torch.is_grad_enabled()
