@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from deepinv.optim import DataFidelity, Prior, WaveletPrior
+from deepinv.optim import DataFidelity, PoissonLikelihood, Prior, WaveletPrior
 from deepinv.optim.prior import ZeroPrior
 from torch import Tensor
 
@@ -103,7 +103,15 @@ class DataTerm:
         return (self.data_fidelity, *self.bound)
 
     def value(self, x: Tensor) -> Tensor:
+        if isinstance(self.data_fidelity, PoissonLikelihood):
+            return self._poisson(x)
         return _values(self.data_fidelity(x, *self.bound), x)
+
+    def _poisson(self, x: Tensor) -> Tensor:
+        """deepinv adds the logarithms of the whole batch to the value of each sample."""
+        (y, physics), d = self.bound, self.data_fidelity.d
+        y, z = y / d.gain if d.denormalize else y, physics.A(x) / d.gain + d.bkg
+        return _values(z - y - y * torch.log(z), x)
 
     def grad(self, x: Tensor) -> Tensor:
         return self.data_fidelity.grad(_guarded(x), *self.bound)
