@@ -91,7 +91,12 @@ class Trial:
     def unless(self, condition: Tensor, other: "Trial") -> "Trial":
         """This trial of the samples for which the condition does not hold, ``other`` of those for which it does."""
         enough = None if self.enough is None else torch.where(condition, other.enough, self.enough)
-        return Trial(pick(condition, other.point, self.point), other.step, F=torch.where(condition, other.F, self.F), enough=enough)
+        return Trial(
+            pick(condition, other.point, self.point),
+            other.step,
+            F=torch.where(condition, other.F, self.F),
+            enough=enough,
+        )
 
 
 def below(bound: Tensor, F: Tensor) -> Tensor:
