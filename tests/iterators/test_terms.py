@@ -8,7 +8,7 @@ from iterator_cases import F64, random
 from deepinv_flows import NMAPG, CondatVu, DavisYin, IPiano
 from deepinv_flows.iterators.terms import DataTerm, PriorTerm, inner, square, unchanged
 
-O = dinv.optim
+optim = dinv.optim
 SHAPE = (3, 2, 8, 8)
 STEPS = torch.tensor([0.1, 0.5, 0.9], dtype=F64)
 WEIGHTS = torch.tensor([0.3, 0.7, 0.2], dtype=F64)
@@ -19,19 +19,19 @@ def denoiser(x, sigma):
 
 
 PRIORS = {
-    "Tikhonov": O.Tikhonov,
-    "L1Prior": O.L1Prior,
-    "L12Prior": lambda: O.L12Prior(l2_axis=1),
-    "WaveletPrior": lambda: O.WaveletPrior(level=1, wv="db2"),
-    "WaveletPrior, clamped": lambda: O.WaveletPrior(level=2, wv="haar", clamp_min=0.1, clamp_max=0.8),
-    "WaveletPrior, dictionary": lambda: O.WaveletPrior(level=1, wv=["db2", "db4"]),
-    "TVPrior": lambda: O.TVPrior(n_it_max=300),
-    "TVL1Prior": lambda: O.TVL1Prior(n_it_max=300),
-    "SmoothedTVPrior": O.SmoothedTVPrior,
-    "RDP": O.RDP,
-    "PnP": lambda: O.PnP(denoiser),
-    "RED": lambda: O.RED(denoiser),
-    "ZeroPrior": O.prior.ZeroPrior,
+    "Tikhonov": optim.Tikhonov,
+    "L1Prior": optim.L1Prior,
+    "L12Prior": lambda: optim.L12Prior(l2_axis=1),
+    "WaveletPrior": lambda: optim.WaveletPrior(level=1, wv="db2"),
+    "WaveletPrior, clamped": lambda: optim.WaveletPrior(level=2, wv="haar", clamp_min=0.1, clamp_max=0.8),
+    "WaveletPrior, dictionary": lambda: optim.WaveletPrior(level=1, wv=["db2", "db4"]),
+    "TVPrior": lambda: optim.TVPrior(n_it_max=300),
+    "TVL1Prior": lambda: optim.TVL1Prior(n_it_max=300),
+    "SmoothedTVPrior": optim.SmoothedTVPrior,
+    "RDP": optim.RDP,
+    "PnP": lambda: optim.PnP(denoiser),
+    "RED": lambda: optim.RED(denoiser),
+    "ZeroPrior": optim.prior.ZeroPrior,
 }
 # what their proximity operators, which iterate until a batch has converged, are exact to
 TOLERANCES = {
@@ -43,12 +43,12 @@ TOLERANCES = {
     "RED": 0.01,
 }
 FIDELITIES = {
-    "L2": O.L2,
-    "L1": O.L1,
-    "IndicatorL2": lambda: O.IndicatorL2(radius=0.5),
-    "PoissonLikelihood": lambda: O.PoissonLikelihood(bkg=0.1, denormalize=False),
-    "LogPoissonLikelihood": O.LogPoissonLikelihood,
-    "ZeroFidelity": O.data_fidelity.ZeroFidelity,
+    "L2": optim.L2,
+    "L1": optim.L1,
+    "IndicatorL2": lambda: optim.IndicatorL2(radius=0.5),
+    "PoissonLikelihood": lambda: optim.PoissonLikelihood(bkg=0.1, denormalize=False),
+    "LogPoissonLikelihood": optim.LogPoissonLikelihood,
+    "ZeroFidelity": optim.data_fidelity.ZeroFidelity,
 }
 PHYSICS = {
     "denoising": lambda: dinv.physics.Denoising(),
@@ -103,15 +103,15 @@ def test_every_prior_in_a_batch_of_three(name, kind):
     options = {"backtracking": False} if name in ("PnP", "RED") and kind in (NMAPG, IPiano) else {}
     if kind is CondatVu:
         options["stepsize_dual"] = 0.4
-    model = kind(O.L2(), PRIORS[name](), lambda_reg=WEIGHTS, stepsize=0.5, max_iter=6, **options)
-    x, metrics = model(y, physics, compute_metrics=True)
+    model = kind(optim.L2(), PRIORS[name](), lambda_reg=WEIGHTS, stepsize=0.5, max_iter=6, **options)
+    x = model(y, physics)
     for i in range(3):
-        alone = kind(O.L2(), PRIORS[name](), lambda_reg=float(WEIGHTS[i]), stepsize=0.5, max_iter=6, **options)
+        alone = kind(optim.L2(), PRIORS[name](), lambda_reg=float(WEIGHTS[i]), stepsize=0.5, max_iter=6, **options)
         assert torch.allclose(x[one(i)], alone(y[one(i)], physics), atol=3 * TOLERANCES.get(name, 1e-8))
 
 
 def test_wavelet_prior_descends_its_own_cost():
-    prior, y = O.WaveletPrior(level=1, wv="haar"), X
+    prior, y = optim.WaveletPrior(level=1, wv="haar"), X
     x = PriorTerm(prior, 0.2).prox(y, 1.0)
 
     def cost(x):
@@ -128,12 +128,12 @@ def test_inner_products_of_complex_tensors_are_real():
 
 
 def test_terms_are_the_same_if_their_numbers_are():
-    prior = O.Tikhonov()
+    prior = optim.Tikhonov()
     same = [PriorTerm(prior, torch.tensor(0.5)), PriorTerm(prior, torch.tensor(0.5))]
     assert unchanged(same[0].identity, same[1].identity)
     weight = torch.tensor(0.5)
     before = PriorTerm(prior, weight).identity
     weight.fill_(0.6)
     assert not unchanged(before, PriorTerm(prior, weight).identity)
-    assert not unchanged(same[0].identity, PriorTerm(O.Tikhonov(), 0.5).identity)
+    assert not unchanged(same[0].identity, PriorTerm(optim.Tikhonov(), 0.5).identity)
     assert unchanged(PriorTerm(None).identity, PriorTerm(None).identity)
