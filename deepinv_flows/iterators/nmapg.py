@@ -36,30 +36,33 @@ class NMAPGIteration(SearchIteration):
 
     def step(self, X: dict, problem: Problem) -> dict:
         x, z = X["est"][0], X["est"][-1]
-        terms = problem.smooth, problem.proximable
-        past, kept = X.get("nmapg"), [unchanged(*pair) for pair in zip(X.get("terms", ()), (t.identity for t in terms))]
-        last = None if past is None else past.step
-        if last is not None and not kept[0]:  # the curvature is another: the step may grow
-            last = 2 * last
+        smooth, proximable = problem.smooth, problem.proximable
+        past, terms = X.get("nmapg"), [smooth.identity, proximable.identity]
+        kept = [unchanged(*pair) for pair in zip(X.get("terms", terms), terms)]
+        # where the smooth term is another, steps may grow
+        last = None if past is None else past.step if kept[0] else 2 * past.step
         step, config = self.first_step(problem, x, last)
         if config is not None:
-            self.check_explicit(*terms)
-        advance = Advance(*terms, config, problem["eta"])
+            self.check_explicit(smooth, proximable)
+        advance = Advance(smooth, proximable, config, problem["eta"])
         if past is None:
-            past = History.starting(x, advance.energy(x))
+            past = History.starting(x, advance.energy(x), as_steps(step, x))
         elif not all(kept):
             past, z = self.changed(past, x, z, advance.energy(x), same_smooth=kept[0])
-        x, z, past = advance(x, z, past, step)
+        x, z, past = advance(x, z, dataclasses.replace(past, step=as_steps(step, x)))
         if config is not None:
             self.accept(past.step)
-        X = {"est": (x, z), "nmapg": past, "terms": [t.identity for t in terms]}
+        X = {"est": (x, z), "nmapg": past, "terms": terms}
         if self.user_cost is None and advance.monitored:
             X["cost"] = past.F
         return X
 
-    def changed(self, past: History, x: Tensor, z: Tensor, F: Tensor | None, same_smooth: bool):
-        """What is still known under another objective, and z. An unfolded model keeps its acceleration: it is one network."""
-        new = History.starting(x, F)
+    def changed(self, past: History, x: Tensor, z: Tensor, F: Tensor, same_smooth: bool) -> tuple[History, Tensor]:
+        """
+        What is still known under another objective, and z: the step, and where the smooth term is the same its curvature. An
+        unfolded model keeps its acceleration too, since its iterations are one network.
+        """
+        new = History.starting(x, F, past.step)
         if self.unfolded:
             return dataclasses.replace(past, F=F, c=F, q=new.q), z
         return dataclasses.replace(new, y=past.y, grad_y=past.grad_y) if same_smooth else new, x
@@ -180,22 +183,19 @@ def nmapg(
     config, g = as_config(backtracking), PriorTerm(prior)
     if config is not None:
         check_explicit("nmapg", g)
-    z, step = x, as_steps(stepsize, x)
-    past = History.starting(x, Advance(EnergyTerm(energy, tuple(data or ())), g, config, eta).energy(x))
+    start = Advance(EnergyTerm(energy, tuple(data or ())), g, config, eta).energy(x)
+    z, past = x, History.starting(x, start, as_steps(stepsize, x))
     alive = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     for it in range(max_iter):
         rows = (alive if data is not None else torch.ones_like(alive)).nonzero().flatten()
         advance = Advance(EnergyTerm(energy, tuple(d[rows] for d in data or ())), g, config, eta)
         with at_iteration(it):
-            last = step if past.step is None else past.step
-            x_new, z_new, new = advance(x[rows], z[rows], past.rows(rows), last[rows])
-        moves, on = square(x_new - x[rows]) > tol**2 * square(x_new), alive[rows]
-        if new.accepted is not None:
-            moves = moves | ~new.accepted
-        going = rows[on]
-        x, z = x.index_put((going,), x_new[on]), z.index_put((going,), z_new[on])
-        past = past.with_rows(going, new.rows(on))
-        alive = alive.index_put((going,), moves[on])
+            x_new, z_new, new = advance(x[rows], z[rows], past.rows(rows))
+        moves, live = ~new.accepted | (square(x_new - x[rows]) > tol**2 * square(x_new)), alive[rows]
+        going = rows[live]
+        x, z = x.index_put((going,), x_new[live]), z.index_put((going,), z_new[live])
+        past = past.with_rows(going, new.rows(live))
+        alive = alive.index_put((going,), moves[live])
         if callback is not None:
             callback(x, past.F)
         if not alive.any():

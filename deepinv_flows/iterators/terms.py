@@ -1,6 +1,7 @@
 """The terms of an objective as iterations use them: one value for each sample, gradients, proximity operators."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from deepinv.optim import DataFidelity, PoissonLikelihood, Prior, WaveletPrior
@@ -87,6 +88,23 @@ def unchanged(before: tuple, now: tuple) -> bool:
         return isinstance(a, int | float) and isinstance(b, int | float) and a == b
 
     return len(before) == len(now) and all(same(a, b) for a, b in zip(before, now))
+
+
+class Term(Protocol):
+    """A term of an objective."""
+
+    @property
+    def explicit(self) -> bool: ...
+
+    def value(self, x: Tensor) -> Tensor: ...
+
+    def grad(self, x: Tensor) -> Tensor: ...
+
+
+class ProximableTerm(Term, Protocol):
+    """One with a proximity operator."""
+
+    def prox(self, x: Tensor, gamma: float | Tensor) -> Tensor: ...
 
 
 class DataTerm:
