@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import iterators
 from .iterators import DEQ_builder, unfolded_builder
@@ -98,7 +99,7 @@ def _apply() -> None:
         if isinstance(found, type):
             copyreg.pickle(found, _reduce)
             if ours in MARKS and "__setstate__" not in vars(ours):
-                ours.__setstate__ = _arriving(ours.__setstate__, found, MARKS[ours])
+                setattr(ours, "__setstate__", _arriving(getattr(ours, "__setstate__"), found, MARKS[ours]))  # noqa: B009, B010
 
 
 def _undo() -> None:
@@ -108,7 +109,7 @@ def _undo() -> None:
         if isinstance(before, type):
             copyreg.dispatch_table.pop(before, None)
             if ours in MARKS and "__setstate__" in vars(ours):
-                del ours.__setstate__
+                delattr(ours, "__setstate__")
         if found is not ours:
             warnings.warn(f"{module}.{name} was replaced by {found!r} since; it is left alone", stacklevel=4)
         elif before is _ABSENT:
@@ -145,9 +146,9 @@ def _arriving(inherited: Callable, theirs: type, mark: str) -> Callable:
     return __setstate__
 
 
-def _reduce(instance: object) -> tuple:
+def _reduce(instance: Any) -> tuple:
     """An instance of a class of deepinv's whose name is ours now: pickle finds its class by that name no more."""
-    _, _, *state = instance.__reduce_ex__(2)
+    state = tuple(instance.__reduce_ex__(2))[2:]
     return (
         _instance,
         next(place for place, (before, _) in _state.replaced.items() if before is type(instance)),
@@ -155,9 +156,9 @@ def _reduce(instance: object) -> tuple:
     )
 
 
-def _instance(module: str, name: str) -> object:
+def _instance(module: str, name: str) -> Any:
     """A new instance of the class that deepinv itself has at that place, whether or not ours stands there."""
-    before, _ = _state.replaced.get((module, name), (_current(module, name), None))
+    before: Any = _state.replaced.get((module, name), (_current(module, name),))[0]
     return before.__new__(before)
 
 

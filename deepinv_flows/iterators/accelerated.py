@@ -11,6 +11,9 @@ from ..checks import check_finite
 from .search import DEFAULT, shorten
 from .terms import ProximableTerm, Term, check_not_nan, coefficient, inner, pick, rounding, square
 
+# energies may rise by little until t_k is of this size: a step that climbs early climbs far, as nothing is near a minimum yet
+PATIENCE = 8
+
 
 @dataclass
 class History:
@@ -45,7 +48,7 @@ class History:
 
     def with_energy(self, F: Tensor, eta: float | Tensor, accepted: Tensor) -> "History":
         """The mean c goes on with F, of the samples that accepted a step; it begins with the first finite F."""
-        q = eta * self.q + 1
+        q = eta * (1 - 1 / self.t) ** PATIENCE * self.q + 1
         known = torch.isfinite(self.c)
         c, q = torch.where(known, self.c + (F - self.c) / q, F), torch.where(known, q, torch.ones_like(q))
         c, q = torch.where(accepted, c, self.c), torch.where(accepted, q, self.q)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from deepinv.optim import BaseOptim, DataFidelity, Prior
 from deepinv.optim.optim_iterators import OptimIterator
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_finite
 from .parameters import check_keywords, check_ranges, normalise
-from .terms import DataTerm, PriorTerm, check_not_nan, coefficient
+from .terms import DataTerm, PriorTerm, ProximableTerm, check_not_nan, coefficient
 
 
 class Problem:
@@ -25,7 +26,8 @@ class Problem:
         self.g = PriorTerm(prior, self.params["lambda"], self.params["g_param"])
         self.g_2 = PriorTerm(self.params.get("prior_2"), self.params.get("lambda_2", 1.0), self.params.get("g_param_2"))
         # the term that enters by its gradient, and the one that enters by its proximity operator
-        self.smooth, self.proximable = (self.g, self.f) if iteration.g_first else (self.f, self.g)
+        self.smooth: ProximableTerm = self.g if iteration.g_first else self.f
+        self.proximable: ProximableTerm = self.f if iteration.g_first else self.g
 
     def __getitem__(self, name: str):
         return self.params[name]
@@ -119,7 +121,7 @@ class Iteration(OptimIterator):
     def has_cost(self, value: bool) -> None:
         self.__dict__["has_cost"] = value
         # BaseOptim tells an iteration nothing else of itself: whose assignment this is stands in the calling frame
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_name == "__setattr__":
             frame = frame.f_back
         if frame is not None and frame.f_code is BaseOptim.__init__.__code__:

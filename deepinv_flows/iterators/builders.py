@@ -30,7 +30,7 @@ OURS = (
 # as deepinv's documentation spells it
 SYNONYMS = {"PDCP": "CP"}
 # what deepinv's classes set and its builders forget
-FORGOTTEN = {"FISTA": {"a": 3}, "CP": {"stepsize_dual": 1.0}}
+FORGOTTEN: dict[str, dict] = {"FISTA": {"a": 3}, "CP": {"stepsize_dual": 1.0}}
 # arguments of BaseOptim's that it calls by another name, or that Optim adds
 FURTHER = ("F_fn", "g_param", "sigma_denoiser")
 # of deepinv's, those whose next estimate depends on the estimate alone

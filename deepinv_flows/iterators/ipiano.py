@@ -76,8 +76,9 @@ class IPiano(Optim):
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`, one number or one for each sample.
-    :param float, torch.Tensor stepsize: :math:`\alpha`, with backtracking its first value.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
+        or a list with one for each iteration.
+    :param float, torch.Tensor stepsize: :math:`\alpha`, with backtracking its first value. A list switches the search off.
     :param float, torch.Tensor inertia: :math:`\mu` in [0, 1). Not ``beta``, which deepinv sets to 1 for every algorithm.
     :param bool, deepinv.optim.BacktrackingConfig backtracking: ``eta`` shortens a step, at most ``max_iter`` times an iteration;
         ``gamma`` is not used.
@@ -104,9 +105,9 @@ class IPiano(Optim):
         self,
         data_fidelity: DataFidelity | list[DataFidelity] | None = None,
         prior: Prior | list[Prior] | None = None,
-        lambda_reg: float | Tensor = 1.0,
-        stepsize: float | Tensor = 1.0,
-        inertia: float | Tensor = 0.5,
+        lambda_reg: float | Tensor | list = 1.0,
+        stepsize: float | Tensor | list = 1.0,
+        inertia: float | Tensor | list = 0.5,
         **kwargs,
     ):
         parameters = {"lambda": lambda_reg, "stepsize": stepsize, "inertia": inertia}

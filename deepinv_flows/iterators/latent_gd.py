@@ -156,8 +156,9 @@ class LatentGD(Optim):
         (B, C, H, W) of latents (B, ...).
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: r, such as ``deepinv.optim.Tikhonov()``; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`, one number or one for each sample.
-    :param float, torch.Tensor stepsize: :math:`\gamma`, or a list of ``max_iter``.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
+        or a list with one for each iteration.
+    :param float, torch.Tensor stepsize: :math:`\gamma`.
     :param tuple latent_shape: shape of a latent without its batch; needed by the default start of a G that is not invertible.
     :param bool, deepinv.optim.BacktrackingConfig backtracking: ``eta`` shortens a step, at most ``max_iter`` times an iteration,
         and ``gamma`` is :math:`\delta`.
@@ -184,8 +185,8 @@ class LatentGD(Optim):
         generator: nn.Module,
         data_fidelity: DataFidelity | list[DataFidelity] | None = None,
         prior: Prior | list[Prior] | None = None,
-        lambda_reg: float | Tensor = 1.0,
-        stepsize: float | Tensor = 1.0,
+        lambda_reg: float | Tensor | list = 1.0,
+        stepsize: float | Tensor | list = 1.0,
         *,
         latent_shape: tuple[int, ...] | None = None,
         **kwargs,

@@ -88,7 +88,9 @@ class NMAPG(Optim):
         \quad \text{of least } F \text{ otherwise}
 
     with :math:`t_{k+1} = \frac12 (1 + \sqrt{4 t_k^2 + 1})` and :math:`c_k` a mean of the energies so far in which each older one
-    weighs :math:`\eta` times the next: ``eta=0`` makes F monotone.
+    weighs :math:`\eta (1 - 1/t_k)^8` times the next: F hardly rises at first, when a rise from a poor start would be large, and
+    ``eta=0`` makes it monotone throughout. When the objective is another than in the iteration before (a list of parameters,
+    priors or data fidelities), the mean and the acceleration start anew.
 
     **Steps.** Each begins with Barzilai and Borwein's :math:`\alpha = \|s\|^2 / \langle s, r \rangle` of the last move s and
     change of gradient r, the first with ``stepsize``, and is shortened until F falls enough, for each sample on its own: no
@@ -101,8 +103,9 @@ class NMAPG(Optim):
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`, one number or one for each sample.
-    :param float, torch.Tensor stepsize: the first :math:`\alpha`.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
+        or a list with one for each iteration.
+    :param float, torch.Tensor stepsize: the first :math:`\alpha`. A list switches the search off.
     :param float eta: :math:`\eta` in [0, 1).
     :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search: ``eta`` shortens a step, at most ``max_iter``
         times; ``gamma`` is :math:`\delta`.
@@ -112,7 +115,10 @@ class NMAPG(Optim):
     :raises ValueError: for an eta outside [0, 1), a step that is not positive, or a line search on a term without value.
 
     Source: Li & Lin, "Accelerated proximal gradient methods for nonconvex programming", NeurIPS 2015, supplement,
-    algorithm 4; the fall is measured by :math:`\delta / \alpha` instead of :math:`\delta`, so that scaling F changes nothing.
+    algorithm 4. This differs from it: 1. the fall is measured by :math:`\delta / \alpha` instead of :math:`\delta`, so that
+    scaling F changes nothing; 2. the weights of the mean, constant there; 3. while :math:`c_k` is infinite (a start that violates
+    a constraint) a step is accepted by the quadratic model of the smooth term at the point it starts from; 4. after a search
+    in which no step was accepted the acceleration starts anew.
 
     >>> import deepinv as dinv, torch
     >>> from deepinv_flows import NMAPG
@@ -128,8 +134,8 @@ class NMAPG(Optim):
         self,
         data_fidelity: DataFidelity | list[DataFidelity] | None = None,
         prior: Prior | list[Prior] | None = None,
-        lambda_reg: float | Tensor = 1.0,
-        stepsize: float | Tensor = 1.0,
+        lambda_reg: float | Tensor | list = 1.0,
+        stepsize: float | Tensor | list = 1.0,
         eta: float = 0.8,
         **kwargs,
     ):

@@ -34,8 +34,8 @@ class Optim(BaseOptim):
         parameters: dict,
         *,
         iterator: OptimIterator | None = None,
-        g_param: float | Tensor | None = None,
-        sigma_denoiser: float | Tensor | None = None,
+        g_param: float | Tensor | list | None = None,
+        sigma_denoiser: float | Tensor | list | None = None,
         params_algo: dict | None = None,
         g_first: bool = False,
         cost_fn: Callable | None = None,
@@ -65,7 +65,8 @@ class Optim(BaseOptim):
             **options,
         )
         # deepinv's asks the prior alone, not the user
-        self.has_cost = iterator.has_cost = has_cost and (self.has_cost or cost_fn is not None)
+        self.has_cost: bool = has_cost and (self.has_cost or cost_fn is not None)
+        iterator.has_cost = self.has_cost
         if not has_cost and (self.backtracking or self.crit_conv == "cost"):
             raise ValueError("expected has_cost=True for backtracking or crit_conv='cost'; got has_cost=False")
 

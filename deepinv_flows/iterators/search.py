@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from deepinv.optim import BacktrackingConfig, BaseOptim
@@ -91,9 +92,7 @@ class SearchIteration(Iteration):
                 stacklevel=6,
             )
 
-    def first_step(
-        self, problem: Problem, x: Tensor, last: Tensor | None
-    ) -> tuple[float | Tensor, BacktrackingConfig | None]:
+    def first_step(self, problem: Problem, x: Tensor, last: Tensor | None) -> tuple[Any, BacktrackingConfig | None]:
         """The step to begin with, and how to search from it, if at all; then it is a tensor (B, 1, ...)."""
         given = problem.coefficient("stepsize", x)
         config = as_config(problem["backtracking"] if self.backtracking is None else self.backtracking)

@@ -96,6 +96,9 @@ class Term(Protocol):
     @property
     def explicit(self) -> bool: ...
 
+    @property
+    def identity(self) -> tuple: ...
+
     def value(self, x: Tensor) -> Tensor: ...
 
     def grad(self, x: Tensor) -> Tensor: ...
@@ -185,6 +188,10 @@ class EnergyTerm:
 
     def __init__(self, function: Callable[..., Tensor], data: tuple[Tensor, ...] = ()):
         self.function, self.data = function, data
+
+    @property
+    def identity(self) -> tuple:
+        return (self.function, *self.data)
 
     def value(self, x: Tensor) -> Tensor:
         return _values(self.function(x, *self.data), x)
