@@ -10,7 +10,8 @@ whole objective, all its terms by their gradients, by L-BFGS, from the start of 
 multiple of A^T y that fits the measurements best, and A_dagger(y). The last line is one JSON object: the seconds, how many times
 the fastest other way's the recommended way took in the worst case, and where another was faster.
 
-Without: superresolution by 4 with 1% noise. Without ``--data``: the photograph *gravel*, rows the shipped flow never saw, and that flow.
+Without: superresolution by 4 with 1% noise. Without ``--data``: the photograph *gravel*, rows the shipped flow never saw, and
+that flow.
 With it: the PatchNR paper's material (``DIR/material/test.png``, see ``material_superresolution.py``) and the flow of ``--flow``.
 Every way starts from bicubic interpolation and minimises |Ax - y|^2 / 2 + lambda g(x) on all patches, for as long as Adam's 300
 iterations take with the paper's fixed step. Seconds are those of the process on one thread (``time.process_time``), so that
@@ -222,28 +223,32 @@ def seconds_within(tracks: list, share: float) -> list[float | None]:
     return [next((seconds for seconds, value in track if value <= level), None) for track in tracks]
 
 
+def tracks_from(x, parts, ways, limit, repeats) -> dict[str, list]:
+    """Of each way the run, of equal ones, that other programs disturbed least."""
+    physics, y, prior, lambda_reg = parts
+
+    def objective(x):
+        return L2(x, y, physics) + lambda_reg * prior(x)
+
+    found: dict[str, list] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, run in ways.items():
+            watch = timed(lambda watch, run=run: run(x, objective, parts, watch), objective, limit)
+            found[way].append(watch.track or [(limit, math.inf)])
+    return {way: max(runs, key=len) for way, runs in found.items()}
+
+
 def compare_starts(problems, side, limit, repeats, only):
     ways = {name: way for name, way in FROM_STARTS.items() if not only or name in only or name == "recommended"}
     rows, worst = {}, (0.0, None)
     for name in problems:
         *parts, starts = make_problem(name, side)
-        physics, y, prior, lambda_reg = parts
-
-        def objective(x, y=y, physics=physics, prior=prior, lambda_reg=lambda_reg):
-            return L2(x, y, physics) + lambda_reg * prior(x)
-
         for start, x in starts.items():
-            found: dict[str, list] = {way: [] for way in ways}
-            for _ in range(repeats):
-                for way, run in ways.items():
-                    watch = timed(lambda watch, run=run: run(x, objective, parts, watch), objective, limit)
-                    found[way].append(watch.track or [(limit, math.inf)])
-            # of equal runs the one that other programs disturbed least
-            tracks = [max(runs, key=len) for runs in found.values()]
-            seconds = dict(zip(ways, seconds_within(tracks, 0.01)))
-            finals = {way: round(track[-1][1], 5) for way, track in zip(ways, tracks)}
+            tracks = tracks_from(x, parts, ways, limit, repeats)
+            seconds = dict(zip(ways, seconds_within(list(tracks.values()), 0.01)))
+            finals = {way: round(track[-1][1], 5) for way, track in tracks.items()}
             rows[f"{name} from {start}"] = {"seconds": seconds, "finals": finals}
-            print(f"{name} from {start}, objective there {float(objective(x)):.4g}", flush=True)
+            print(f"{name} from {start}")
             for way in ways:
                 print(f"  {way:<32}{seconds[way]!s:>8} s to 1%, final {finals[way]}", flush=True)
             others = [s for way, s in seconds.items() if s is not None and way != "recommended"]

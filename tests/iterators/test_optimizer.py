@@ -1,6 +1,7 @@
 """Properties of every algorithm: known answers, batches, gradients, DEQ, copies, and class against builder."""
 
 import copy
+import functools
 import pickle
 
 import deepinv as dinv
@@ -277,3 +278,69 @@ def test_real_inpainting_reaches_the_minimiser():
         IPiano(L2, prior, weight, 1.0, 0.4, max_iter=1000),
     ):
         assert cost(model(y, physics)) <= least * (1 + 1e-6), type(model).__name__
+
+
+HALVES = {
+    "nmapg": (lambda **kw: NMAPG(L2, **kw), {}),
+    "nmapg_swapped": (lambda **kw: NMAPG(L2, g_first=True, **kw), {}),
+    "nmapg_fixed": (lambda **kw: NMAPG(L2, stepsize=0.5 * STEP, backtracking=False, **kw), {}),
+    "nmapg_unfolded": (lambda **kw: NMAPG(L2, stepsize=0.5 * STEP, unfold=True, trainable_params=[], **kw), {}),
+    "ipiano": (lambda **kw: IPiano(L2, inertia=0.3, **kw), {}),
+    "ipiano_swapped": (lambda **kw: IPiano(L2, inertia=0.3, g_first=True, **kw), {}),
+    "davis_yin": (lambda **kw: DavisYin(L2, stepsize=0.5 * STEP, **kw), {}),
+    "condat_vu": (lambda **kw: CondatVu(L2, stepsize=0.5 * STEP, stepsize_dual=0.5 * LIPSCHITZ, **kw), {}),
+}
+
+
+@pytest.mark.parametrize("early", [0.001, 300.0])
+@pytest.mark.parametrize("changing", ["lambda_reg", "prior", "g_param", "data_fidelity"])
+@pytest.mark.parametrize("name", HALVES)
+def test_when_the_objective_changes_half_way_the_last_one_is_minimised(name, changing, early):
+    make, options = HALVES[name]
+    n, late = 1200, 0.3
+    options = {"lambda_reg": late, "prior": TIKHONOV, "max_iter": n, **options}
+    if changing == "lambda_reg":
+        options["lambda_reg"] = [early] * (n // 2) + [late] * (n // 2)
+    elif changing == "prior":
+        options["prior"] = [Weighted(early / late)] * (n // 2) + [Weighted()] * (n // 2)
+    elif changing == "g_param":
+        options |= {"prior": Weighted(), "g_param": [early] * (n // 2) + [0.0] * (n // 2)}
+    else:
+        options["data_fidelity"] = [dinv.optim.L2(sigma=1.1)] * (n // 2) + [L2] * (n // 2)
+        make = functools.partial(_with_data_fidelity, name)
+    with torch.no_grad():
+        x, cost = track(make(**options).double())
+    assert torch.allclose(x, ridge(late), atol=1e-6)
+    assert torch.allclose(cost[:, -1], L2(x, Y, PHYSICS) + late * TIKHONOV(x), rtol=1e-9)
+
+
+def _with_data_fidelity(name, data_fidelity, **options):
+    model = HALVES[name][0](**options)
+    model.data_fidelity = torch.nn.ModuleList(data_fidelity)
+    return model
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("name", ["nmapg", "ipiano"])
+def test_scaling_the_objective_changes_nothing(name, scale):
+    kinds = {"nmapg": NMAPG, "ipiano": IPiano}
+
+    def model(scale):
+        return kinds[name](
+            dinv.optim.L2(sigma=scale**-0.5), Weighted(0.3 * scale), stepsize=5.0 / scale, max_iter=30
+        ).double()
+
+    assert torch.allclose(model(scale)(Y, PHYSICS), model(1.0)(Y, PHYSICS), rtol=1e-6)
+
+
+def test_latent_descent_after_a_change_of_the_objective():
+    G = torch.linalg.qr(random(N, 3))[0]
+    AG = A @ G
+    z = torch.linalg.solve(AG.T @ AG + 0.3 * torch.eye(3, dtype=F64), AG.T @ Y[:, 0, 0].T).T
+
+    def generator(z):
+        return (z @ G.T)[:, None, None]
+
+    weights = [1e4] * 20 + [0.3] * 480
+    model = LatentGD(generator, L2, TIKHONOV, weights, 10.0, latent_shape=(3,), max_iter=500, backtracking=True)
+    assert torch.allclose(model(Y, PHYSICS), generator(z), atol=1e-8)
