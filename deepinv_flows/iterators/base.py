@@ -6,7 +6,7 @@ from types import FrameType
 
 from deepinv.optim import BaseOptim, DataFidelity, Prior
 from deepinv.optim.optim_iterators import OptimIterator
-from deepinv.unfolded import BaseUnfold
+from deepinv.unfolded import BaseDEQ, BaseUnfold
 from torch import Tensor
 
 from ..checks import check_finite
@@ -169,5 +169,5 @@ class Iteration(OptimIterator):
 
 def is_unfolded(optimizer: BaseOptim) -> bool:
     """Whether gradients run through all iterations of an optimizer, so not of a DEQ model."""
-    deq = optimizer.DEQ or type(optimizer).__name__ == "BaseDEQ"
+    deq = optimizer.DEQ or isinstance(optimizer, BaseDEQ)
     return not deq and (optimizer.unfold or isinstance(optimizer, BaseUnfold))
