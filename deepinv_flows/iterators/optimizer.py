@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import positive_int
 from .base import Iteration, Problem
-from .parameters import RANGES, arguments, check_keywords, check_ranges, normalise, trained
+from .parameters import RANGES, arguments, check_keywords, check_ranges, describe, normalise, trained
 from .terms import coefficient
 
 
@@ -103,6 +103,9 @@ class Optim(BaseOptim):
             return super().check_conv_fn(it, X_prev, X)
         v_prev, v = X_prev["est"][0].flatten(1), X["est"][0].flatten(1)
         return bool((v - v_prev).norm(dim=1).mean() < self.thres_conv * v.norm(dim=1).mean())
+
+    def extra_repr(self) -> str:
+        return f"{describe(self.init_params_algo)}, max_iter={self.max_iter}, unfold={self.unfold}, DEQ={self.DEQ}"
 
     # deepinv's metric holds a lambda, which does not pickle
     def __getstate__(self) -> dict:

@@ -53,6 +53,17 @@ def trained(names: Iterable[str] | None, params: dict, iterator) -> tuple[dict, 
     return params, trainable(names, params, getattr(iterator, "constants", ()))
 
 
+def describe(params: Mapping) -> str:
+    """Those that are numbers, as a model prints them."""
+
+    def brief(values: list) -> str:
+        each = [f"{float(v):.4g}" if torch.as_tensor(v).numel() == 1 else f"{tuple(v.shape)}" for v in values]
+        return each[0] if len(each) == 1 else f"[{each[0]}, ..., {each[-1]}]"
+
+    given = {name: list(value) if isinstance(value, Iterable) else [value] for name, value in params.items()}
+    return ", ".join(f"{name}={brief(values)}" for name, values in given.items() if values and _numbers(values))
+
+
 RANGES = {
     "stepsize": ("positive", lambda v: v > 0),
     "stepsize_dual": ("positive", lambda v: v > 0),

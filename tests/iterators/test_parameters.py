@@ -243,3 +243,10 @@ def test_deepinvs_arguments_are_all_accepted():
     y = random(2, 1, 1, 6)
     model = CondatVu(L2, TIKHONOV, 0.3, 0.1, 0.3, **BEHIND_K, g_param=0.1, custom_init=lambda y, physics: y)
     assert model(y, PHYSICS).shape == y.shape
+
+
+def test_models_print_their_numbers():
+    for unfold in (False, True):
+        model = NMAPG(L2, TIKHONOV, PER_SAMPLE, [0.1, 0.2, 0.3], backtracking=False, max_iter=3, unfold=unfold)
+        for part in ("lambda=(2,)", "stepsize=[0.1, ..., 0.3]", "eta=0.8", "max_iter=3"):
+            assert part in repr(model)
