@@ -1,9 +1,11 @@
 """deepinv's modules are ours while registered, and afterwards what they were, object for object."""
 
+import copy
 import importlib
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import deepinv as dinv
@@ -145,6 +147,102 @@ assert torch.allclose(model(x, dinv.physics.Denoising()), expected, atol=1e-6)
 assert dinv.optim.PatchNR is not deepinv_flows.PatchNR
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_optimizers_and_iterations_are_where_deepinvs_are():
+    with registered():
+        for name in ("NMAPG", "CondatVu", "DavisYin", "IPiano", "LatentGD", "LearnedPrimalDual"):
+            ours = getattr(deepinv_flows, name)
+            assert getattr(dinv.optim, name) is ours and getattr(dinv.optim.optimizers, name) is ours
+            iteration = getattr(deepinv_flows, f"{name}Iteration")
+            for module in (dinv.optim, dinv.optim.optim_iterators):
+                assert getattr(module, f"{name}Iteration") is iteration
+        assert dinv.unfolded.unfolded.unfolded_builder is deepinv_flows.unfolded_builder
+        assert dinv.unfolded.deep_equilibrium.DEQ_builder is deepinv_flows.DEQ_builder
+        assert not hasattr(dinv.unfolded.unfolded, "DEQ_builder")
+    assert not hasattr(dinv.optim, "NMAPG") and not hasattr(dinv.optim, "NMAPGIteration")
+
+
+def test_overlapping_contexts_restore_when_the_last_one_leaves():
+    before = snapshot()
+    first, second = registered(), registered()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dinv.optim.PatchNR is deepinv_flows.PatchNR and hasattr(dinv.optim, "NMAPG")
+    second.__exit__(None, None, None)
+    assert same(before, snapshot())
+
+
+def test_contexts_overlap_in_threads():
+    before, inside, leave, seen = snapshot(), threading.Event(), threading.Event(), []
+
+    def other():
+        with registered():
+            inside.set()
+            leave.wait(10)
+            seen.append(dinv.optim.PatchNR is deepinv_flows.PatchNR)
+
+    thread = threading.Thread(target=other)
+    with registered():
+        thread.start()
+        inside.wait(10)
+    assert dinv.optim.PatchNR is deepinv_flows.PatchNR
+    leave.set()
+    thread.join()
+    assert seen == [True] and same(before, snapshot())
+
+
+def test_register_is_one_holder_beside_the_contexts():
+    before = snapshot()
+    with registered():
+        register()
+        register()
+    assert dinv.optim.PatchNR is deepinv_flows.PatchNR
+    with registered():
+        unregister()
+        assert dinv.optim.PatchNR is deepinv_flows.PatchNR  # the block still holds it
+    assert same(before, snapshot())
+
+
+def test_a_reload_of_the_registry_forgets_nothing():
+    before = snapshot()
+    with registered():
+        importlib.reload(registry)
+        assert dinv.optim.PatchNR is deepinv_flows.PatchNR
+    assert same(before, snapshot())
+    register()
+    importlib.reload(registry)
+    registry.unregister()
+    assert same(before, snapshot())
+
+
+def test_the_clash_of_two_copies_of_our_own_class_says_so(monkeypatch):
+    reloaded = type("PatchNR", (), {"__module__": "deepinv_flows.patchnr.prior"})
+    monkeypatch.setattr(dinv.optim.prior, "PatchNR", reloaded)
+    before = snapshot()
+    with pytest.raises(RuntimeError, match=r"another copy of our own class.*nothing was changed"):
+        register()
+    assert same(before, snapshot())
+
+
+def test_deepinvs_own_objects_pickle_before_during_and_after():
+    theirs = dinv.optim.PatchNR(patch_size=3, num_layers=1, sub_net_size=4)
+    patches, kind = torch.rand(1, 5, 9), type(theirs)
+    expected, early = theirs(patches), pickle.dumps(theirs)
+    with registered():
+        during = pickle.dumps(theirs)
+        for found in (pickle.loads(early), pickle.loads(during), copy.deepcopy(theirs), copy.copy(theirs)):
+            assert type(found) is kind and torch.equal(found(patches), expected)
+        model = pickle.loads(pickle.dumps(dinv.optim.GD(data_fidelity=dinv.optim.L2(), prior=theirs).prior))
+        assert type(model[0]) is kind
+        ours = deepinv_flows.PatchNR(patch_size=3, num_layers=1, sub_net_size=4)
+        assert type(pickle.loads(pickle.dumps(ours))) is deepinv_flows.PatchNR
+        ours_pickled = pickle.dumps(ours)
+    for pickled in (early, during, pickle.dumps(theirs)):
+        found = pickle.loads(pickled)
+        assert type(found) is kind and torch.equal(found(patches), expected)
+    assert torch.equal(pickle.loads(ours_pickled)(patches), ours(patches))
 
 
 def test_entry_points_are_in_step():

@@ -1,118 +1,33 @@
-"""What the iterations share: the terms of an objective, its cost for each sample, and parameters of an iteration."""
+"""What the iterations share: one problem at a time, its cost for each sample, and what an optimizer may ask of them."""
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 
-import torch
-from deepinv.optim import DataFidelity, Prior
+from deepinv.optim import BaseOptim, DataFidelity, Prior
 from deepinv.optim.optim_iterators import OptimIterator
-from deepinv.optim.prior import ZeroPrior
+from deepinv.unfolded import BaseDEQ, BaseUnfold
 from torch import Tensor
 
-from ..checks import check_finite, iteration
-
-
-def coefficient(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number, or one for each sample, as something that multiplies ``x``."""
-    if not torch.is_tensor(value):
-        return value
-    if value.numel() == 1:
-        return value.reshape(())
-    if value.numel() != x.shape[0]:
-        raise ValueError(f"expected one number or one for each of {x.shape[0]} samples; got shape {tuple(value.shape)}")
-    return value.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def per_sample(value: Tensor, x: Tensor) -> Tensor:
-    """The value of a term as (B,)."""
-    if value.ndim == 0 and x.shape[0] == 1:
-        return value.reshape(1)
-    if value.ndim == 0 or value.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"expected a term of the objective to have a value for each of {x.shape[0]} samples; "
-            f"got shape {tuple(value.shape)}"
-        )
-    return value.flatten(1).sum(1) if value.ndim > 1 else value
-
-
-def check_not_nan(what: str, value: Tensor) -> None:
-    """Infinite it may be, where a constraint is not met."""
-    if bool(torch.isnan(value.detach()).any()):
-        raise ValueError(f"{what} of samples {torch.isnan(value).nonzero().flatten().tolist()} is NaN{iteration()}")
-
-
-def square(x: Tensor) -> Tensor:
-    """Squared norm of each sample."""
-    return x.flatten(1).pow(2).sum(1)
-
-
-def flat(value: float | Tensor) -> float | Tensor:
-    """A :func:`coefficient` as it multiplies values (B,)."""
-    return value.reshape(-1) if torch.is_tensor(value) else value
-
-
-def rounding(value: Tensor) -> Tensor:
-    """What two evaluations of ``value`` may differ by."""
-    return 10 * torch.finfo(value.dtype).eps * value.abs()
-
-
-def _guarded(x: Tensor) -> Tensor:
-    # deepinv's default grad sets requires_grad on its argument: without a graph, on a copy that nobody sees
-    return x if torch.is_grad_enabled() else x.detach()
-
-
-class DataTerm:
-    """The data fidelity f, its measurements bound."""
-
-    explicit = True
-
-    def __init__(self, data_fidelity: DataFidelity, y, physics):
-        self.data_fidelity, self.bound = data_fidelity, (y, physics)
-
-    def value(self, x: Tensor) -> Tensor:
-        return per_sample(self.data_fidelity(x, *self.bound), x)
-
-    def grad(self, x: Tensor) -> Tensor:
-        return self.data_fidelity.grad(_guarded(x), *self.bound)
-
-    def prox(self, x: Tensor, gamma) -> Tensor:
-        return self.data_fidelity.prox(x, *self.bound, gamma=gamma)
-
-
-class PriorTerm:
-    """A prior times its regularization parameter."""
-
-    def __init__(self, prior: Prior | None, weight: float | Tensor = 1.0, g_param=None):
-        self.prior, self.weight, self.g_param = ZeroPrior() if prior is None else prior, weight, g_param
-
-    @property
-    def explicit(self) -> bool:
-        """Whether it has a value; a denoiser's has not."""
-        return self.prior.explicit_prior
-
-    def value(self, x: Tensor) -> Tensor:
-        return flat(coefficient(self.weight, x)) * per_sample(self.prior(x, self.g_param), x)
-
-    def grad(self, x: Tensor) -> Tensor:
-        return coefficient(self.weight, x) * self.prior.grad(_guarded(x), self.g_param)
-
-    def prox(self, x: Tensor, gamma) -> Tensor:
-        return self.prior.prox(x, self.g_param, gamma=gamma * coefficient(self.weight, x))
-
-    def prox_conjugate(self, x: Tensor, gamma) -> Tensor:
-        return self.prior.prox_conjugate(x, self.g_param, gamma=gamma, lamb=coefficient(self.weight, x))
+from ..checks import check_finite
+from .parameters import check_keywords, check_ranges, normalise
+from .terms import DataTerm, PriorTerm, ProximableTerm, check_not_nan, coefficient
 
 
 class Problem:
     """One iteration's terms ``f``, ``g``, ``g_2`` and parameters."""
 
-    def __init__(self, iteration: "Iteration", data_fidelity: DataFidelity, prior: Prior, params: dict, y, physics):
+    def __init__(
+        self, iteration: "Iteration", data_fidelity: DataFidelity | None, prior: Prior | None, params: dict, y, physics
+    ):
         self.params = {**iteration.defaults, **params}
         self.y, self.physics = y, physics
         self.f = DataTerm(data_fidelity, y, physics)
         self.g = PriorTerm(prior, self.params["lambda"], self.params["g_param"])
         self.g_2 = PriorTerm(self.params.get("prior_2"), self.params.get("lambda_2", 1.0), self.params.get("g_param_2"))
-        # by its gradient, and by its proximity operator
-        self.smooth, self.proximable = (self.g, self.f) if iteration.g_first else (self.f, self.g)
+        # the term that enters by its gradient, and the one that enters by its proximity operator
+        self.smooth: ProximableTerm = self.g if iteration.g_first else self.f
+        self.proximable: ProximableTerm = self.f if iteration.g_first else self.g
 
     def __getitem__(self, name: str):
         return self.params[name]
@@ -134,9 +49,11 @@ class Iteration(OptimIterator):
     :param bool has_cost: whether to compute the cost; deepinv's optimizers set it.
     """
 
-    # parameters that deepinv does not set; those of them that no gradient reaches; options that cannot be right, and why
+    #: parameters that deepinv does not set, and their values
     defaults: dict = {}
+    #: those that no gradient reaches
     constants: tuple[str, ...] = ()
+    #: options of deepinv's that cannot be right, and why
     refuses: dict[str, str] = {}
     #: ``start(X, problem)`` makes the first iterate of deepinv's where that is not one of this iteration
     start: Callable | None = None
@@ -147,35 +64,86 @@ class Iteration(OptimIterator):
         self.user_cost = None if injected else cost_fn
         self.cost_fn = self.cost
 
-    def cost(self, x: Tensor, data_fidelity: DataFidelity, prior: Prior, cur_params: dict, y, physics) -> Tensor:
+    def cost(
+        self, x: Tensor, data_fidelity: DataFidelity, prior: Prior, cur_params: dict, y: Tensor, physics: object
+    ) -> Tensor:
         """The objective at ``x``, (B,); what deepinv calls ``cost_fn``."""
         return self.evaluate((x,), data_fidelity, prior, cur_params, y, physics)
 
-    def evaluate(self, est: tuple[Tensor, ...], data_fidelity, prior, cur_params: dict, y, physics) -> Tensor:
+    def evaluate(
+        self,
+        est: tuple[Tensor, ...],
+        data_fidelity: DataFidelity,
+        prior: Prior,
+        cur_params: dict,
+        y: Tensor,
+        physics: object,
+    ) -> Tensor:
         """The cost of the iterate ``est``, (B,)."""
         if self.user_cost is not None:
             return self.user_cost(est[0], data_fidelity, prior, cur_params, y, physics)
         return self.objective(est, Problem(self, data_fidelity, prior, cur_params, y, physics))
 
     def objective(self, est: tuple[Tensor, ...], problem: Problem) -> Tensor:
-        """At the iterate ``est``, which may be (x,) alone."""
+        """The objective at the iterate ``est``, which may be (x,) alone."""
         values = [problem.f.value(est[0])]
         values += [term.value(est[0]) for term in (problem.g, problem.g_2) if term.explicit]
-        return sum(values)
+        return sum(values[1:], values[0])
 
     def reasons(self, params: dict, unfolded: bool = False) -> dict[str, str]:
         """Why options of deepinv's are refused, by their names."""
         return self.refuses
 
-    def own_backtracking(self, params: dict, backtracking, unfolded: bool = False):
-        """What is left of ``backtracking`` for deepinv."""
-        return backtracking
+    def adopted(self, optimizer: BaseOptim, params: dict, options: dict) -> None:
+        """
+        Called once by the optimizer that will run this iteration, deepinv's or ours, when it is made.
+
+        :param deepinv.optim.BaseOptim optimizer: the optimizer, not yet complete.
+        :param dict params: its ``params_algo``, normalised in place.
+        :param dict options: its arguments by name, as they were given.
+        :raises ValueError: for a parameter out of its range, or an option that the iteration refuses.
+        :raises TypeError: for an argument that does not exist.
+        """
+        name = type(self).__name__.removesuffix("Iteration")
+        check_keywords(name, options.get("kwargs", {}), options)
+        normalise(params)
+        check_ranges(params)
+        for option, reason in self.reasons(params, unfolded=is_unfolded(optimizer)).items():
+            if options.get(option):
+                raise ValueError(f"{name} has no {option}: {reason}; got {option}={options[option]}")
+
+    @property
+    def has_cost(self) -> bool:
+        """Whether the cost is computed; deepinv's optimizers set it when they are made, and so adopt this iteration."""
+        return self.__dict__.get("has_cost", True)
+
+    @has_cost.setter
+    def has_cost(self, value: bool) -> None:
+        self.__dict__["has_cost"] = value
+        # BaseOptim tells an iteration nothing else of itself: whose assignment this is stands in the calling frame
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name == "__setattr__":
+            frame = frame.f_back
+        if frame is not None and frame.f_code is BaseOptim.__init__.__code__:
+            options = dict(frame.f_locals)
+            params = options.pop("params_algo")
+            self.adopted(options.pop("self"), params if isinstance(params, dict) else dict(params), options)
 
     def step(self, X: dict, problem: Problem) -> dict:
         """The next iterate as ``{"est": (x, ...)}`` with whatever else the iteration remembers."""
         raise NotImplementedError
 
-    def forward(self, X: dict, cur_data_fidelity, cur_prior, cur_params: dict, y, physics, *args, **kwargs) -> dict:
+    def forward(
+        self,
+        X: dict,
+        cur_data_fidelity: DataFidelity,
+        cur_prior: Prior,
+        cur_params: dict,
+        y: Tensor,
+        physics: object,
+        *args,
+        **kwargs,
+    ) -> dict:
         """
         One iteration, as :class:`deepinv.optim.FixedPoint` calls it.
 
@@ -197,3 +165,9 @@ class Iteration(OptimIterator):
         if X["cost"] is not None:
             check_not_nan("the cost", X["cost"])
         return X
+
+
+def is_unfolded(optimizer: BaseOptim) -> bool:
+    """Whether gradients run through all iterations of an optimizer, so not of a DEQ model."""
+    deq = optimizer.DEQ or isinstance(optimizer, BaseDEQ)
+    return not deq and (optimizer.unfold or isinstance(optimizer, BaseUnfold))

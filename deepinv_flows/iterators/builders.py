@@ -8,14 +8,16 @@ from deepinv.optim import L2, Bregman, DataFidelity, DEQConfig, OptimIterator, P
 from deepinv.optim.optim_iterators import gStep
 from torch import Tensor
 
-from .base import DataTerm, Iteration, PriorTerm, coefficient
+from .base import Iteration
 from .condat_vu import CondatVuIteration
 from .davis_yin import DavisYinIteration
 from .ipiano import IPianoIteration
 from .latent_gd import LatentGDIteration
 from .learned_primal_dual import LearnedPrimalDualIteration
 from .nmapg import NMAPGIteration
-from .optimizer import ALIASES, Optim
+from .optimizer import Optim
+from .parameters import ALIASES, arguments, check_keywords
+from .terms import DataTerm, PriorTerm, coefficient
 
 OURS = (
     CondatVuIteration,
@@ -28,7 +30,9 @@ OURS = (
 # as deepinv's documentation spells it
 SYNONYMS = {"PDCP": "CP"}
 # what deepinv's classes set and its builders forget
-FORGOTTEN = {"FISTA": {"a": 3}, "CP": {"stepsize_dual": 1.0}}
+FORGOTTEN: dict[str, dict] = {"FISTA": {"a": 3}, "CP": {"stepsize_dual": 1.0}}
+# arguments of BaseOptim's that it calls by another name, or that Optim adds
+FURTHER = ("F_fn", "g_param", "sigma_denoiser")
 # of deepinv's, those whose next estimate depends on the estimate alone
 FIXED_POINT_IN_X = ("GD", "PGD", "HQS", "MD", "PMD")
 
@@ -95,9 +99,7 @@ def _build(iteration, params_algo, trainable_params, device, cost_fn, g_first, b
             )
     params.setdefault("lambda", 1.0)
     names = [ALIASES.get(name, name) for name in trainable_params]
-    names = [
-        name for name in names if name in params or name != "stepsize"
-    ]  # deepinv's default, of algorithms without steps too
+    names = [name for name in names if name in params or name != "stepsize"]  # deepinv's default trains it everywhere
     return Optim(params, iterator=iteration, trainable_params=names, **kwargs).to(device)
 
 
@@ -122,8 +124,9 @@ def unfolded_builder(
     reads the state dicts of deepinv's ``BaseUnfold``, and writes them.
 
     :param str, deepinv.optim.OptimIterator iteration: name of an algorithm (``"PGD"``, ``"NMAPG"``, ...), or an iteration.
-    :param dict params_algo: parameters and operands; a number, a list of ``max_iter``, or a tensor: 1-D is a list, any other one
-        value, such as one for each sample (B, 1, 1, 1). A single module is one operand, a list of modules one for each iteration.
+    :param dict params_algo: parameters and operands; a number, a tensor with a number for each sample, (B,) or (B, 1, 1, 1), or a
+        list of ``max_iter`` of these, one for each iteration. A single module is one operand, a list of modules one for each
+        iteration.
     :param deepinv.optim.DataFidelity data_fidelity: f, or a list of ``max_iter``.
     :param deepinv.optim.Prior prior: g, or a list of ``max_iter``.
     :param int max_iter: number of iterations.
@@ -143,6 +146,7 @@ def unfolded_builder(
     torch.Size([1, 1, 16, 16])
     """
     params_algo = {"lambda": 1.0, "stepsize": 1.0} if params_algo is None else params_algo
+    check_keywords("unfolded_builder", kwargs, {*arguments(unfolded_builder), *FURTHER})
     kwargs |= {"data_fidelity": data_fidelity, "prior": prior, "max_iter": max_iter, "unfold": True}
     return _build(iteration, params_algo, trainable_params, device, cost_fn, g_first, bregman_potential, **kwargs)
 
@@ -194,6 +198,7 @@ def DEQ_builder(
     >>> model(torch.rand(1, 1, 16, 16), dinv.physics.Denoising()).sum().backward()
     """
     params_algo = {"lambda": 1.0, "stepsize": 1.0, "g_param": 0.03} if params_algo is None else params_algo
+    check_keywords("DEQ_builder", kwargs, {*arguments(DEQ_builder), *FURTHER})
     DEQ = DEQConfig(
         jacobian_free=jacobian_free,
         anderson_acceleration_backward=anderson_acceleration_backward,

@@ -32,7 +32,7 @@ class CondatVuIteration(Iteration):
     torch.Size([1, 1, 8, 8])
     """
 
-    defaults = {"K": None, "K_adjoint": None, "stepsize_dual": 1.0}
+    defaults = {"K": None, "K_adjoint": None, "stepsize_dual": 1.0, "beta": 1.0}
     refuses = {
         "DEQ": "its fixed point is one of (x, u), and deepinv differentiates in x alone",
         "anderson_acceleration": "its fixed point is one of (x, u), and deepinv accelerates x alone",
@@ -84,7 +84,8 @@ class CondatVu(Optim):
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: h; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`, one number or one for each sample.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
+        or a list with one for each iteration.
     :param float, torch.Tensor stepsize: :math:`\tau`.
     :param float, torch.Tensor stepsize_dual: :math:`\sigma`.
     :param float beta: :math:`\beta`.
@@ -115,21 +116,21 @@ class CondatVu(Optim):
         self,
         data_fidelity: DataFidelity | list[DataFidelity] | None = None,
         prior: Prior | list[Prior] | None = None,
-        lambda_reg: float | Tensor = 1.0,
-        stepsize: float | Tensor = 1.0,
-        stepsize_dual: float | Tensor = 1.0,
-        beta: float = 1.0,
+        lambda_reg: float | Tensor | list = 1.0,
+        stepsize: float | Tensor | list = 1.0,
+        stepsize_dual: float | Tensor | list = 1.0,
+        beta: float | Tensor | list = 1.0,
         *,
         K: Callable[[Tensor], Tensor] | None = None,
         K_adjoint: Callable[[Tensor], Tensor] | None = None,
         prior_2: Prior | None = None,
-        lambda_reg_2: float | Tensor = 1.0,
-        g_param_2: float | Tensor | None = None,
+        lambda_reg_2: float | Tensor | list = 1.0,
+        g_param_2: float | Tensor | list | None = None,
         **kwargs,
     ):
         if (K is None) != (K_adjoint is None):
             raise ValueError(f"expected K and K_adjoint together, or neither; got K={K!r}, K_adjoint={K_adjoint!r}")
-        parameters = {"lambda": lambda_reg, "stepsize": stepsize, "stepsize_dual": stepsize_dual, "beta": beta}
+        parameters: dict = {"lambda": lambda_reg, "stepsize": stepsize, "stepsize_dual": stepsize_dual, "beta": beta}
         if K is not None:
             parameters |= {"K": K, "K_adjoint": K_adjoint}
         if prior_2 is not None:

@@ -21,6 +21,7 @@ class DavisYinIteration(Iteration):
     torch.Size([1, 1, 8, 8])
     """
 
+    defaults = {"beta": 1.0}
     refuses = {
         "anderson_acceleration": "its fixed point is one of z, and deepinv accelerates x alone",
         "backtracking": "its cost need not fall from one iterate to the next",
@@ -70,7 +71,8 @@ class DavisYin(Optim):
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`, one number or one for each sample.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
+        or a list with one for each iteration.
     :param float, torch.Tensor stepsize: :math:`\gamma`.
     :param float beta: relaxation :math:`\beta`.
     :param deepinv.optim.Prior prior_2: :math:`g_2`; ``None`` is 0.
@@ -102,16 +104,16 @@ class DavisYin(Optim):
         self,
         data_fidelity: DataFidelity | list[DataFidelity] | None = None,
         prior: Prior | list[Prior] | None = None,
-        lambda_reg: float | Tensor = 1.0,
-        stepsize: float | Tensor = 1.0,
-        beta: float = 1.0,
+        lambda_reg: float | Tensor | list = 1.0,
+        stepsize: float | Tensor | list = 1.0,
+        beta: float | Tensor | list = 1.0,
         *,
         prior_2: Prior | None = None,
-        lambda_reg_2: float | Tensor = 1.0,
-        g_param_2: float | Tensor | None = None,
+        lambda_reg_2: float | Tensor | list = 1.0,
+        g_param_2: float | Tensor | list | None = None,
         **kwargs,
     ):
-        parameters = {"lambda": lambda_reg, "stepsize": stepsize, "beta": beta}
+        parameters: dict = {"lambda": lambda_reg, "stepsize": stepsize, "beta": beta}
         if prior_2 is not None:
             parameters |= {"prior_2": prior_2, "lambda_2": lambda_reg_2, "g_param_2": g_param_2}
         super().__init__(parameters, data_fidelity=data_fidelity, prior=prior, **kwargs)

@@ -3,9 +3,10 @@
 from deepinv.optim import DataFidelity, Prior
 from torch import Tensor
 
-from .base import Problem, coefficient, flat, rounding, square
+from .base import Problem
 from .optimizer import Optim
 from .search import SearchIteration, shorten
+from .terms import coefficient, flat, inner, rounding, square, unchanged
 
 # of the longest admissible step 2 (1 - inertia) / L
 SAFETY = 0.99
@@ -30,7 +31,9 @@ class IPianoIteration(SearchIteration):
     def step(self, X: dict, problem: Problem) -> dict:
         x, before = X["est"][0], X["est"][-1]
         inertia, grad = problem.coefficient("inertia", x), problem.smooth.grad(x)
-        step, config = self.first_step(problem, x, X.get("step"))
+        smooth = problem.smooth.identity
+        last = X.get("step") if unchanged(X.get("smooth", ()), smooth) else None
+        step, config = self.first_step(problem, x, last)
 
         def trial(step):
             gamma = coefficient(step, x)
@@ -44,11 +47,11 @@ class IPianoIteration(SearchIteration):
         def majorised(step, x_new):
             # L = 2 SAFETY (1 - inertia) / step bounds the curvature along this move
             move = x_new - x
-            model = f_x + (grad * move).flatten(1).sum(1) + SAFETY * (1 - flat(inertia)) / step * square(move)
+            model = f_x + inner(grad, move) + SAFETY * (1 - flat(inertia)) / step * square(move)
             return problem.smooth.value(x_new) <= model + rounding(f_x)
 
-        (x_new,), step = shorten(trial, majorised, step, config)
-        return {"est": (x_new, x), "step": self.accept(step)}
+        (x_new,), step, _ = shorten(trial, majorised, step, config)
+        return {"est": (x_new, x), "step": self.accept(step), "smooth": smooth}
 
 
 class IPiano(Optim):
@@ -73,8 +76,9 @@ class IPiano(Optim):
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`, one number or one for each sample.
-    :param float, torch.Tensor stepsize: :math:`\alpha`, with backtracking its first value.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
+        or a list with one for each iteration.
+    :param float, torch.Tensor stepsize: :math:`\alpha`, with backtracking its first value. A list switches the search off.
     :param float, torch.Tensor inertia: :math:`\mu` in [0, 1). Not ``beta``, which deepinv sets to 1 for every algorithm.
     :param bool, deepinv.optim.BacktrackingConfig backtracking: ``eta`` shortens a step, at most ``max_iter`` times an iteration;
         ``gamma`` is not used.
@@ -101,9 +105,9 @@ class IPiano(Optim):
         self,
         data_fidelity: DataFidelity | list[DataFidelity] | None = None,
         prior: Prior | list[Prior] | None = None,
-        lambda_reg: float | Tensor = 1.0,
-        stepsize: float | Tensor = 1.0,
-        inertia: float | Tensor = 0.5,
+        lambda_reg: float | Tensor | list = 1.0,
+        stepsize: float | Tensor | list = 1.0,
+        inertia: float | Tensor | list = 0.5,
         **kwargs,
     ):
         parameters = {"lambda": lambda_reg, "stepsize": stepsize, "inertia": inertia}

@@ -6,9 +6,10 @@ import torch
 from deepinv.optim import DataFidelity, Prior
 from torch import Tensor, nn
 
-from .base import Problem, coefficient, rounding, square
+from .base import Problem
 from .optimizer import Optim
 from .search import SearchIteration, shorten
+from .terms import coefficient, rounding, square, unchanged
 
 
 class _Generator:
@@ -104,7 +105,9 @@ class LatentGDIteration(SearchIteration):
             X = self.start(X, problem)
         G, z = _Generator(problem["generator"], None), X["est"][1]
         grad = self._gradient(z, G, problem)
-        step, config = self.first_step(problem, z, X.get("step"))
+        objective = problem.f.identity + problem.g.identity
+        last = X.get("step") if unchanged(X.get("objective", ()), objective) else None
+        step, config = self.first_step(problem, z, last)
 
         def trial(step):
             z_new = z - coefficient(step, z) * grad
@@ -118,8 +121,8 @@ class LatentGDIteration(SearchIteration):
         def enough(step, *est):
             return self.objective(est, problem) <= F - config.gamma * step * square(grad) + rounding(F)
 
-        est, step = shorten(trial, enough, step, config)
-        return {"est": est, "latent": True, "step": step}
+        est, step, _ = shorten(trial, enough, step, config)
+        return {"est": est, "latent": True, "step": step, "objective": objective}
 
     def _gradient(self, z: Tensor, G: _Generator, problem: Problem) -> Tensor:
         recorded = torch.is_grad_enabled()
@@ -153,8 +156,9 @@ class LatentGD(Optim):
         (B, C, H, W) of latents (B, ...).
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: r, such as ``deepinv.optim.Tikhonov()``; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`, one number or one for each sample.
-    :param float, torch.Tensor stepsize: :math:`\gamma`, or a list of ``max_iter``.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
+        or a list with one for each iteration.
+    :param float, torch.Tensor stepsize: :math:`\gamma`.
     :param tuple latent_shape: shape of a latent without its batch; needed by the default start of a G that is not invertible.
     :param bool, deepinv.optim.BacktrackingConfig backtracking: ``eta`` shortens a step, at most ``max_iter`` times an iteration,
         and ``gamma`` is :math:`\delta`.
@@ -181,8 +185,8 @@ class LatentGD(Optim):
         generator: nn.Module,
         data_fidelity: DataFidelity | list[DataFidelity] | None = None,
         prior: Prior | list[Prior] | None = None,
-        lambda_reg: float | Tensor = 1.0,
-        stepsize: float | Tensor = 1.0,
+        lambda_reg: float | Tensor | list = 1.0,
+        stepsize: float | Tensor | list = 1.0,
         *,
         latent_shape: tuple[int, ...] | None = None,
         **kwargs,

@@ -1,114 +1,19 @@
 """Non-monotone accelerated proximal gradient descent, as an optimizer and as a function of any energy."""
 
-import functools
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from deepinv.optim import BacktrackingConfig, DataFidelity, Prior
 from torch import Tensor
 
-from ..checks import at_iteration, check_finite
-from .base import PriorTerm, Problem, check_not_nan, coefficient, per_sample, rounding, square
+from ..checks import at_iteration
+from .accelerated import Advance, History
+from .base import Problem
 from .optimizer import Optim
-from .search import DEFAULT, SearchIteration, as_config, as_steps, shorten
-
-
-def _pick(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-
-def _barzilai_borwein(move: Tensor, change: Tensor, otherwise: Tensor) -> Tensor:
-    """Each sample's squared move over its curvature, where that is positive."""
-    curvature = (move * change).flatten(1).sum(1)
-    step = square(move) / curvature
-    return _pick((curvature > 0) & torch.isfinite(step) & (step > 0), step.view_as(otherwise), otherwise)
-
-
-class _Advance:
-    """One iteration on a smooth and a proximable term, steps searched where ``config`` is given."""
-
-    def __init__(self, smooth, proximable, config: BacktrackingConfig | None, eta: float):
-        self.smooth, self.proximable, self.config, self.eta = smooth, proximable, config, eta
-        self.gamma = (DEFAULT if config is None else config).gamma
-        self.monitored = smooth.explicit and proximable.explicit
-
-    @torch.no_grad()
-    def energy(self, u: Tensor) -> Tensor:
-        return self.smooth.value(u) + self.proximable.value(u)
-
-    def descend(self, u: Tensor, grad: Tensor, step, bound: Callable[[Tensor], Tensor]):
-        """A proximal gradient step from u, its energy, the sufficient fall and the step size."""
-
-        def trial(step):
-            gamma = coefficient(step, u)
-            u_new = self.proximable.prox(u - gamma * grad, gamma)
-            if not self.monitored:
-                return u_new, None, None
-            flat = step.flatten() if torch.is_tensor(step) else step
-            return u_new, self.energy(u_new), self.gamma / flat * square(u_new.detach() - u.detach())
-
-        if self.config is None:
-            return *trial(step), step
-        (u_new, F_new, fall), step = shorten(trial, lambda s, v, F, fall: bound(F + fall), step, self.config)
-        return u_new, F_new, fall, step
-
-    def __call__(self, x: Tensor, z: Tensor, past: dict, step) -> tuple[Tensor, Tensor, dict]:
-        t_before, t = past.get("t", (0.0, 1.0))
-        y = x + t_before / t * (z - x) + (t_before - 1) / t * (x - past.get("x", x))
-        grad_y = self.smooth.grad(y)
-        if not (inside := torch.isfinite(grad_y).flatten(1).all(1)).all():  # extrapolated out of the domain
-            y = _pick(inside, y, x)
-            grad_y = self.smooth.grad(y)
-            check_finite("the gradient", grad_y)
-        history = self.config is not None and "y" in past
-        if history:
-            step = _barzilai_borwein(y - past["y"], grad_y - past["grad_y"], step)
-        c = past["c"] if "c" in past else self.energy(x) if self.monitored else None
-        F_y = functools.cache(lambda: self.energy(y))
-
-        def below(F, bound=c):
-            return bound + rounding(bound) >= F
-
-        def below_either(F):
-            ok = below(F)
-            return ok if ok.all() else ok | below(F, F_y())
-
-        z, F_z, fall, step_z = self.descend(y, grad_y, step, below_either)
-        if history and self.monitored:  # the search from an extrapolation out of the domain says nothing of steps
-            inside = torch.isfinite(F_z)
-            step_z, z = _pick(inside, step_z, step), _pick(inside, z, x)
-        step, x_new, F = step_z, z, F_z
-        if self.monitored and not (good := below(F_z + fall)).all():
-            grad_x = self.smooth.grad(x)
-            step_x = _barzilai_borwein(x - past["y"], grad_x - past["grad_y"], step) if history else step
-            v, F_v, _, _ = self.descend(x, grad_x, step_x, below)
-            good = good | (F_z <= F_v)
-            x_new, F = _pick(good, z, v), torch.where(good, F_z, F_v)
-            check_not_nan("the energy", F)
-            if self.config is not None:  # not even the shortest step falls
-                x_new, F = _pick(below(F), x_new, x), torch.where(below(F), F, c)
-        q = self.eta * past.get("q", 1.0) + 1
-        past = {"x": x, "t": (t, ((4 * t**2 + 1) ** 0.5 + 1) / 2), "q": q, "y": y, "grad_y": grad_y, "step": step}
-        if self.monitored:
-            past |= {"c": c + (F - c) / q, "F": F}
-        return x_new, z, past
-
-
-class _Energy:
-    """A function (B, ...) to (B,) as a smooth term; deepinv's default gradient would record a graph of the gradient."""
-
-    explicit = True
-
-    def __init__(self, value: Callable[[Tensor], Tensor]):
-        self.function = value
-
-    def value(self, u: Tensor) -> Tensor:
-        return per_sample(self.function(u), u)
-
-    def grad(self, u: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = u.detach().requires_grad_()
-            return torch.autograd.grad(self.value(leaf).sum(), leaf)[0]
+from .parameters import check_ranges
+from .search import SearchIteration, as_config, as_steps, check_explicit
+from .terms import EnergyTerm, PriorTerm, square, unchanged
 
 
 class NMAPGIteration(SearchIteration):
@@ -130,18 +35,37 @@ class NMAPGIteration(SearchIteration):
     refuses = {"anderson_acceleration": "it accelerates itself, and deepinv drops the history it needs"}
 
     def step(self, X: dict, problem: Problem) -> dict:
-        x, z, past = X["est"][0], X["est"][-1], X.get("nmapg", {})
-        step, config = self.first_step(problem, x, past.get("step"))
+        x, z = X["est"][0], X["est"][-1]
+        smooth, proximable = problem.smooth, problem.proximable
+        past, terms = X.get("nmapg"), [smooth.identity, proximable.identity]
+        kept = [unchanged(*pair) for pair in zip(X.get("terms", terms), terms)]
+        # where the smooth term is another, steps may grow
+        last = None if past is None else past.step if kept[0] else 2 * past.step
+        step, config = self.first_step(problem, x, last)
         if config is not None:
-            self.check_explicit(problem.smooth, problem.proximable)
-        advance = _Advance(problem.smooth, problem.proximable, config, problem["eta"])
-        x, z, past = advance(x, z, past, step)
+            self.check_explicit(smooth, proximable)
+        advance = Advance(smooth, proximable, config, problem["eta"])
+        if past is None:
+            past = History.starting(x, advance.energy(x), as_steps(step, x))
+        elif not all(kept):
+            past, z = self.changed(past, x, z, advance.energy(x), same_smooth=kept[0])
+        x, z, past = advance(x, z, dataclasses.replace(past, step=as_steps(step, x)))
         if config is not None:
-            self.accept(past["step"])
-        X = {"est": (x, z), "nmapg": past}
+            self.accept(past.step)
+        X = {"est": (x, z), "nmapg": past, "terms": terms}
         if self.user_cost is None and advance.monitored:
-            X["cost"] = past["F"]
+            X["cost"] = past.F
         return X
+
+    def changed(self, past: History, x: Tensor, z: Tensor, F: Tensor, same_smooth: bool) -> tuple[History, Tensor]:
+        """
+        What is still known under another objective, and z: the step, and where the smooth term is the same its curvature. An
+        unfolded model keeps its acceleration too, since its iterations are one network.
+        """
+        new = History.starting(x, F, past.step)
+        if self.unfolded:
+            return dataclasses.replace(past, F=F, c=F, q=new.q), z
+        return dataclasses.replace(new, y=past.y, grad_y=past.grad_y) if same_smooth else new, x
 
 
 class NMAPG(Optim):
@@ -164,7 +88,9 @@ class NMAPG(Optim):
         \quad \text{of least } F \text{ otherwise}
 
     with :math:`t_{k+1} = \frac12 (1 + \sqrt{4 t_k^2 + 1})` and :math:`c_k` a mean of the energies so far in which each older one
-    weighs :math:`\eta` times the next: ``eta=0`` makes F monotone.
+    weighs :math:`\eta (1 - 1/t_k)^8` times the next: F hardly rises at first, when a rise from a poor start would be large, and
+    ``eta=0`` makes it monotone throughout. When the objective is another than in the iteration before (a list of parameters,
+    priors or data fidelities), the mean and the acceleration start anew.
 
     **Steps.** Each begins with Barzilai and Borwein's :math:`\alpha = \|s\|^2 / \langle s, r \rangle` of the last move s and
     change of gradient r, the first with ``stepsize``, and is shortened until F falls enough, for each sample on its own: no
@@ -177,8 +103,9 @@ class NMAPG(Optim):
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`, one number or one for each sample.
-    :param float, torch.Tensor stepsize: the first :math:`\alpha`.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
+        or a list with one for each iteration.
+    :param float, torch.Tensor stepsize: the first :math:`\alpha`. A list switches the search off.
     :param float eta: :math:`\eta` in [0, 1).
     :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search: ``eta`` shortens a step, at most ``max_iter``
         times; ``gamma`` is :math:`\delta`.
@@ -188,7 +115,10 @@ class NMAPG(Optim):
     :raises ValueError: for an eta outside [0, 1), a step that is not positive, or a line search on a term without value.
 
     Source: Li & Lin, "Accelerated proximal gradient methods for nonconvex programming", NeurIPS 2015, supplement,
-    algorithm 4; the fall is measured by :math:`\delta / \alpha` instead of :math:`\delta`, so that scaling F changes nothing.
+    algorithm 4. This differs from it: 1. the fall is measured by :math:`\delta / \alpha` instead of :math:`\delta`, so that
+    scaling F changes nothing; 2. the weights of the mean, constant there; 3. while :math:`c_k` is infinite (a start that violates
+    a constraint) a step is accepted by the quadratic model of the smooth term at the point it starts from; 4. after a search
+    in which no step was accepted the acceleration starts anew.
 
     >>> import deepinv as dinv, torch
     >>> from deepinv_flows import NMAPG
@@ -204,8 +134,8 @@ class NMAPG(Optim):
         self,
         data_fidelity: DataFidelity | list[DataFidelity] | None = None,
         prior: Prior | list[Prior] | None = None,
-        lambda_reg: float | Tensor = 1.0,
-        stepsize: float | Tensor = 1.0,
+        lambda_reg: float | Tensor | list = 1.0,
+        stepsize: float | Tensor | list = 1.0,
         eta: float = 0.8,
         **kwargs,
     ):
@@ -215,11 +145,12 @@ class NMAPG(Optim):
 
 @torch.no_grad()
 def nmapg(
-    energy: Callable[[Tensor], Tensor],
+    energy: Callable[..., Tensor],
     x: Tensor,
     prior: Prior | None = None,
     *,
-    stepsize: float = 1.0,
+    data: Sequence[Tensor] | None = None,
+    stepsize: float | Tensor = 1.0,
     eta: float = 0.8,
     max_iter: int = 100,
     tol: float = 1e-5,
@@ -229,17 +160,22 @@ def nmapg(
     r"""
     A critical point of :math:`f(x) + g(x)` by :class:`NMAPG`, without physics or measurements.
 
+    Each sample stops on its own. With ``data``, ``energy(x, *data)`` and ``prior`` are evaluated on the samples that go on
+    and on their data alone; without, ``energy(x)`` is always given the whole batch.
+
     :param Callable energy: f, tensors (B, ...) to (B,), differentiable by autograd.
-    :param torch.Tensor x: where to start, (B, ...).
+    :param torch.Tensor x: where to start, (B, ...), real or complex.
     :param deepinv.optim.Prior prior: g, proximable and with a value; ``None`` is 0.
-    :param float stepsize: the first step.
+    :param list[torch.Tensor] data: tensors with a row for each sample that ``energy`` takes beside x; may be empty.
+    :param float, torch.Tensor stepsize: the first step, one number or one for each sample.
     :param float eta: 0 makes the energy fall at every iteration.
     :param int max_iter: number of iterations at most.
-    :param float tol: stop when no sample moves by more than this times its norm.
+    :param float tol: a sample has converged when an accepted step moves it by at most this times its norm.
     :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search, as in :class:`NMAPG`.
     :param Callable callback: called after each iteration with x and its energies (B,).
     :return: tensor like x, without a graph.
-    :raises ValueError: naming the iteration, when the gradient is not finite or the energy is NaN.
+    :raises ValueError: for an option out of its range, and naming the iteration, when the gradient is not finite or the energy
+        is NaN.
 
     Source: as :class:`NMAPG`.
 
@@ -249,14 +185,25 @@ def nmapg(
     tensor([[ 1.],
             [-1.]])
     """
-    advance = _Advance(_Energy(energy), PriorTerm(prior), as_config(backtracking), eta)
-    z, past = x, {}
+    check_ranges({"stepsize": [stepsize], "eta": [eta]})
+    config, g = as_config(backtracking), PriorTerm(prior)
+    if config is not None:
+        check_explicit("nmapg", g)
+    start = Advance(EnergyTerm(energy, tuple(data or ())), g, config, eta).energy(x)
+    z, past = x, History.starting(x, start, as_steps(stepsize, x))
+    alive = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     for it in range(max_iter):
-        before = x
+        rows = (alive if data is not None else torch.ones_like(alive)).nonzero().flatten()
+        advance = Advance(EnergyTerm(energy, tuple(d[rows] for d in data or ())), g, config, eta)
         with at_iteration(it):
-            x, z, past = advance(x, z, past, past.get("step", as_steps(stepsize, x)))
+            x_new, z_new, new = advance(x[rows], z[rows], past.rows(rows))
+        moves, live = ~new.accepted | (square(x_new - x[rows]) > tol**2 * square(x_new)), alive[rows]
+        going = rows[live]
+        x, z = x.index_put((going,), x_new[live]), z.index_put((going,), z_new[live])
+        past = past.with_rows(going, new.rows(live))
+        alive = alive.index_put((going,), moves[live])
         if callback is not None:
-            callback(x, past["F"])
-        if (square(x - before) <= tol**2 * square(x)).all():
+            callback(x, past.F)
+        if not alive.any():
             break
     return x

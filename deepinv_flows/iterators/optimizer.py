@@ -1,83 +1,22 @@
 """What the optimizers share: parameters normalised and checked, and what cannot be right refused."""
 
-from collections.abc import Callable, Iterable
-from numbers import Real
+from collections.abc import Callable
 
 import torch
 from deepinv.loss.metric import PSNR
-from deepinv.optim import AndersonAccelerationConfig, BacktrackingConfig, BaseOptim, DataFidelity, DEQConfig, Prior
+from deepinv.optim import BaseOptim, DEQConfig
 from deepinv.optim.optim_iterators import OptimIterator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import positive_int
 from .base import Iteration, Problem
-
-ALIASES = {"lambda_reg": "lambda", "sigma_denoiser": "g_param", "lambda_reg_2": "lambda_2"}
+from .parameters import RANGES, arguments, check_keywords, check_ranges, describe, normalise, trained
+from .terms import coefficient
 
 
 def estimate(X: dict) -> Tensor:
     """deepinv's default output; a function with a name, so that models pickle."""
     return X["est"][0]
-
-
-def as_parameters(params: dict) -> dict:
-    """
-    ``params_algo`` with deepinv's own names and one value, or a list of ``max_iter``, for each.
-
-    A tensor that is not 1-D is one value, and so is a module, even one that can be iterated over (a FrEIA chain); lists of
-    modules become :class:`torch.nn.ModuleList`, so that their weights are the model's.
-    """
-    found = {}
-    for name, value in params.items():
-        if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList | nn.ParameterList):
-            value = nn.ModuleList([value])
-        elif torch.is_tensor(value) and value.ndim != 1:
-            value = [value]
-        elif isinstance(value, list | tuple) and value and all(isinstance(v, nn.Module) for v in value):
-            value = nn.ModuleList(value)
-        found[ALIASES.get(name, name)] = value
-    return found
-
-
-def _numbers(value) -> bool:
-    values = value if isinstance(value, Iterable) else [value]
-    return all(isinstance(v, int | float | Tensor) and not isinstance(v, bool) for v in values)
-
-
-def trainable(names: list[str] | None, params: dict, constants: tuple[str, ...] = ()) -> list[str]:
-    """The names to train: all that are numbers unless given, and every one given is there to be trained."""
-    able = [name for name, value in params.items() if name not in constants and _numbers(value)]
-    names = able if names is None else [ALIASES.get(name, name) for name in names]
-    if not set(names) <= set(able):
-        raise ValueError(f"expected trainable_params among {able}, which are numbers; got {names}")
-    return names
-
-
-RANGES = {
-    "stepsize": ("positive", lambda v: v > 0),
-    "stepsize_dual": ("positive", lambda v: v > 0),
-    "lambda": ("non-negative", lambda v: v >= 0),
-    "lambda_2": ("non-negative", lambda v: v >= 0),
-    "beta": ("real", lambda v: v == v),
-    "inertia": ("in [0, 1)", lambda v: (v >= 0) & (v < 1)),
-    "eta": ("in [0, 1)", lambda v: (v >= 0) & (v < 1)),
-}
-
-
-def _within(value, admissible: Callable[[Tensor], Tensor]) -> bool:
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
-        return False
-    value = torch.as_tensor(value).detach()
-    return not value.is_complex() and bool((admissible(value) & torch.isfinite(value)).all())
-
-
-def _check_ranges(params: dict) -> None:
-    for name in RANGES.keys() & params.keys():
-        kind, admissible = RANGES[name]
-        given = params[name]
-        values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | dict) else [given]
-        if not values or not all(_within(v, admissible) for v in values):
-            raise ValueError(f"expected {name} to be finite and {kind}, or a list of such; got {given!r}")
 
 
 class Optim(BaseOptim):
@@ -88,73 +27,71 @@ class Optim(BaseOptim):
     """
 
     iteration: type[Iteration]
+    _like: Tensor | None = None  # shape of the estimate
 
     def __init__(
         self,
         parameters: dict,
         *,
         iterator: OptimIterator | None = None,
-        data_fidelity: DataFidelity | list[DataFidelity] | None = None,
-        prior: Prior | list[Prior] | None = None,
-        g_param: float | Tensor | None = None,
-        sigma_denoiser: float | Tensor | None = None,
+        g_param: float | Tensor | list | None = None,
+        sigma_denoiser: float | Tensor | list | None = None,
         params_algo: dict | None = None,
         g_first: bool = False,
         cost_fn: Callable | None = None,
         unfold: bool = False,
         trainable_params: list[str] | None = None,
         DEQ: DEQConfig | bool | None = None,
-        anderson_acceleration: AndersonAccelerationConfig | bool = False,
-        backtracking: BacktrackingConfig | bool | None = None,
         get_output: Callable[[dict], Tensor] = estimate,
         has_cost: bool = True,
-        **kwargs,
+        **options,
     ):
         iterator = self.iteration(g_first=g_first, cost_fn=cost_fn) if iterator is None else iterator
+        check_keywords(type(self).__name__, options, arguments(type(self).__init__) | arguments(Optim.__init__))
+        if "max_iter" in options:
+            positive_int(max_iter=options["max_iter"])
         g_param = sigma_denoiser if g_param is None else g_param
-        params = as_parameters({"g_param": g_param, **parameters}) | as_parameters(params_algo or {})
-        _check_ranges(params)
-        if "max_iter" in kwargs:
-            positive_int(max_iter=kwargs["max_iter"])
-        constants = ()
-        if isinstance(iterator, Iteration):
-            constants = iterator.constants
-            wanted = {"DEQ": DEQ, "anderson_acceleration": anderson_acceleration, "backtracking": backtracking}
-            for option, reason in iterator.reasons(params, unfolded=unfold and not DEQ).items():
-                if wanted[option]:
-                    name = type(iterator).__name__.removesuffix("Iteration")
-                    raise ValueError(f"{name} has no {option}: {reason}; got {option}={wanted[option]}")
-            backtracking = iterator.own_backtracking(params, backtracking, unfolded=unfold and not DEQ)
+        params = normalise({"g_param": g_param, **parameters}) | normalise(dict(params_algo or {}))
+        check_ranges(params)
+        if unfold or DEQ:
+            params, trainable_params = trained(trainable_params, params, iterator)
         super().__init__(
             iterator,
-            data_fidelity=data_fidelity,
-            prior=prior,
             params_algo=params,
             unfold=unfold,
-            trainable_params=trainable(trainable_params, params, constants) if unfold or DEQ else None,
+            trainable_params=trainable_params,
             DEQ=DEQ,
-            anderson_acceleration=anderson_acceleration,
-            backtracking=backtracking,
             get_output=get_output,
-            **kwargs,
+            **options,
         )
         # deepinv's asks the prior alone, not the user
-        self.has_cost = iterator.has_cost = has_cost and (self.has_cost or cost_fn is not None)
+        self.has_cost: bool = has_cost and (self.has_cost or cost_fn is not None)
+        iterator.has_cost = self.has_cost
         if not has_cost and (self.backtracking or self.crit_conv == "cost"):
             raise ValueError("expected has_cost=True for backtracking or crit_conv='cost'; got has_cost=False")
 
-    def init_iterate_fn(self, y, physics, init=None, cost_fn=None) -> dict:
+    def init_iterate_fn(self, y: Tensor, physics: object, init: object = None, cost_fn: Callable | None = None) -> dict:
         """As deepinv's; where the iteration has a start of its own, from that."""
         iterator = self.fixed_point.iterator
         if not isinstance(iterator, Iteration) or iterator.start is None:
-            return super().init_iterate_fn(y, physics, init, cost_fn)
+            X = super().init_iterate_fn(y, physics, init, cost_fn)
+            self._like = X["est"][0].to("meta")
+            return X
         X = super().init_iterate_fn(y, physics, init)
         parts = (self.update_data_fidelity_fn(0), self.update_prior_fn(0), self.update_params_fn(0), y, physics)
         X = iterator.start(X, Problem(iterator, *parts))
         X["cost"] = iterator.evaluate(X["est"], *parts) if self.has_cost else None
         return X
 
-    def DEQ_additional_step(self, X: dict, y, physics, **kwargs) -> Tensor:
+    def update_params_fn(self, it: int) -> dict:
+        """As deepinv's; a number for each sample is shaped so that deepinv's iterations multiply images by it."""
+        params = super().update_params_fn(it)
+        if self._like is None or isinstance(self.fixed_point.iterator, Iteration):
+            return params
+        each = [name for name in RANGES.keys() & params if torch.is_tensor(params[name]) and params[name].ndim == 1]
+        return params | {name: coefficient(params[name], self._like) for name in each}
+
+    def DEQ_additional_step(self, X: dict, y: Tensor, physics: object, **kwargs) -> Tensor:
         """As deepinv's, then ``get_output``."""
         x = super().DEQ_additional_step(X, y, physics, **kwargs)
         return self.get_output({**X, "est": (x, *X["est"][1:])})
@@ -166,6 +103,9 @@ class Optim(BaseOptim):
             return super().check_conv_fn(it, X_prev, X)
         v_prev, v = X_prev["est"][0].flatten(1), X["est"][0].flatten(1)
         return bool((v - v_prev).norm(dim=1).mean() < self.thres_conv * v.norm(dim=1).mean())
+
+    def extra_repr(self) -> str:
+        return f"{describe(self.init_params_algo)}, max_iter={self.max_iter}, unfold={self.unfold}, DEQ={self.DEQ}"
 
     # deepinv's metric holds a lambda, which does not pickle
     def __getstate__(self) -> dict:

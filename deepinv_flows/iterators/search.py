@@ -1,12 +1,15 @@
 """Step sizes by line search, each sample its own."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from deepinv.optim import BacktrackingConfig
+from deepinv.optim import BacktrackingConfig, BaseOptim
 from torch import Tensor
 
-from .base import Iteration, Problem, coefficient
+from .base import Iteration, Problem, is_unfolded
+from .terms import coefficient, unchanged
 
 #: of our line searches; deepinv's own default shortens a step by a tenth at most twenty times
 DEFAULT = BacktrackingConfig(gamma=1e-4, eta=0.5, max_iter=40)
@@ -27,14 +30,17 @@ def as_config(backtracking: BacktrackingConfig | bool | None) -> BacktrackingCon
 
 
 def as_steps(stepsize: float | Tensor, x: Tensor) -> Tensor:
-    """A step for each sample, (B, 1, ...)."""
-    return torch.as_tensor(stepsize, dtype=x.dtype, device=x.device) * x.new_ones(x.shape[0], *[1] * (x.ndim - 1))
+    """A real step for each sample, shaped to multiply ``x``: (B, 1, ...)."""
+    step = torch.as_tensor(coefficient(stepsize, x), dtype=x.real.dtype, device=x.device)
+    return step * torch.ones(x.shape[0], *[1] * (x.ndim - 1), dtype=step.dtype, device=x.device)
 
 
 def shorten(trial: Callable[[Tensor], tuple], enough: Callable[..., Tensor], step: Tensor, config: BacktrackingConfig):
     """
-    The first of the steps s, eta s, eta^2 s, ... for which ``enough(step, *trial(step))`` holds, for each sample; with the
-    last trial. Samples that have theirs keep it while the others go on.
+    Try the steps s, eta s, eta^2 s, ... of each sample until ``enough(step, *trial(step))`` holds; samples for which it
+    holds keep their step while the others go on.
+
+    :return: the last trial; its steps, shortened once more where it was not enough; and for which samples (B,) it was.
     """
     for _ in range(config.max_iter):
         found = trial(step)
@@ -42,12 +48,12 @@ def shorten(trial: Callable[[Tensor], tuple], enough: Callable[..., Tensor], ste
         if ok.all():
             break
         step = torch.where(ok.view_as(step), step, step * config.eta)
-    return found, step
+    return found, step, ok
 
 
 class SearchIteration(Iteration):
     """
-    Base of the iterations that search their steps where no graph is recorded, and take the given ones where one is.
+    Base of the iterations that search their steps, unless they are unfolded or have a list of steps: then they take those.
 
     A DEQ model runs to its fixed point without a graph, then records two iterations, the second without their history.
     Both take the shortest step of that run: any would give the same derivative, but the backward iteration needs one at
@@ -55,6 +61,10 @@ class SearchIteration(Iteration):
     """
 
     defaults = {"backtracking": True}
+    #: set when an optimizer adopts the iteration
+    unfolded = False
+    scheduled = False
+    backtracking: BacktrackingConfig | bool | None = None
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -63,36 +73,56 @@ class SearchIteration(Iteration):
     def reasons(self, params: dict, unfolded: bool = False) -> dict[str, str]:
         return {**self.refuses, "backtracking": "unfolded, the given steps are taken"} if unfolded else self.refuses
 
-    def own_backtracking(self, params: dict, backtracking, unfolded: bool = False) -> None:
-        if unfolded:
-            backtracking = False
-        if backtracking is not None:
-            params["backtracking"] = [backtracking]
-        config = params.get("backtracking")
-        as_config(config[0] if isinstance(config, list) else config)
+    def adopted(self, optimizer: BaseOptim, params: dict, options: dict) -> None:
+        """As :meth:`Iteration.adopted`; ``backtracking`` becomes our search, and deepinv's is switched off."""
+        super().adopted(optimizer, params, options)
+        self.unfolded, self.backtracking = is_unfolded(optimizer), options.get("backtracking")
+        optimizer.backtracking, optimizer.backtracking_config = False, None
+        wanted = self.backtracking
+        if wanted is None:
+            given = params.get("backtracking", self.defaults["backtracking"])
+            wanted = given[0] if isinstance(given, list) else given
+        searches = as_config(wanted) is not None and not self.unfolded
+        steps = params.get("stepsize", 1.0)
+        self.scheduled = isinstance(steps, Iterable) and len(list(steps)) > 1
+        if searches and self.scheduled:
+            warnings.warn(
+                "the line search is switched off, as stepsize is a list: each iteration takes the step given for it "
+                "(backtracking=False avoids this warning)",
+                stacklevel=6,
+            )
 
-    def first_step(
-        self, problem: Problem, x: Tensor, last: Tensor | None
-    ) -> tuple[float | Tensor, BacktrackingConfig | None]:
+    def first_step(self, problem: Problem, x: Tensor, last: Tensor | None) -> tuple[Any, BacktrackingConfig | None]:
         """The step to begin with, and how to search from it, if at all; then it is a tensor (B, 1, ...)."""
-        given, config = problem.coefficient("stepsize", x), as_config(problem["backtracking"])
-        if config is None:
+        given = problem.coefficient("stepsize", x)
+        config = as_config(problem["backtracking"] if self.backtracking is None else self.backtracking)
+        if config is None or self.unfolded or self.scheduled:
             return given, None
         if torch.is_grad_enabled():
             fits = self.shortest is not None and self.shortest.shape[0] == x.shape[0]
-            return (coefficient(self.shortest.to(x), x) if fits else given), None
+            return (coefficient(self.shortest.to(x.device), x) if fits else given), None
         if last is None:
             self.shortest = None
             last = as_steps(given, x)
         return last, config
 
     def check_explicit(self, *terms) -> None:
-        if not all(term.explicit for term in terms):
-            raise ValueError(
-                f"the line search of {type(self).__name__} needs the value of its terms, and this prior has none; "
-                "got backtracking=True in params_algo: give a stepsize and backtracking=False"
-            )
+        check_explicit(type(self).__name__, *terms)
 
     def accept(self, step: Tensor) -> Tensor:
         self.shortest = step if self.shortest is None else torch.minimum(self.shortest, step)
         return step
+
+
+def check_explicit(name: str, *terms) -> None:
+    """Refuse a line search on a term without a value."""
+    if not all(term.explicit for term in terms):
+        raise ValueError(
+            f"the line search of {name} needs the value of its terms, and this prior has none; "
+            "got backtracking=True: give a stepsize and backtracking=False"
+        )
+
+
+def still(X: dict, *terms) -> bool:
+    """Whether the last iteration, which noted its terms in X, had these same terms."""
+    return "terms" in X and all(unchanged(*pair) for pair in zip(X["terms"], [term.identity for term in terms]))

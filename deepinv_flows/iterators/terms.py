@@ -1,0 +1,202 @@
+"""The terms of an objective as iterations use them: one value for each sample, gradients, proximity operators."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from deepinv.optim import DataFidelity, PoissonLikelihood, Prior, WaveletPrior
+from deepinv.optim.prior import ZeroPrior
+from torch import Tensor
+
+from ..checks import iteration
+
+
+def coefficient(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number, or a tensor with a number for each sample, shaped so that it multiplies ``x``."""
+    if not torch.is_tensor(value):
+        return value
+    if value.numel() == 1:
+        return value.reshape(())
+    if value.numel() != x.shape[0]:
+        raise ValueError(f"expected one number or one for each of {x.shape[0]} samples; got shape {tuple(value.shape)}")
+    return value.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def flat(value: float | Tensor) -> float | Tensor:
+    """A :func:`coefficient` shaped so that it multiplies values (B,)."""
+    return value.reshape(-1) if torch.is_tensor(value) else value
+
+
+def pick(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The samples of ``a`` where the condition (B,) holds, those of ``b`` elsewhere."""
+    return torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Real inner product of each sample, (B,); of complex tensors its real part."""
+    product = (a.conj() * b).real if a.is_complex() else a * b
+    return product.flatten(1).sum(1)
+
+
+def square(x: Tensor) -> Tensor:
+    """Squared norm of each sample, (B,)."""
+    return inner(x, x)
+
+
+def rounding(value: Tensor) -> Tensor:
+    """By how much two evaluations of the same ``value`` may differ."""
+    return 10 * torch.finfo(value.dtype).eps * value.abs()
+
+
+def check_not_nan(what: str, value: Tensor) -> None:
+    """Refuse NaN; a value may be infinite, where a constraint is violated."""
+    if bool(torch.isnan(value.detach()).any()):
+        raise ValueError(f"{what} of samples {torch.isnan(value).nonzero().flatten().tolist()} is NaN{iteration()}")
+
+
+def _values(value: Tensor, x: Tensor) -> Tensor:
+    """What a term returned, as one real value for each sample of ``x``."""
+    if value.ndim == 0 and x.shape[0] == 1:
+        value = value.reshape(1)
+    if value.ndim == 0 or value.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"expected a term of the objective to have a value for each of {x.shape[0]} samples; "
+            f"got shape {tuple(value.shape)}"
+        )
+    value = value.real if value.is_complex() else value
+    return value.flatten(1).sum(1) if value.ndim > 1 else value
+
+
+def _guarded(x: Tensor) -> Tensor:
+    # deepinv's default grad sets requires_grad on its argument: without a graph it gets a copy that nobody sees
+    return x if torch.is_grad_enabled() else x.detach()
+
+
+def _constant(value: object) -> object:
+    """A parameter to compare later values with, safe from changes in place."""
+    return value.detach().clone() if torch.is_tensor(value) else value
+
+
+def unchanged(before: tuple, now: tuple) -> bool:
+    """Whether two tuples hold the same objects, or equal numbers and tensors."""
+
+    def same(a, b) -> bool:
+        if a is b:
+            return True
+        if torch.is_tensor(a) and torch.is_tensor(b):
+            return a.shape == b.shape and torch.equal(a, b.to(a))
+        return isinstance(a, int | float) and isinstance(b, int | float) and a == b
+
+    return len(before) == len(now) and all(same(a, b) for a, b in zip(before, now))
+
+
+class Term(Protocol):
+    """A term of an objective."""
+
+    @property
+    def explicit(self) -> bool: ...
+
+    @property
+    def identity(self) -> tuple: ...
+
+    def value(self, x: Tensor) -> Tensor: ...
+
+    def grad(self, x: Tensor) -> Tensor: ...
+
+
+class ProximableTerm(Term, Protocol):
+    """One with a proximity operator."""
+
+    def prox(self, x: Tensor, gamma: float | Tensor) -> Tensor: ...
+
+
+class DataTerm:
+    """The data fidelity f, its measurements bound."""
+
+    explicit = True
+
+    def __init__(self, data_fidelity: DataFidelity, y, physics):
+        self.data_fidelity, self.bound = data_fidelity, (y, physics)
+
+    @property
+    def identity(self) -> tuple:
+        """What :func:`unchanged` compares to tell whether a later term is the same function."""
+        return (self.data_fidelity, *self.bound)
+
+    def value(self, x: Tensor) -> Tensor:
+        if isinstance(self.data_fidelity, PoissonLikelihood):
+            return self._poisson(x)
+        return _values(self.data_fidelity(x, *self.bound), x)
+
+    def _poisson(self, x: Tensor) -> Tensor:
+        """deepinv adds the logarithms of the whole batch to the value of each sample."""
+        (y, physics), d = self.bound, self.data_fidelity.d
+        y, z = y / d.gain if d.denormalize else y, physics.A(x) / d.gain + d.bkg
+        return _values(z - y - y * torch.log(z), x)
+
+    def grad(self, x: Tensor) -> Tensor:
+        return self.data_fidelity.grad(_guarded(x), *self.bound)
+
+    def prox(self, x: Tensor, gamma: float | Tensor) -> Tensor:
+        return self.data_fidelity.prox(x, *self.bound, gamma=gamma)
+
+
+class PriorTerm:
+    """A prior times its regularization parameter."""
+
+    def __init__(self, prior: Prior | None, weight: float | Tensor = 1.0, g_param=None):
+        self.prior, self.weight, self.g_param = ZeroPrior() if prior is None else prior, weight, g_param
+
+    @property
+    def identity(self) -> tuple:
+        """What :func:`unchanged` compares to tell whether a later term is the same function."""
+        prior = ZeroPrior if isinstance(self.prior, ZeroPrior) else self.prior
+        return prior, _constant(self.weight), _constant(self.g_param)
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the prior has a value; a denoiser has none."""
+        return self.prior.explicit_prior
+
+    def value(self, x: Tensor) -> Tensor:
+        return flat(coefficient(self.weight, x)) * _values(self.prior(x, self.g_param), x)
+
+    def grad(self, x: Tensor) -> Tensor:
+        return coefficient(self.weight, x) * self.prior.grad(_guarded(x), self.g_param)
+
+    def prox(self, x: Tensor, gamma: float | Tensor) -> Tensor:
+        return self._prox(x, gamma * coefficient(self.weight, x))
+
+    def prox_conjugate(self, x: Tensor, gamma: float | Tensor) -> Tensor:
+        weight = coefficient(self.weight, x)
+        if isinstance(self.prior, WaveletPrior):
+            return x - gamma * self._prox(x / gamma, weight / gamma)
+        return self.prior.prox_conjugate(x, self.g_param, gamma=gamma, lamb=weight)
+
+    def _prox(self, x: Tensor, gamma: float | Tensor) -> Tensor:
+        if isinstance(self.prior, WaveletPrior):
+            # thresholds are (B,), and by default a tenth of what the proximity operator of its value has
+            exact = {"ths": 1.0} if self.prior.p == 1 else {}
+            return self.prior.prox(x, self.g_param, gamma=flat(gamma), **exact)
+        return self.prior.prox(x, self.g_param, gamma=gamma)
+
+
+class EnergyTerm:
+    """A function (B, ...) to (B,) as a smooth term, differentiated by autograd without a graph of the gradient."""
+
+    explicit = True
+
+    def __init__(self, function: Callable[..., Tensor], data: tuple[Tensor, ...] = ()):
+        self.function, self.data = function, data
+
+    @property
+    def identity(self) -> tuple:
+        return (self.function, *self.data)
+
+    def value(self, x: Tensor) -> Tensor:
+        return _values(self.function(x, *self.data), x)
+
+    def grad(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(self.value(leaf).sum(), leaf)[0]
