@@ -15,6 +15,8 @@ from .model import EquivariantSplittingModel, Recorruption, SplitReconstructor, 
 from .pickling import recipe
 from .terms import term, unknown_levels
 
+_TRANSPARENT = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 class EquivariantSplittingLoss(Loss):
     r"""
@@ -127,10 +129,7 @@ class EquivariantSplittingLoss(Loss):
             adapted = [model]
         else:
             _check_equal_settings(self, adapted[0])
-        for name, value in unknown_levels(self.consistency_loss).items():
-            if name not in adapted[0]._buffers:
-                device = next((p.device for p in model.parameters()), None)
-                adapted[0].register_buffer(name, value.to(device))
+        adapted[0].hold_levels(unknown_levels(self.consistency_loss))
         return model
 
     def forward(self, x_net: Tensor, y: Tensor, physics, model: nn.Module, **kwargs) -> Tensor:
@@ -142,20 +141,16 @@ class EquivariantSplittingLoss(Loss):
         :param deepinv.physics.Physics physics: their operator.
         :param torch.nn.Module model: the adapted model, or a wrapper of it (DistributedDataParallel, torch.compile).
         :return: (B,) in squared units of y for the default metrics.
-        :raises ValueError: before such a pass.
-        :raises RuntimeError: for a model that is not adapted.
+        :raises ValueError: before such a pass, or for another y or x_net than that pass had.
+        :raises RuntimeError: for a model that is not adapted, or that another loss has wrapped.
         """
-        adapted = _splitting_models(model)
-        if len(adapted) != 1:
-            raise RuntimeError(
-                f"Unregistered model {type(model)}. Make sure to adapt the model using `adapt_model` before computing the loss."
-            )
-        terms, observed = [], observed_mask(physics, y)
-        for split in adapted[0].get_splits():
+        adapted, terms, observed = _the_splitting_model(model), [], observed_mask(physics, y)
+        adapted.check_pass(y, x_net)
+        for split in adapted.get_splits():
             x_split = x_net if split.x_net is None else split.x_net
             losses = (self.consistency_loss, self.prediction_loss)
             for inner, part in zip(losses, parts(split.mask, observed)):
-                terms.append(term(inner, part, split, x_split, y, physics, adapted[0], **kwargs))
+                terms.append(term(inner, part, split, x_split, y, physics, adapted, **kwargs))
         values, present = (torch.stack(t).unflatten(0, (-1, 2)) for t in zip(*terms))
         if not self._warned and not bool(present.all()):
             self._warned = True
@@ -171,6 +166,23 @@ class EquivariantSplittingLoss(Loss):
 def _splitting_models(model: nn.Module) -> list[EquivariantSplittingModel]:
     # searched for, not registered: wrappers such as DistributedDataParallel and torch.compile hold it somewhere inside
     return [m for m in model.modules() if isinstance(m, EquivariantSplittingModel)]
+
+
+def _the_splitting_model(model: nn.Module) -> EquivariantSplittingModel:
+    found, outer = _splitting_models(model), model
+    if len(found) != 1:
+        raise RuntimeError(
+            f"Unregistered model {type(model)}. Make sure to adapt the model using `adapt_model` before computing the loss."
+        )
+    while isinstance(outer, _TRANSPARENT) or hasattr(outer, "_orig_mod"):  # the latter by torch.compile
+        outer = outer.module if isinstance(outer, _TRANSPARENT) else outer._orig_mod
+    if outer is not found[0] and found[0].splits is None:
+        raise RuntimeError(
+            f"expected the adapted model; got {type(outer).__name__} around it, which does not pass update_parameters=True on. "
+            "If another loss of the training has wrapped the model, leave that loss out: R2RLoss belongs into this one, as its "
+            "consistency_loss"
+        )
+    return found[0]
 
 
 def _recorruption(loss: Loss) -> Recorruption | None:

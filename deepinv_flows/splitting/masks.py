@@ -1,7 +1,9 @@
 """Splitting masks that deepinv has no generator for."""
 
+from contextlib import contextmanager
+
 import torch
-from deepinv.physics.generator import BernoulliSplittingMaskGenerator
+from deepinv.physics.generator import BernoulliSplittingMaskGenerator, PhysicsGenerator
 from torch import Tensor
 
 
@@ -46,3 +48,21 @@ class LineSplittingMaskGenerator(BernoulliSplittingMaskGenerator):
         order = torch.randperm(len(lines), generator=self.rng, device=self.device).to(lines.device)
         mask = torch.zeros_like(input_mask)
         return mask.index_copy(self.dim, lines[order[:kept]], input_mask.index_select(self.dim, lines[order[:kept]]))
+
+
+@contextmanager
+def sized(generator: PhysicsGenerator, observed: Tensor | None):
+    """
+    A generator made for the shape of measurements, such as those (C, N, H, W) of N coils, draws masks of the operator's own shape.
+
+    :param torch.Tensor observed: the operator's mask (B, ...), which may have no dimension for the coils.
+    """
+    size = getattr(generator, "img_size", None)
+    longer = size is not None and observed is not None and len(size) > observed.ndim - 1
+    if longer:
+        generator.img_size = tuple(observed.shape[1:])
+    try:
+        yield
+    finally:
+        if longer:
+            generator.img_size = size

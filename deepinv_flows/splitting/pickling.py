@@ -7,10 +7,11 @@ from enum import Enum
 
 from deepinv.physics.generator import PhysicsGenerator
 from deepinv.transform import Transform
-from torch import nn
+from torch import Tensor, nn
 
 # `t1 * t2`, `t1 + t2` and `t1 | t2` are instances of classes that deepinv makes inside these operators
 _COMBINED = {"ChainTransform": operator.mul, "StackTransform": operator.add, "EitherTransform": operator.or_}
+_PLAIN = (int, float, str, tuple, list, Enum, Tensor)
 _DEFAULT_STEP = inspect.signature(PhysicsGenerator).parameters["step"].default
 
 
@@ -25,15 +26,25 @@ class Portable:
 
 
 def recipe(module: nn.Module | None):
-    """What a transform, mask generator or noise model is made of, but for its random state: equal recipes, equal laws."""
+    """
+    How a transform, mask generator or noise model was made: equal recipes, equal laws.
+
+    It holds the attributes named as an argument of the class, not what the module has drawn since.
+    """
     if module is None:
         return None
-    plain = {
-        k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, int | float | str | tuple | list | Enum)
-    }
-    plain.pop("training")
+    names = {name for cls in type(module).__mro__ for name in inspect.signature(cls.__init__).parameters}
+    made = {k: _plain(v) for k, v in vars(module).items() if k.strip("_") in names and isinstance(v, _PLAIN)}
+    if made.get("random_split_ratio"):
+        del made["split_ratio"]  # the last one drawn
     buffers = {k: v.tolist() for k, v in module._buffers.items() if v is not None and k != "initial_random_state"}
-    return type(module).__qualname__, plain, buffers, [recipe(child) for child in module.children()]
+    return type(module).__qualname__, made, buffers, [recipe(child) for child in module.children()]
+
+
+def _plain(value):
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
 
 
 @dataclass
