@@ -63,3 +63,8 @@ class JointNoise(TorchFunctionMode):
             whole = args[0].new_empty(self.joint.size(len(args[0])), *self.shape[1:])
             return args[0].copy_(self.joint.share(function(whole, *args[1:], **(kwargs or {}))))
         return function(*args, **(kwargs or {}))
+
+
+def of_all(values: Tensor, y: Tensor, joint) -> Tensor:
+    """Values of each sample in y as those of the whole batch; a value of all samples as it is."""
+    return joint.whole(values) if len(values) == len(y) else values

@@ -11,8 +11,10 @@ from deepinv.transform import Transform
 from torch import Tensor, nn
 
 from ..checks import positive_int
-from .model import EquivariantSplittingModel, Recorruption, SplitReconstructor, observed_mask, parts
+from .model import EquivariantSplittingModel, SplitReconstructor
+from .parts import observed_mask, parts
 from .pickling import recipe
+from .recorruption import Recorruption
 from .terms import term, unknown_levels
 
 _TRANSPARENT = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -90,18 +92,23 @@ class EquivariantSplittingLoss(Loss):
             )
         if mask_generator is not None and img_size is not None:
             warnings.warn("`img_size` is ignored when `mask_generator` is specified.", UserWarning, stacklevel=2)
-        if mask_generator is None:
-            pixelwise = len(img_size) > 1  # a vector has no channels
-            mask_generator = BernoulliSplittingMaskGenerator(img_size, split_ratio=0.9, pixelwise=pixelwise)
-        self.mask_generator = mask_generator
+        self.mask_generator = _default_masks(img_size) if mask_generator is None else mask_generator
         self.transform = transform
         self.eval_transform = transform if eval_transform is None else eval_transform
         self.consistency_loss = MCLoss(metric=MSE()) if consistency_loss is None else consistency_loss
         self.prediction_loss = MCLoss(metric=MSE()) if prediction_loss is None else prediction_loss
         self.eval_n_samples = positive_int(eval_n_samples=eval_n_samples)
-        _check_transforms(transform, eval_transform)
         self._warned = False
+        _check_kind(PhysicsGenerator, mask_generator=self.mask_generator)
+        _check_kind(Loss, consistency_loss=self.consistency_loss, prediction_loss=self.prediction_loss)
+        _check_transforms(transform=transform, eval_transform=eval_transform)
         _check_inner(self.consistency_loss, self.prediction_loss)
+
+    def extra_repr(self) -> str:
+        masks = {name: getattr(self.mask_generator, name, None) for name in ("img_size", "split_ratio")}
+        return ", ".join(
+            f"{k}={v}" for k, v in (masks | {"eval_n_samples": self.eval_n_samples}).items() if v is not None
+        )
 
     def adapt_model(self, model: nn.Module, **kwargs) -> nn.Module:
         """
@@ -205,14 +212,39 @@ def _check_equal_settings(loss: EquivariantSplittingLoss, adapted: EquivariantSp
             raise ValueError(f"expected a model adapted with the same {name} as this loss has, {ours}; got {theirs}")
 
 
-def _check_transforms(*transforms: Transform | None) -> None:
-    for transform in transforms:
+def _default_masks(img_size: tuple[int, ...]) -> BernoulliSplittingMaskGenerator:
+    if not isinstance(img_size, tuple | list) or not img_size or not all(isinstance(n, int) for n in img_size):
+        raise TypeError(
+            "expected img_size to be the shape of the measurements without batch, such as (1, 64, 64) or (100,); "
+            f"got {img_size!r}"
+        )
+    pixelwise = len(img_size) > 1  # a vector has no channels
+    return BernoulliSplittingMaskGenerator(tuple(img_size), split_ratio=0.9, pixelwise=pixelwise)
+
+
+def _check_kind(kind: type, **values) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            hint = (
+                ": one for each term, none of them a list" if isinstance(value, list | tuple) and kind is Loss else ""
+            )
+            raise TypeError(f"expected {name} to be a deepinv {kind.__name__}; got {type(value).__name__}{hint}")
+
+
+def _check_transforms(**transforms: Transform | None) -> None:
+    for name, transform in transforms.items():
+        if transform is None:
+            continue
+        if not isinstance(transform, Transform):
+            raise TypeError(
+                f"expected {name} to be a deepinv Transform; got {type(transform).__name__}: combine several by * or |"
+            )
         if type(transform).__name__ == "StackTransform":
             raise ValueError(
                 "expected a transform that keeps the batch size; got a sum t1 + t2: use t1 | t2 or t1 * t2"
             )
         try:
-            list(transform.modules() if transform is not None else [])
+            list(transform.modules())
         except TypeError as error:
             raise TypeError(
                 f"expected a transform that a model can hold; got {type(transform).__name__}: {error}. "

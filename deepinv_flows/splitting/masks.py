@@ -53,12 +53,20 @@ class LineSplittingMaskGenerator(BernoulliSplittingMaskGenerator):
 @contextmanager
 def sized(generator: PhysicsGenerator, observed: Tensor | None):
     """
-    A generator made for the shape of measurements, such as those (C, N, H, W) of N coils, draws masks of the operator's own shape.
+    Context in which a generator made for the shape of the measurements draws masks of the shape of the operator's own mask.
+
+    The measurements (C, N, H, W) of N coils have one dimension more than the mask of their operator.
 
     :param torch.Tensor observed: the operator's mask (B, ...), which may have no dimension for the coils.
+    :raises ValueError: for a generator made for fewer dimensions than the operator's mask has.
     """
     size = getattr(generator, "img_size", None)
-    longer = size is not None and observed is not None and len(size) > observed.ndim - 1
+    dimensions = None if size is None or observed is None else observed.ndim - 1
+    if dimensions is not None and len(size) < dimensions:
+        raise ValueError(
+            f"expected masks of the shape of the operator's own, {tuple(observed.shape[1:])}; got img_size={tuple(size)}"
+        )
+    longer = dimensions is not None and len(size) > dimensions
     if longer:
         generator.img_size = tuple(observed.shape[1:])
     try:

@@ -4,103 +4,18 @@ from dataclasses import dataclass
 
 import torch
 from deepinv.loss import SplittingLoss
-from deepinv.loss.r2r import set_beta_corruptor, set_binomial_corruptor, set_gaussian_corruptor
 from deepinv.models import EquivariantReconstructor
-from deepinv.physics import ComposedPhysics, GammaNoise, GaussianNoise, PoissonNoise, StackedPhysics
+from deepinv.physics import StackedPhysics
 from torch import Tensor, nn
 
-from .joint import Alone
+from .joint import Alone, of_all
 from .masks import sized
-from .pickling import Portable, recipe
+from .parts import check_mask, observed_mask, parts, shares
+from .pickling import Portable
+from .recorruption import Recorruption
 
-_CORRUPTORS = {
-    GaussianNoise: (set_gaussian_corruptor, "sigma"),
-    PoissonNoise: (set_binomial_corruptor, "gain"),
-    GammaNoise: (set_beta_corruptor, "l"),
-}
 _REDRAWS = 8
 _LEVELS = ("sigma2", "gain")
-
-
-def observed_mask(physics, y: Tensor) -> Tensor | None:
-    """The operator's own mask of measurements, (B or 1, ...); ``None`` where it observes every entry of y."""
-    if isinstance(physics, ComposedPhysics):
-        physics = physics[-1]
-    mask = getattr(physics, "mask", None)
-    # compressed sensing has a mask too, but of the image
-    fits = torch.is_tensor(mask) and 2 <= mask.ndim <= y.ndim and _fits(mask, y)
-    return mask.to(y.real.dtype) if fits else None
-
-
-def parts(mask: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The masks of A_1 and of A_2, which add up to the observed entries."""
-    if observed is None:
-        return mask, 1 - mask
-    if mask.ndim < observed.ndim:
-        mask = aligned(mask, observed)
-    observed = aligned(observed, mask)
-    return mask * observed, observed - mask * observed
-
-
-def shares(part: Tensor) -> Tensor:
-    """(B,) fraction of entries that a mask keeps, sample by sample."""
-    return part.flatten(1).mean(1)
-
-
-def aligned(mask: Tensor, y: Tensor) -> Tensor:
-    """The mask (B, C, H, W), as a view that broadcasts with measurements (B, C, ..., H, W)."""
-    return mask.view(*mask.shape[:2], *[1] * (y.ndim - mask.ndim), *mask.shape[2:])
-
-
-def _fits(mask: Tensor, y: Tensor) -> bool:
-    same = mask.shape[-2:] == y.shape[-2:]
-    if y.ndim == 2:  # vectors (B, m)
-        same = mask.ndim == 2 and mask.shape[1] == y.shape[1]
-    return same and all(m in (1, n) for m, n in zip(aligned(mask, y).shape, y.shape))
-
-
-def _of_all(values: Tensor, y: Tensor, joint) -> Tensor:
-    """Values of each sample in y as those of the whole batch; a value of all samples as it is."""
-    return joint.whole(values) if len(values) == len(y) else values
-
-
-def _check_mask(mask: Tensor, y: Tensor, observed: Tensor | None) -> None:
-    if mask.device != y.device:
-        raise ValueError(
-            f"expected a splitting mask on {y.device}, as the measurements; got one on {mask.device}: "
-            f"make the mask_generator with device={str(y.device)!r}"
-        )
-    if not 2 <= mask.ndim <= y.ndim or len(mask) != len(y) or not _fits(mask, y):
-        size = tuple((y if observed is None else observed).shape[1:])
-        raise ValueError(
-            f"expected a splitting mask that fits measurements of shape {tuple(y.shape)}; got one of shape {tuple(mask.shape)}: "
-            f"make the mask_generator with img_size={size}"
-        )
-
-
-@dataclass
-class Recorruption:
-    """The noise that :class:`deepinv.loss.R2RLoss` adds to its input."""
-
-    alpha: float
-    noise_model: nn.Module | None
-    eval_n_samples: int
-
-    def __call__(self, y: Tensor, physics, joint=None) -> Tensor:
-        joint = joint or Alone()
-        noise = physics.noise_model if self.noise_model is None else self.noise_model
-        for kind, (corruptor, name) in _CORRUPTORS.items():
-            if isinstance(noise, kind):
-                if not getattr(noise, "normalize", True):
-                    raise ValueError("expected PoissonNoise(normalize=True) for R2RLoss; got normalize=False")
-                level = torch.as_tensor(getattr(noise, name)).to(y.real).reshape(-1, *[1] * (y.ndim - 1))
-                return joint.share(corruptor(joint.whole(y), self.alpha, _of_all(level, y, joint))())
-        expected = ", ".join(kind.__name__ for kind in _CORRUPTORS)
-        raise ValueError(f"expected one of {expected} as noise model for R2RLoss; got {type(noise).__name__}")
-
-    @property
-    def recipe(self):
-        return self.alpha, self.eval_n_samples, recipe(self.noise_model)
 
 
 class RandomState:
@@ -213,7 +128,7 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
     def draw(self, y: Tensor, physics) -> Tensor:
         """A checked splitting mask for these measurements, (B, ...) of zeros and ones, of observed entries alone."""
         joint, seen = self.joint, observed_mask(physics, y)
-        observed, n_samples = None if seen is None else _of_all(seen, y, joint), joint.size(len(y))
+        observed, n_samples = None if seen is None else of_all(seen, y, joint), joint.size(len(y))
 
         def step() -> Tensor:
             with sized(self.mask_generator, observed):
@@ -222,7 +137,7 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
 
         whole = step()
         mask = joint.share(whole)
-        _check_mask(mask, y, seen)
+        check_mask(mask, y, seen)
         if not self.checked:
             if not bool(((whole == 0) | (whole == 1)).all()):
                 raise ValueError(
@@ -250,6 +165,10 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"splits": None, "masks": None, "seen": None}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__({"seen": None} | state)
+        self._non_persistent_buffers_set |= self._buffers.keys() & set(_LEVELS)  # persistent in 0.1.0
+
     def hold_levels(self, levels: dict[str, Tensor]) -> None:
         """
         Hold the noise levels that UNSURE learns, as buffers.
@@ -261,6 +180,11 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
         for name, value in levels.items():
             if name not in self._buffers:
                 self.register_buffer(name, value.to(device), persistent=False)
+
+    def extra_repr(self) -> str:
+        levels = [f"{name}={float(level):.4g}" for name, level in self._buffers.items() if level is not None]
+        noise = [f"recorruption={self.recorruption}"] if self.recorruption else []
+        return ", ".join([f"eval_n_samples={self.eval_n_samples}", *noise, *levels])
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -28,7 +28,8 @@ from deepinv.loss import Loss, SplittingLoss, SureGaussianLoss, SurePGLoss, Sure
 from torch import Tensor, nn
 
 from .joint import Alone, JointNoise
-from .model import EquivariantSplittingModel, Split, aligned, shares
+from .model import EquivariantSplittingModel, Split
+from .parts import aligned, shares
 
 _ENTRYWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 _SURE = (SureGaussianLoss, SurePoissonLoss, SurePGLoss)

@@ -125,7 +125,9 @@ class DistributedTrainer(Trainer):
     def get_samples(self, iterators, g):
         """This process's share of a batch."""
         if self.G > 1:
-            g = _of_first(g)  # deepinv draws the order of several data loaders from numpy's stream, in each process its own
+            g = _of_first(
+                g
+            )  # deepinv draws the order of several data loaders from numpy's stream, in each process its own
         batch = batch_as_dict(next(iterators[g]))
         with getattr(iterators[g], "stream", nullcontext()):
             x, y, physics = super().get_samples({g: iter([batch])}, g)
