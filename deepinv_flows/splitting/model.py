@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .joint import Alone, of_all
 from .masks import sized
-from .parts import check_mask, observed_mask, parts, shares
+from .parts import check_mask, kept, observed_mask, parts, shares
 from .pickling import Portable
 from .recorruption import Recorruption
 
@@ -21,9 +21,14 @@ _LEVELS = ("sigma2", "gain")
 class RandomState:
     """Every random state that a module's forward pass may draw from, to run it again with the same draws."""
 
-    def __init__(self, module: nn.Module, device: torch.device):
+    @staticmethod
+    def sources(module: nn.Module) -> list[torch.Generator]:
+        """The generators that the module holds."""
         found = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
-        self.own = [(generator, generator.get_state()) for generator in found.values()]
+        return list(found.values())
+
+    def __init__(self, sources: list[torch.Generator], device: torch.device):
+        self.own = [(generator, generator.get_state()) for generator in sources]
         self.cuda = [device] if device.type == "cuda" else []
         self.common = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self.cuda]
 
@@ -90,12 +95,13 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
             )
         repeats = 1 if self.recorruption is None else self.recorruption.eval_n_samples
         n_samples = 1 if self.training else self.eval_n_samples * repeats
+        sources = RandomState.sources(self.model) if update_parameters else []
         out, splits = 0.0, []
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             for _ in range(n_samples):
                 mask = self.draw(y, physics)
                 y_in = y if self.recorruption is None else self.recorruption(y, physics, self.joint)
-                random = RandomState(self.model, y.device) if update_parameters else None
+                random = RandomState(sources, y.device) if update_parameters else None
                 x_net = self.model(*self.split(mask, y_in, physics))
                 out = out + x_net / n_samples
                 if update_parameters:
@@ -145,17 +151,17 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
                 )
             self._check_ratio(whole, observed, step)
             self.checked = True
-        return parts(mask.to(y.real.dtype), seen)[0]
+        return kept(mask.to(y.real.dtype), seen)
 
     def _check_ratio(self, mask, observed, step) -> None:
         # a small mask may keep all or nothing by chance: only what does so again and again is a mistake
         for _ in range(_REDRAWS):
-            kept, left = (shares(part) > 0 for part in parts(mask, observed))
-            if bool(kept.any()) and bool(left.any()):
+            first, second = (bool((shares(part) > 0).any()) for part in parts(mask, observed))
+            if first and second:
                 return
             mask = step()
         entries = mask.shape[1:].numel() if observed is None else int(observed.count_nonzero() / len(observed))
-        what = "nothing" if not bool(kept.any()) else "everything"
+        what = "everything" if first else "nothing"
         raise ValueError(
             f"expected a mask_generator that splits the {entries} observed entries of a measurement in two; got masks that "
             f"always keep {what}: use a split_ratio between {1 / max(entries, 1):.2g} and {1 - 1 / max(entries, 1):.2g}, "

@@ -15,14 +15,19 @@ def observed_mask(physics, y: Tensor) -> Tensor | None:
     return mask.to(y.real.dtype) if fits else None
 
 
-def parts(mask: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The masks of A_1 and of A_2, which add up to the observed entries."""
+def kept(mask: Tensor, observed: Tensor | None) -> Tensor:
+    """The mask of A_1: of the entries that a splitting mask keeps, those that were observed."""
     if observed is None:
-        return mask, 1 - mask
+        return mask
     if mask.ndim < observed.ndim:
         mask = aligned(mask, observed)
-    observed = aligned(observed, mask)
-    return mask * observed, observed - mask * observed
+    return mask * aligned(observed, mask)
+
+
+def parts(mask: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The masks of A_1 and of A_2, which add up to the observed entries."""
+    first = kept(mask, observed)
+    return first, (1 if observed is None else aligned(observed, first)) - first
 
 
 def shares(part: Tensor) -> Tensor:

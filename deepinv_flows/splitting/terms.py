@@ -21,17 +21,23 @@ of :math:`y_1 \mapsto A_1 R(y_1, A_1)` over the :math:`m_1` entries of the split
 """
 
 from contextlib import contextmanager, nullcontext
-from copy import copy
+from functools import partial
 
 import torch
 from deepinv.loss import Loss, SplittingLoss, SureGaussianLoss, SurePGLoss, SurePoissonLoss
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .joint import Alone, JointNoise
 from .model import EquivariantSplittingModel, Split
 from .parts import aligned, shares
 
-_ENTRYWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+_ENTRYWISE = {
+    nn.MSELoss: lambda metric: functional.mse_loss,
+    nn.L1Loss: lambda metric: functional.l1_loss,
+    nn.SmoothL1Loss: lambda metric: partial(functional.smooth_l1_loss, beta=metric.beta),
+    nn.HuberLoss: lambda metric: partial(functional.huber_loss, delta=metric.delta),
+}
 _SURE = (SureGaussianLoss, SurePoissonLoss, SurePGLoss)
 
 
@@ -170,16 +176,16 @@ def _per_sample_metric(loss: Loss):
 
 
 def _of_each_sample(metric: nn.Module):
-    entrywise = copy(metric)  # torch's own, of all samples at once
-    total = isinstance(metric, _ENTRYWISE) and metric.reduction == "sum"
-    if isinstance(metric, _ENTRYWISE):
-        entrywise.reduction = "none"
+    """The metric as a function that returns (B,) values; torch's own are called once for the batch."""
+    entrywise = _ENTRYWISE[type(metric)](metric) if type(metric) in _ENTRYWISE else None
 
-    def values(x_net, x, *args, **kwargs):
-        value = entrywise(x_net, x, *args, **kwargs)
+    def values(x_net: Tensor, x: Tensor, *args, **kwargs) -> Tensor:
+        if entrywise is not None:
+            each = entrywise(x_net, x, reduction="none").reshape(len(x), -1)
+            return each.sum(1) if metric.reduction == "sum" else each.mean(1)
+        value = metric(x_net, x, *args, **kwargs)
         if value.numel() == 1:
             value = torch.stack([metric(x_net[i : i + 1], x[i : i + 1], *args, **kwargs) for i in range(len(x))])
-        value = value.reshape(len(x), -1)
-        return value.sum(1) if total else value.mean(1)
+        return value.reshape(len(x), -1).mean(1)
 
     return values
