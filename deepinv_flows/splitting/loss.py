@@ -1,6 +1,7 @@
 """Equivariant splitting: self-supervised reconstruction from incomplete, noisy measurements."""
 
 import warnings
+from typing import Any
 
 import torch
 from deepinv.loss import Loss, MCLoss, Neighbor2Neighbor, R2RLoss, SplittingLoss
@@ -44,17 +45,19 @@ class EquivariantSplittingLoss(Loss):
     :param deepinv.loss.Loss consistency_loss: :class:`deepinv.loss.MCLoss` (default) for noiseless measurements;
         :class:`deepinv.loss.SureGaussianLoss`, :class:`deepinv.loss.SurePoissonLoss`, :class:`deepinv.loss.SurePGLoss` or
         :class:`deepinv.loss.R2RLoss` for noisy ones. With ``unsure=True`` the noise levels are buffers of the adapted model, and
-        ascend with the backward pass.
+        ascend with the backward pass; its state dict holds them as metadata, so that models without them load the same file.
     :param deepinv.loss.Loss prediction_loss: :class:`deepinv.loss.MCLoss` by default, up to a constant unbiased for noise that is
         independent between the two parts.
     :param int eval_n_samples: splittings averaged in evaluation; with R2R, times its own ``eval_n_samples``.
     :param deepinv.transform.Transform transform: random motion :math:`T_g` in training; ``None`` for a reconstructor that is
         equivariant by itself.
     :param deepinv.transform.Transform eval_transform: the same in evaluation, such as the whole group; ``transform`` by default.
-    :param tuple img_size: shape of the measurements without batch, for the default masks.
+    :param tuple img_size: shape of the measurements without batch, for the default masks: (C, H, W), (C, N, H, W) for N coils,
+        which are all split alike, or (m,) for vectors.
     :raises ValueError: without masks or their shape, for ``eval_transform`` without ``transform``, for R2R or an unknown noise
         level in the prediction term.
-    :raises TypeError: for a loss without sense on a split, such as :class:`deepinv.loss.Neighbor2Neighbor`.
+    :raises TypeError: for a loss that has no meaning on a split, such as :class:`deepinv.loss.Neighbor2Neighbor`, and for
+        lists of losses or transforms.
 
     >>> import torch, deepinv as dinv
     >>> from deepinv_flows import EquivariantSplittingLoss
@@ -176,14 +179,15 @@ def _splitting_models(model: nn.Module) -> list[EquivariantSplittingModel]:
 
 
 def _the_splitting_model(model: nn.Module) -> EquivariantSplittingModel:
-    found, outer = _splitting_models(model), model
+    found = _splitting_models(model)
+    outer: Any = model
     if len(found) != 1:
         raise RuntimeError(
             f"Unregistered model {type(model)}. Make sure to adapt the model using `adapt_model` before computing the loss."
         )
     while isinstance(outer, _TRANSPARENT) or hasattr(outer, "_orig_mod"):  # the latter by torch.compile
         outer = outer.module if isinstance(outer, _TRANSPARENT) else outer._orig_mod
-    if outer is not found[0] and found[0].splits is None:
+    if outer is not found[0] and not found[0].splits:
         raise RuntimeError(
             f"expected the adapted model; got {type(outer).__name__} around it, which does not pass update_parameters=True on. "
             "If another loss of the training has wrapped the model, leave that loss out: R2RLoss belongs into this one, as its "
@@ -212,7 +216,7 @@ def _check_equal_settings(loss: EquivariantSplittingLoss, adapted: EquivariantSp
             raise ValueError(f"expected a model adapted with the same {name} as this loss has, {ours}; got {theirs}")
 
 
-def _default_masks(img_size: tuple[int, ...]) -> BernoulliSplittingMaskGenerator:
+def _default_masks(img_size: tuple[int, ...] | None) -> BernoulliSplittingMaskGenerator:
     if not isinstance(img_size, tuple | list) or not img_size or not all(isinstance(n, int) for n in img_size):
         raise TypeError(
             "expected img_size to be the shape of the measurements without batch, such as (1, 64, 64) or (100,); "

@@ -61,16 +61,15 @@ def sized(generator: PhysicsGenerator, observed: Tensor | None):
     :raises ValueError: for a generator made for fewer dimensions than the operator's mask has.
     """
     size = getattr(generator, "img_size", None)
-    dimensions = None if size is None or observed is None else observed.ndim - 1
-    if dimensions is not None and len(size) < dimensions:
+    if size is None or observed is None or len(size) == observed.ndim - 1:
+        yield
+        return
+    if len(size) < observed.ndim - 1:
         raise ValueError(
             f"expected masks of the shape of the operator's own, {tuple(observed.shape[1:])}; got img_size={tuple(size)}"
         )
-    longer = dimensions is not None and len(size) > dimensions
-    if longer:
-        generator.img_size = tuple(observed.shape[1:])
+    generator.img_size = tuple(observed.shape[1:])
     try:
         yield
     finally:
-        if longer:
-            generator.img_size = size
+        generator.img_size = size

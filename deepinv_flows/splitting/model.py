@@ -77,7 +77,9 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
 
     def __init__(self, model, mask_generator, eval_n_samples: int, recorruption: Recorruption | None = None):
         super().__init__(model, None, mask_generator, eval_n_samples, True, False, None)
-        self.recorruption, self.splits, self.seen, self.checked = recorruption, None, None, False
+        self.recorruption, self.checked = recorruption, False
+        self.splits: list[Split] = []
+        self.seen: tuple[Tensor, ...] = ()
 
     def forward(self, y: Tensor, physics, update_parameters: bool = False) -> Tensor:
         """
@@ -96,17 +98,17 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
         repeats = 1 if self.recorruption is None else self.recorruption.eval_n_samples
         n_samples = 1 if self.training else self.eval_n_samples * repeats
         sources = RandomState.sources(self.model) if update_parameters else []
-        out, splits = 0.0, []
+        outputs, splits = [], []
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             for _ in range(n_samples):
                 mask = self.draw(y, physics)
                 y_in = y if self.recorruption is None else self.recorruption(y, physics, self.joint)
                 random = RandomState(sources, y.device) if update_parameters else None
-                x_net = self.model(*self.split(mask, y_in, physics))
-                out = out + x_net / n_samples
-                if update_parameters:
-                    own = x_net if n_samples > 1 else None
+                outputs.append(self.model(*self.split(mask, y_in, physics)))
+                if random is not None:
+                    own = outputs[-1] if n_samples > 1 else None
                     splits.append(Split(mask, y_in, own, random, torch.is_autocast_enabled(y.device.type)))
+        out = outputs[0] if n_samples == 1 else sum(outputs[1:], outputs[0]) / n_samples
         if update_parameters:
             self.splits, self.masks = splits, [split.mask for split in splits]
             self.seen = y, out.detach()
@@ -169,10 +171,10 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
         )
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"splits": None, "masks": None, "seen": None}
+        return super().__getstate__() | {"splits": [], "masks": None, "seen": ()}
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__({"seen": None} | state)
+        super().__setstate__(state | {"splits": [], "seen": ()})  # 0.1.0 had other values there
         self._non_persistent_buffers_set |= self._buffers.keys() & set(_LEVELS)  # persistent in 0.1.0
 
     def hold_levels(self, levels: dict[str, Tensor]) -> None:

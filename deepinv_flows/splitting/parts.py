@@ -1,6 +1,5 @@
 """The parts of a split: which entries of the measurements each of its two operators keeps."""
 
-import torch
 from deepinv.physics import ComposedPhysics
 from torch import Tensor
 
@@ -11,8 +10,9 @@ def observed_mask(physics, y: Tensor) -> Tensor | None:
         physics = physics[-1]
     mask = getattr(physics, "mask", None)
     # compressed sensing has a mask too, but of the image
-    fits = torch.is_tensor(mask) and 2 <= mask.ndim <= y.ndim and _fits(mask, y)
-    return mask.to(y.real.dtype) if fits else None
+    if isinstance(mask, Tensor) and 2 <= mask.ndim <= y.ndim and _fits(mask, y):
+        return mask.to(y.real.dtype)
+    return None
 
 
 def kept(mask: Tensor, observed: Tensor | None) -> Tensor:

@@ -20,10 +20,11 @@ class Portable:
     """Mixin of modules whose transforms and mask generators are packed when pickled or copied."""
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_modules": _packed_children(self)}
+        return self.__dict__ | {"_modules": _packed_children(self)}  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state | {"_modules": {k: unpack(m) for k, m in state["_modules"].items()}})
+        modules = {k: unpack(m) for k, m in state["_modules"].items()}
+        super().__setstate__(state | {"_modules": modules})  # type: ignore[misc]
 
 
 def recipe(module: nn.Module | None):
@@ -34,7 +35,9 @@ def recipe(module: nn.Module | None):
     """
     if module is None:
         return None
-    names = {name for cls in type(module).__mro__ for name in inspect.signature(cls.__init__).parameters}
+    names = {
+        name for cls in type(module).__mro__ for name in inspect.signature(vars(cls).get("__init__", object)).parameters
+    }
     made = {k: _plain(v) for k, v in vars(module).items() if k.strip("_") in names and isinstance(v, _PLAIN)}
     if made.get("random_split_ratio"):
         made.pop("split_ratio", None)  # the last one drawn

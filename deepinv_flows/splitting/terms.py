@@ -20,6 +20,7 @@ of :math:`y_1 \mapsto A_1 R(y_1, A_1)` over the :math:`m_1` entries of the split
 - MC, for noiseless measurements: nothing.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -32,7 +33,7 @@ from .joint import Alone, JointNoise
 from .model import EquivariantSplittingModel, Split
 from .parts import aligned, shares
 
-_ENTRYWISE = {
+_ENTRYWISE: dict[type, Callable] = {
     nn.MSELoss: lambda metric: functional.mse_loss,
     nn.L1Loss: lambda metric: functional.l1_loss,
     nn.SmoothL1Loss: lambda metric: partial(functional.smooth_l1_loss, beta=metric.beta),
@@ -106,8 +107,16 @@ def term(
     value = value.reshape(-1) + (1 - share) * sigma2
     value = torch.where(share > 0, value / share.clamp(min=torch.finfo(share.dtype).tiny), 0.0)
     if ascend is not None:
-        hook = value.register_hook(lambda gradient: (hook.remove(), ascend())[1])
+        _once_in_backward(value, ascend)
     return value, share > 0
+
+
+def _once_in_backward(value: Tensor, act: Callable[[], None]) -> None:
+    def hook(gradient: Tensor) -> None:
+        handle.remove()
+        act()
+
+    handle = value.register_hook(hook)
 
 
 def unknown_levels(loss: Loss) -> dict[str, Tensor]:

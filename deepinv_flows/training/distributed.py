@@ -3,6 +3,7 @@
 import itertools
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,9 +72,9 @@ class DistributedTrainer(Trainer):
             self.save_path, self.verbose = None, False
         super().setup_train(train, **kwargs)
         if train:
-            self.train_dataloader = self._in_step(self.train_dataloader, TRAIN, self.epoch_start)
+            self.train_dataloader: Any = self._in_step(self.train_dataloader, TRAIN, self.epoch_start)
             if self.eval_dataloader is not None:
-                self.eval_dataloader = self._in_step(self.eval_dataloader, EVALUATE, self.epoch_start)
+                self.eval_dataloader: Any = self._in_step(self.eval_dataloader, EVALUATE, self.epoch_start)
         if not _world():
             return
         groups = [self.logs_losses_train, self.logs_losses_eval, self.logs_metrics_train, self.logs_metrics_eval]
@@ -87,7 +88,7 @@ class DistributedTrainer(Trainer):
             if hasattr(module, "joint"):
                 module.joint = Joint()
         if train:
-            self.model = _Parallel(self.model, **self.ddp_options)
+            self.model: Any = _Parallel(self.model, **self.ddp_options)
 
     def train(self):
         """
@@ -185,7 +186,7 @@ class _Parallel(DistributedDataParallel):
 
 class _JointMeter(AverageMeter):
     def update(self, val, n: int = 1) -> None:
-        parts = [None] * _world()
+        parts: list[Any] = [None] * _world()
         dist.all_gather_object(parts, np.atleast_1d(val))
         super().update(np.concatenate(parts), n)
 
