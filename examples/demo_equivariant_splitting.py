@@ -2,10 +2,10 @@ r"""
 Learning to inpaint without ground truth
 ========================================
 
-A small camera takes pictures of coins. 70% of its pixels are dead, always the same ones, so nobody has seen a coin whole. Splitting
-the measurements teaches a network to predict some of the living pixels from the others. It teaches nothing about the dead ones,
-and their pattern stays in the pictures. But a coin that is turned is still a coin, and its picture, turned, meets living pixels
-where dead ones were: :class:`deepinv_flows.EquivariantSplittingLoss` uses both.
+A small camera takes pictures of coins. 70% of its pixels are dead, always the same ones, so nobody has seen a coin whole.
+Splitting the measurements teaches a network to predict some of the living pixels from the others. It teaches nothing about the
+dead ones, and their pattern stays in the pictures. But a coin that is turned is still a coin, and its picture, turned, meets
+living pixels where dead ones were: :class:`deepinv_flows.EquivariantSplittingLoss` uses both.
 
 The photograph *coins* (public domain) comes with scikit-image: its upper part is measured for training, its lower part for the
 test.

@@ -12,8 +12,8 @@ class Alone:
     The batch of one process, which is whole.
 
     A trainer that shares batches out over several processes puts an object of the same methods in the place of this one, as the
-    attribute ``joint`` of the model. All processes then draw the same numbers for the whole batch, and each takes its share:
-    together they train as one process does.
+    attribute ``joint_draws`` of the model. All processes then draw the same numbers for the whole batch, and each takes its
+    share: together they train as one process does.
     """
 
     def size(self, n: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from deepinv.loss import Loss, MCLoss, Neighbor2Neighbor, R2RLoss, SplittingLoss
 from deepinv.loss.metric import MSE
 from deepinv.loss.r2r import R2RModel
+from deepinv.physics import Physics
 from deepinv.physics.generator import BernoulliSplittingMaskGenerator, PhysicsGenerator
 from deepinv.transform import Transform
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ class EquivariantSplittingLoss(Loss):
         adapted[0].hold_levels(unknown_levels(self.consistency_loss))
         return model
 
-    def forward(self, x_net: Tensor, y: Tensor, physics, model: nn.Module, **kwargs) -> Tensor:
+    def forward(self, x_net: Tensor, y: Tensor, physics: Physics, model: nn.Module, **kwargs) -> Tensor:
         """
         The loss of the last forward pass with ``update_parameters=True``.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from deepinv.loss import SplittingLoss
 from deepinv.models import EquivariantReconstructor
-from deepinv.physics import StackedPhysics
+from deepinv.physics import Physics, StackedPhysics
 from torch import Tensor, nn
 
 from .joint import Alone, of_all
@@ -73,7 +73,7 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
     :param Recorruption recorruption: noise added to the input before it is split, for R2R.
     """
 
-    joint = Alone()
+    joint_draws = Alone()
 
     def __init__(self, model, mask_generator, eval_n_samples: int, recorruption: Recorruption | None = None):
         super().__init__(model, None, mask_generator, eval_n_samples, True, False, None)
@@ -81,7 +81,7 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
         self.splits: list[Split] = []
         self.seen: tuple[Tensor, ...] = ()
 
-    def forward(self, y: Tensor, physics, update_parameters: bool = False) -> Tensor:
+    def forward(self, y: Tensor, physics: Physics, update_parameters: bool = False) -> Tensor:
         """
         :param torch.Tensor y: measurements (B, ...).
         :param deepinv.physics.Physics physics: their operator.
@@ -102,7 +102,7 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             for _ in range(n_samples):
                 mask = self.draw(y, physics)
-                y_in = y if self.recorruption is None else self.recorruption(y, physics, self.joint)
+                y_in = y if self.recorruption is None else self.recorruption(y, physics, self.joint_draws)
                 random = RandomState(sources, y.device) if update_parameters else None
                 outputs.append(self.model(*self.split(mask, y_in, physics)))
                 if random is not None:
@@ -135,7 +135,7 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
 
     def draw(self, y: Tensor, physics) -> Tensor:
         """A checked splitting mask for these measurements, (B, ...) of zeros and ones, of observed entries alone."""
-        joint, seen = self.joint, observed_mask(physics, y)
+        joint, seen = self.joint_draws, observed_mask(physics, y)
         observed, n_samples = None if seen is None else of_all(seen, y, joint), joint.size(len(y))
 
         def step() -> Tensor:

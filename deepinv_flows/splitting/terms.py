@@ -92,7 +92,7 @@ def term(
     :raises ValueError: for a loss that does not tell the samples of a batch apart.
     """
     y_part, physics_part = SplittingLoss.split(part, y, physics)
-    noise = None if isinstance(model.joint, Alone) else JointNoise(model.joint, y.shape)
+    noise = None if isinstance(model.joint_draws, Alone) else JointNoise(model.joint_draws, y.shape)
     reconstruct = Reconstruction(model, split, part, physics, noise)
     share = shares(part)
     with _per_sample_metric(loss), _full_precision(loss, split) as rounded, noise or nullcontext():
@@ -147,7 +147,7 @@ def _call(loss: Loss, reconstruct: Reconstruction, arguments: dict):
         vars(loss).update(before)
     if not reconstruct.training:
         return value, sigma2, None
-    joint = reconstruct.model.joint  # the step is that of the whole batch, taken by all processes
+    joint = reconstruct.model.joint_draws  # the step is that of the whole batch, taken by all processes
     steps = {name: joint.mean(after.pop(name).detach() - level) for name, level in levels.items()}
     after = {name: joint.mean(value) if torch.is_tensor(value) else value for name, value in after.items()}
 

@@ -1,6 +1,7 @@
 """Training by several processes, with the losses and gradients of one."""
 
 import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,10 +39,10 @@ class DistributedTrainer(Trainer):
 
     Random numbers: the order of the samples, their augmentation and the noise of their measurements follow a stream of their own,
     seeded by the first process's ``torch.initial_seed()`` and the epoch, with one process as with many; whatever else draws from
-    the global stream changes nothing about them. A module with an attribute ``joint``, such as the model that
-    :class:`deepinv_flows.EquivariantSplittingLoss` adapts, draws its masks and noise for the whole batch and takes its share of
-    them. Others, such as deepinv's own ``SplittingLoss`` or dropout, draw the same numbers in every process: unbiased, but not
-    the numbers that one process would draw. Seed the processes alike before the data are made.
+    the global stream changes nothing about them. The model that :class:`deepinv_flows.EquivariantSplittingLoss` adapts draws its
+    masks and noise for the whole batch and takes its share of them, as does any module whose class has an attribute
+    ``joint_draws``. Others, such as deepinv's own ``SplittingLoss`` or dropout, draw the same numbers in every process: unbiased,
+    but not the numbers that one process would draw. Seed the processes alike before the data are made.
 
     Without a process group it is deepinv's class, apart from that stream.
 
@@ -85,8 +86,8 @@ class DistributedTrainer(Trainer):
         for meter in itertools.chain(*groups):
             meter.__class__ = _JointMeter
         for module in self.model.modules():
-            if hasattr(module, "joint"):
-                module.joint = Joint()
+            if hasattr(type(module), "joint_draws"):
+                module.joint_draws = Joint()
         if train:
             self.model: Any = _Parallel(self.model, **self.ddp_options)
 
@@ -123,12 +124,11 @@ class DistributedTrainer(Trainer):
         finally:
             self._alone()
 
-    def get_samples(self, iterators, g):
+    def get_samples(self, iterators: Sequence[Iterator], g: int):
         """This process's share of a batch."""
         if self.G > 1:
-            g = _of_first(
-                g
-            )  # deepinv draws the order of several data loaders from numpy's stream, in each process its own
+            # deepinv draws the order of several data loaders from numpy's global stream, which differs between processes
+            g = _of_first(g)
         batch = batch_as_dict(next(iterators[g]))
         with getattr(iterators[g], "stream", nullcontext()):
             x, y, physics = super().get_samples({g: iter([batch])}, g)
@@ -144,8 +144,8 @@ class DistributedTrainer(Trainer):
         if isinstance(self.model, _Parallel):
             self.model = self.model.module
         for module in self.model.modules():
-            if isinstance(vars(module).get("joint"), Joint):
-                del module.joint
+            if isinstance(vars(module).get("joint_draws"), Joint):
+                del module.joint_draws
 
 
 class Joint:
