@@ -95,13 +95,18 @@ class Network(dinv.models.Reconstructor):
 # as well. In training one random motion is drawn a step; in evaluation the reconstructor averages over all eight rotations and
 # flips and five splits.
 
-splits = BernoulliSplittingMaskGenerator(SIZE, split_ratio=0.9)
 motions = Rotate(multiples=90, positive=True) * Reflect(dim=[-1])
 group = Rotate(n_trans=4, multiples=90, positive=True) * Reflect(n_trans=2, dim=[-1])
+
+
+def splits():
+    return BernoulliSplittingMaskGenerator(SIZE, split_ratio=0.9)
+
+
 losses = {
-    "plain splitting": dinv.loss.SplittingLoss(mask_generator=splits),
-    "without motions": EquivariantSplittingLoss(mask_generator=splits),
-    "equivariant splitting": EquivariantSplittingLoss(mask_generator=splits, transform=motions, eval_transform=group),
+    "plain splitting": dinv.loss.SplittingLoss(mask_generator=splits()),
+    "without motions": EquivariantSplittingLoss(mask_generator=splits()),
+    "equivariant splitting": EquivariantSplittingLoss(mask_generator=splits(), transform=motions, eval_transform=group),
 }
 
 

@@ -370,6 +370,16 @@ def test_a_batch_is_the_mean_of_its_images(make):
     assert not torch.allclose(run(theirs, adapted(theirs, Linear(size)), y, physics).mean(), batch.mean(), rtol=1e-3)
 
 
+def test_metrics_of_torch_are_called_once_for_a_batch(monkeypatch):
+    """And one of the user's once for the batch and once for each sample, in each term of each split."""
+    calls = []
+    for metric in (torch.nn.MSELoss, WithoutReduction):
+        monkeypatch.setattr(metric, "forward", lambda self, x_net, x: calls.append(len(x)) or (x_net - x).abs().mean())
+        loss = OURS(mask_generator=masks(), consistency_loss=MCLoss(metric()), prediction_loss=MCLoss(metric()))
+        run(loss, adapted(loss).eval(), torch.rand(8, *SIZE), inpainting())
+    assert calls == 2 * loss.eval_n_samples * [8, *8 * [1]]
+
+
 def test_a_sum_stays_a_sum():
     """torch's metrics are called once for a batch, by the reduction that they have."""
     y, physics, loss = torch.rand(3, *SIZE), inpainting(), OURS(mask_generator=masks())
