@@ -1,19 +1,25 @@
 """Equivariant splitting: self-supervised reconstruction from incomplete, noisy measurements."""
 
 import warnings
+from typing import Any
 
 import torch
 from deepinv.loss import Loss, MCLoss, Neighbor2Neighbor, R2RLoss, SplittingLoss
 from deepinv.loss.metric import MSE
 from deepinv.loss.r2r import R2RModel
+from deepinv.physics import Physics
 from deepinv.physics.generator import BernoulliSplittingMaskGenerator, PhysicsGenerator
 from deepinv.transform import Transform
 from torch import Tensor, nn
 
 from ..checks import positive_int
-from .model import EquivariantSplittingModel, Recorruption, SplitReconstructor, observed_mask, parts
+from .model import EquivariantSplittingModel, SplitReconstructor
+from .parts import observed_mask, parts
 from .pickling import recipe
+from .recorruption import Recorruption
 from .terms import term, unknown_levels
+
+_TRANSPARENT = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class EquivariantSplittingLoss(Loss):
@@ -40,17 +46,19 @@ class EquivariantSplittingLoss(Loss):
     :param deepinv.loss.Loss consistency_loss: :class:`deepinv.loss.MCLoss` (default) for noiseless measurements;
         :class:`deepinv.loss.SureGaussianLoss`, :class:`deepinv.loss.SurePoissonLoss`, :class:`deepinv.loss.SurePGLoss` or
         :class:`deepinv.loss.R2RLoss` for noisy ones. With ``unsure=True`` the noise levels are buffers of the adapted model, and
-        ascend with the backward pass.
+        ascend with the backward pass; its state dict holds them as metadata, so that models without them load the same file.
     :param deepinv.loss.Loss prediction_loss: :class:`deepinv.loss.MCLoss` by default, up to a constant unbiased for noise that is
         independent between the two parts.
     :param int eval_n_samples: splittings averaged in evaluation; with R2R, times its own ``eval_n_samples``.
     :param deepinv.transform.Transform transform: random motion :math:`T_g` in training; ``None`` for a reconstructor that is
         equivariant by itself.
     :param deepinv.transform.Transform eval_transform: the same in evaluation, such as the whole group; ``transform`` by default.
-    :param tuple img_size: shape of the measurements without batch, for the default masks.
+    :param tuple img_size: shape of the measurements without batch, for the default masks: (C, H, W), (C, N, H, W) for N coils,
+        which are all split alike, or (m,) for vectors.
     :raises ValueError: without masks or their shape, for ``eval_transform`` without ``transform``, for R2R or an unknown noise
         level in the prediction term.
-    :raises TypeError: for a loss without sense on a split, such as :class:`deepinv.loss.Neighbor2Neighbor`.
+    :raises TypeError: for a loss that has no meaning on a split, such as :class:`deepinv.loss.Neighbor2Neighbor`, and for
+        lists of losses or transforms.
 
     >>> import torch, deepinv as dinv
     >>> from deepinv_flows import EquivariantSplittingLoss
@@ -88,18 +96,23 @@ class EquivariantSplittingLoss(Loss):
             )
         if mask_generator is not None and img_size is not None:
             warnings.warn("`img_size` is ignored when `mask_generator` is specified.", UserWarning, stacklevel=2)
-        if mask_generator is None:
-            pixelwise = len(img_size) > 1  # a vector has no channels
-            mask_generator = BernoulliSplittingMaskGenerator(img_size, split_ratio=0.9, pixelwise=pixelwise)
-        self.mask_generator = mask_generator
+        self.mask_generator = _default_masks(img_size) if mask_generator is None else mask_generator
         self.transform = transform
         self.eval_transform = transform if eval_transform is None else eval_transform
         self.consistency_loss = MCLoss(metric=MSE()) if consistency_loss is None else consistency_loss
         self.prediction_loss = MCLoss(metric=MSE()) if prediction_loss is None else prediction_loss
         self.eval_n_samples = positive_int(eval_n_samples=eval_n_samples)
-        _check_transforms(transform, eval_transform)
         self._warned = False
+        _check_kind(PhysicsGenerator, mask_generator=self.mask_generator)
+        _check_kind(Loss, consistency_loss=self.consistency_loss, prediction_loss=self.prediction_loss)
+        _check_transforms(transform=transform, eval_transform=eval_transform)
         _check_inner(self.consistency_loss, self.prediction_loss)
+
+    def extra_repr(self) -> str:
+        masks = {name: getattr(self.mask_generator, name, None) for name in ("img_size", "split_ratio")}
+        return ", ".join(
+            f"{k}={v}" for k, v in (masks | {"eval_n_samples": self.eval_n_samples}).items() if v is not None
+        )
 
     def adapt_model(self, model: nn.Module, **kwargs) -> nn.Module:
         """
@@ -127,13 +140,10 @@ class EquivariantSplittingLoss(Loss):
             adapted = [model]
         else:
             _check_equal_settings(self, adapted[0])
-        for name, value in unknown_levels(self.consistency_loss).items():
-            if name not in adapted[0]._buffers:
-                device = next((p.device for p in model.parameters()), None)
-                adapted[0].register_buffer(name, value.to(device))
+        adapted[0].hold_levels(unknown_levels(self.consistency_loss))
         return model
 
-    def forward(self, x_net: Tensor, y: Tensor, physics, model: nn.Module, **kwargs) -> Tensor:
+    def forward(self, x_net: Tensor, y: Tensor, physics: Physics, model: nn.Module, **kwargs) -> Tensor:
         """
         The loss of the last forward pass with ``update_parameters=True``.
 
@@ -142,20 +152,16 @@ class EquivariantSplittingLoss(Loss):
         :param deepinv.physics.Physics physics: their operator.
         :param torch.nn.Module model: the adapted model, or a wrapper of it (DistributedDataParallel, torch.compile).
         :return: (B,) in squared units of y for the default metrics.
-        :raises ValueError: before such a pass.
-        :raises RuntimeError: for a model that is not adapted.
+        :raises ValueError: before such a pass, or for another y or x_net than that pass had.
+        :raises RuntimeError: for a model that is not adapted, or that another loss has wrapped.
         """
-        adapted = _splitting_models(model)
-        if len(adapted) != 1:
-            raise RuntimeError(
-                f"Unregistered model {type(model)}. Make sure to adapt the model using `adapt_model` before computing the loss."
-            )
-        terms, observed = [], observed_mask(physics, y)
-        for split in adapted[0].get_splits():
+        adapted, terms, observed = _the_splitting_model(model), [], observed_mask(physics, y)
+        adapted.check_pass(y, x_net)
+        for split in adapted.get_splits():
             x_split = x_net if split.x_net is None else split.x_net
             losses = (self.consistency_loss, self.prediction_loss)
             for inner, part in zip(losses, parts(split.mask, observed)):
-                terms.append(term(inner, part, split, x_split, y, physics, adapted[0], **kwargs))
+                terms.append(term(inner, part, split, x_split, y, physics, adapted, **kwargs))
         values, present = (torch.stack(t).unflatten(0, (-1, 2)) for t in zip(*terms))
         if not self._warned and not bool(present.all()):
             self._warned = True
@@ -171,6 +177,24 @@ class EquivariantSplittingLoss(Loss):
 def _splitting_models(model: nn.Module) -> list[EquivariantSplittingModel]:
     # searched for, not registered: wrappers such as DistributedDataParallel and torch.compile hold it somewhere inside
     return [m for m in model.modules() if isinstance(m, EquivariantSplittingModel)]
+
+
+def _the_splitting_model(model: nn.Module) -> EquivariantSplittingModel:
+    found = _splitting_models(model)
+    outer: Any = model
+    if len(found) != 1:
+        raise RuntimeError(
+            f"Unregistered model {type(model)}. Make sure to adapt the model using `adapt_model` before computing the loss."
+        )
+    while isinstance(outer, _TRANSPARENT) or hasattr(outer, "_orig_mod"):  # the latter by torch.compile
+        outer = outer.module if isinstance(outer, _TRANSPARENT) else outer._orig_mod
+    if outer is not found[0] and not found[0].splits:
+        raise RuntimeError(
+            f"expected the adapted model; got {type(outer).__name__} around it, which does not pass update_parameters=True on. "
+            "If another loss of the training has wrapped the model, leave that loss out: R2RLoss belongs into this one, as its "
+            "consistency_loss"
+        )
+    return found[0]
 
 
 def _recorruption(loss: Loss) -> Recorruption | None:
@@ -193,14 +217,39 @@ def _check_equal_settings(loss: EquivariantSplittingLoss, adapted: EquivariantSp
             raise ValueError(f"expected a model adapted with the same {name} as this loss has, {ours}; got {theirs}")
 
 
-def _check_transforms(*transforms: Transform | None) -> None:
-    for transform in transforms:
+def _default_masks(img_size: tuple[int, ...] | None) -> BernoulliSplittingMaskGenerator:
+    if not isinstance(img_size, tuple | list) or not img_size or not all(isinstance(n, int) for n in img_size):
+        raise TypeError(
+            "expected img_size to be the shape of the measurements without batch, such as (1, 64, 64) or (100,); "
+            f"got {img_size!r}"
+        )
+    pixelwise = len(img_size) > 1  # a vector has no channels
+    return BernoulliSplittingMaskGenerator(tuple(img_size), split_ratio=0.9, pixelwise=pixelwise)
+
+
+def _check_kind(kind: type, **values) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            hint = (
+                ": one for each term, none of them a list" if isinstance(value, list | tuple) and kind is Loss else ""
+            )
+            raise TypeError(f"expected {name} to be a deepinv {kind.__name__}; got {type(value).__name__}{hint}")
+
+
+def _check_transforms(**transforms: Transform | None) -> None:
+    for name, transform in transforms.items():
+        if transform is None:
+            continue
+        if not isinstance(transform, Transform):
+            raise TypeError(
+                f"expected {name} to be a deepinv Transform; got {type(transform).__name__}: combine several by * or |"
+            )
         if type(transform).__name__ == "StackTransform":
             raise ValueError(
                 "expected a transform that keeps the batch size; got a sum t1 + t2: use t1 | t2 or t1 * t2"
             )
         try:
-            list(transform.modules() if transform is not None else [])
+            list(transform.modules())
         except TypeError as error:
             raise TypeError(
                 f"expected a transform that a model can hold; got {type(transform).__name__}: {error}. "

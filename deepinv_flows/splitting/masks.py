@@ -1,7 +1,9 @@
 """Splitting masks that deepinv has no generator for."""
 
+from contextlib import contextmanager
+
 import torch
-from deepinv.physics.generator import BernoulliSplittingMaskGenerator
+from deepinv.physics.generator import BernoulliSplittingMaskGenerator, PhysicsGenerator
 from torch import Tensor
 
 
@@ -46,3 +48,28 @@ class LineSplittingMaskGenerator(BernoulliSplittingMaskGenerator):
         order = torch.randperm(len(lines), generator=self.rng, device=self.device).to(lines.device)
         mask = torch.zeros_like(input_mask)
         return mask.index_copy(self.dim, lines[order[:kept]], input_mask.index_select(self.dim, lines[order[:kept]]))
+
+
+@contextmanager
+def sized(generator: PhysicsGenerator, observed: Tensor | None):
+    """
+    Context in which a generator made for the shape of the measurements draws masks of the shape of the operator's own mask.
+
+    The measurements (C, N, H, W) of N coils have one dimension more than the mask of their operator.
+
+    :param torch.Tensor observed: the operator's mask (B, ...), which may have no dimension for the coils.
+    :raises ValueError: for a generator made for fewer dimensions than the operator's mask has.
+    """
+    size = getattr(generator, "img_size", None)
+    if size is None or observed is None or len(size) == observed.ndim - 1:
+        yield
+        return
+    if len(size) < observed.ndim - 1:
+        raise ValueError(
+            f"expected masks of the shape of the operator's own, {tuple(observed.shape[1:])}; got img_size={tuple(size)}"
+        )
+    generator.img_size = tuple(observed.shape[1:])
+    try:
+        yield
+    finally:
+        generator.img_size = size

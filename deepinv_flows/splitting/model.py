@@ -4,97 +4,31 @@ from dataclasses import dataclass
 
 import torch
 from deepinv.loss import SplittingLoss
-from deepinv.loss.r2r import set_beta_corruptor, set_binomial_corruptor, set_gaussian_corruptor
 from deepinv.models import EquivariantReconstructor
-from deepinv.physics import ComposedPhysics, GammaNoise, GaussianNoise, PoissonNoise, StackedPhysics
+from deepinv.physics import Physics, StackedPhysics
 from torch import Tensor, nn
 
-from .pickling import Portable, recipe
+from .joint import Alone, of_all
+from .masks import sized
+from .parts import check_mask, kept, observed_mask, parts, shares
+from .pickling import Portable
+from .recorruption import Recorruption
 
-_CORRUPTORS = {
-    GaussianNoise: (set_gaussian_corruptor, "sigma"),
-    PoissonNoise: (set_binomial_corruptor, "gain"),
-    GammaNoise: (set_beta_corruptor, "l"),
-}
 _REDRAWS = 8
-
-
-def observed_mask(physics, y: Tensor) -> Tensor | None:
-    """The operator's own mask of measurements, (B or 1, ...); ``None`` where it observes every entry of y."""
-    if isinstance(physics, ComposedPhysics):
-        physics = physics[-1]
-    mask = getattr(physics, "mask", None)
-    # compressed sensing has a mask too, but of the image
-    fits = torch.is_tensor(mask) and 2 <= mask.ndim <= y.ndim and _fits(mask, y)
-    return mask.to(y.real.dtype) if fits else None
-
-
-def parts(mask: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The masks of A_1 and of A_2, which add up to the observed entries."""
-    observed = torch.ones_like(mask) if observed is None else observed
-    return mask * observed, observed - mask * observed
-
-
-def shares(part: Tensor) -> Tensor:
-    """(B,) fraction of entries that a mask keeps, sample by sample."""
-    return part.flatten(1).mean(1)
-
-
-def spread(mask: Tensor, y: Tensor) -> Tensor:
-    """The mask (B, C, H, W), as a view that broadcasts with measurements (B, C, ..., H, W)."""
-    return mask.view(*mask.shape[:2], *[1] * (y.ndim - mask.ndim), *mask.shape[2:])
-
-
-def _fits(mask: Tensor, y: Tensor) -> bool:
-    same = mask.shape[-2:] == y.shape[-2:]
-    if y.ndim == 2:  # vectors (B, m)
-        same = mask.ndim == 2 and mask.shape[1] == y.shape[1]
-    return same and all(m in (1, n) for m, n in zip(spread(mask, y).shape, y.shape))
-
-
-def _check_mask(mask: Tensor, y: Tensor) -> None:
-    if mask.device != y.device:
-        raise ValueError(
-            f"expected a splitting mask on {y.device}, as the measurements; got one on {mask.device}: "
-            f"make the mask_generator with device={str(y.device)!r}"
-        )
-    if not 2 <= mask.ndim <= y.ndim or len(mask) != len(y) or not _fits(mask, y):
-        raise ValueError(
-            f"expected a splitting mask that fits measurements of shape {tuple(y.shape)}; got one of shape {tuple(mask.shape)}: "
-            f"make the mask_generator with img_size={tuple(y.shape[1:])}"
-        )
-
-
-@dataclass
-class Recorruption:
-    """The noise that :class:`deepinv.loss.R2RLoss` adds to its input."""
-
-    alpha: float
-    noise_model: nn.Module | None
-    eval_n_samples: int
-
-    def __call__(self, y: Tensor, physics) -> Tensor:
-        noise = physics.noise_model if self.noise_model is None else self.noise_model
-        for kind, (corruptor, name) in _CORRUPTORS.items():
-            if isinstance(noise, kind):
-                if not getattr(noise, "normalize", True):
-                    raise ValueError("expected PoissonNoise(normalize=True) for R2RLoss; got normalize=False")
-                level = torch.as_tensor(getattr(noise, name)).to(y)
-                return corruptor(y, self.alpha, level.reshape(-1, *[1] * (y.ndim - 1)))()
-        expected = ", ".join(kind.__name__ for kind in _CORRUPTORS)
-        raise ValueError(f"expected one of {expected} as noise model for R2RLoss; got {type(noise).__name__}")
-
-    @property
-    def recipe(self):
-        return self.alpha, self.eval_n_samples, recipe(self.noise_model)
+_LEVELS = ("sigma2", "gain")
 
 
 class RandomState:
     """Every random state that a module's forward pass may draw from, to run it again with the same draws."""
 
-    def __init__(self, module: nn.Module, device: torch.device):
+    @staticmethod
+    def sources(module: nn.Module) -> list[torch.Generator]:
+        """The generators that the module holds."""
         found = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
-        self.own = [(generator, generator.get_state()) for generator in found.values()]
+        return list(found.values())
+
+    def __init__(self, sources: list[torch.Generator], device: torch.device):
+        self.own = [(generator, generator.get_state()) for generator in sources]
         self.cuda = [device] if device.type == "cuda" else []
         self.common = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self.cuda]
 
@@ -139,11 +73,15 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
     :param Recorruption recorruption: noise added to the input before it is split, for R2R.
     """
 
+    joint_draws = Alone()
+
     def __init__(self, model, mask_generator, eval_n_samples: int, recorruption: Recorruption | None = None):
         super().__init__(model, None, mask_generator, eval_n_samples, True, False, None)
-        self.recorruption, self.splits, self.checked = recorruption, None, False
+        self.recorruption, self.checked = recorruption, False
+        self.splits: list[Split] = []
+        self.seen: tuple[Tensor, ...] = ()
 
-    def forward(self, y: Tensor, physics, update_parameters: bool = False) -> Tensor:
+    def forward(self, y: Tensor, physics: Physics, update_parameters: bool = False) -> Tensor:
         """
         :param torch.Tensor y: measurements (B, ...).
         :param deepinv.physics.Physics physics: their operator.
@@ -159,53 +97,73 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
             )
         repeats = 1 if self.recorruption is None else self.recorruption.eval_n_samples
         n_samples = 1 if self.training else self.eval_n_samples * repeats
-        out, splits = 0.0, []
+        sources = RandomState.sources(self.model) if update_parameters else []
+        outputs, splits = [], []
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             for _ in range(n_samples):
                 mask = self.draw(y, physics)
-                y_in = y if self.recorruption is None else self.recorruption(y, physics)
-                random = RandomState(self.model, y.device) if update_parameters else None
-                x_net = self.model(*self.split(mask, y_in, physics))
-                out = out + x_net / n_samples
-                if update_parameters:
-                    own = x_net if n_samples > 1 else None
+                y_in = y if self.recorruption is None else self.recorruption(y, physics, self.joint_draws)
+                random = RandomState(sources, y.device) if update_parameters else None
+                outputs.append(self.model(*self.split(mask, y_in, physics)))
+                if random is not None:
+                    own = outputs[-1] if n_samples > 1 else None
                     splits.append(Split(mask, y_in, own, random, torch.is_autocast_enabled(y.device.type)))
+        out = outputs[0] if n_samples == 1 else sum(outputs[1:], outputs[0]) / n_samples
         if update_parameters:
             self.splits, self.masks = splits, [split.mask for split in splits]
+            self.seen = y, out.detach()
         return out
 
     def get_splits(self) -> list[Split]:
+        """The splits of the last pass with ``update_parameters=True``."""
         self.get_masks()  # raises where there are none
         return self.splits
 
-    def draw(self, y: Tensor, physics) -> Tensor:
-        """A checked splitting mask for these measurements, (B, ...) of zeros and ones."""
-        observed = observed_mask(physics, y)
+    def check_pass(self, y: Tensor, x_net: Tensor) -> None:
+        """
+        Refuse measurements or a reconstruction that are not those of the last pass with ``update_parameters=True``.
 
-        def step():
-            return self.mask_generator.step(y.size(0), input_mask=observed)["mask"]
-
-        mask = step()
-        _check_mask(mask, y)
-        mask = mask.to(y.real.dtype)
-        if not self.checked:
-            if not bool(((mask == 0) | (mask == 1)).all()):
+        :raises ValueError: for such ones, or before such a pass.
+        """
+        self.get_masks()
+        for name, given, known in zip(("y", "x_net"), (y, x_net), self.seen):
+            if not _equal(given.detach(), known):
                 raise ValueError(
-                    f"expected a splitting mask of zeros and ones; got values {mask.unique()[:5].tolist()}"
+                    f"expected {name} to be that of the last pass with update_parameters=True, whose splits the loss uses; "
+                    f"got another one, of shape {tuple(given.shape)}"
                 )
-            self._check_ratio(mask, observed, step)
+
+    def draw(self, y: Tensor, physics) -> Tensor:
+        """A checked splitting mask for these measurements, (B, ...) of zeros and ones, of observed entries alone."""
+        joint, seen = self.joint_draws, observed_mask(physics, y)
+        observed, n_samples = None if seen is None else of_all(seen, y, joint), joint.size(len(y))
+
+        def step() -> Tensor:
+            with sized(self.mask_generator, observed):
+                mask = self.mask_generator.step(n_samples, input_mask=observed)["mask"]
+            return mask.expand(n_samples, *mask.shape[1:]) if len(mask) == 1 else mask  # one mask for all samples
+
+        whole = step()
+        mask = joint.share(whole)
+        check_mask(mask, y, seen)
+        if not self.checked:
+            if not bool(((whole == 0) | (whole == 1)).all()):
+                raise ValueError(
+                    f"expected a splitting mask of zeros and ones; got values {whole.unique()[:5].tolist()}"
+                )
+            self._check_ratio(whole, observed, step)
             self.checked = True
-        return mask
+        return kept(mask.to(y.real.dtype), seen)
 
     def _check_ratio(self, mask, observed, step) -> None:
         # a small mask may keep all or nothing by chance: only what does so again and again is a mistake
         for _ in range(_REDRAWS):
-            kept, left = (shares(part) > 0 for part in parts(mask, observed))
-            if bool(kept.any()) and bool(left.any()):
+            first, second = (bool((shares(part) > 0).any()) for part in parts(mask, observed))
+            if first and second:
                 return
             mask = step()
         entries = mask.shape[1:].numel() if observed is None else int(observed.count_nonzero() / len(observed))
-        what = "nothing" if not bool(kept.any()) else "everything"
+        what = "everything" if first else "nothing"
         raise ValueError(
             f"expected a mask_generator that splits the {entries} observed entries of a measurement in two; got masks that "
             f"always keep {what}: use a split_ratio between {1 / max(entries, 1):.2g} and {1 - 1 / max(entries, 1):.2g}, "
@@ -213,10 +171,48 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
         )
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"splits": None, "masks": None}
+        return super().__getstate__() | {"splits": [], "masks": None, "seen": ()}
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # checkpoints of deepinv's loss know of no multipliers: what is here stays
-        for name, value in self._buffers.items():
-            state_dict.setdefault(prefix + name, value)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state | {"splits": [], "seen": ()})  # 0.1.0 had other values there
+        self._non_persistent_buffers_set |= self._buffers.keys() & set(_LEVELS)  # persistent in 0.1.0
+
+    def hold_levels(self, levels: dict[str, Tensor]) -> None:
+        """
+        Hold the noise levels that UNSURE learns, as buffers.
+
+        State dicts have them in their metadata, where they survive ``torch.save``, so that a model adapted by deepinv's loss, or
+        without UNSURE, loads the weights. A state dict without them leaves those that are here.
+        """
+        device = next((p.device for p in self.parameters()), None)
+        for name, value in levels.items():
+            if name not in self._buffers:
+                self.register_buffer(name, value.to(device), persistent=False)
+
+    def extra_repr(self) -> str:
+        levels = [f"{name}={float(level):.4g}" for name, level in self._buffers.items() if level is not None]
+        noise = [f"recorruption={self.recorruption}"] if self.recorruption else []
+        return ", ".join([f"eval_n_samples={self.eval_n_samples}", *noise, *levels])
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            levels = {name: float(level) for name, level in self._buffers.items() if level is not None}
+            destination._metadata[prefix[:-1]]["noise_levels"] = levels
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        levels = local_metadata.get("noise_levels", {})
+        for name in _LEVELS:
+            level = state_dict.pop(prefix + name, levels.get(name))  # a key in checkpoints of 0.1.0
+            if level is not None and name in self._buffers:
+                self._buffers[name].fill_(float(level))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _equal(given: Tensor, known: Tensor) -> bool:
+    """Whether two tensors are alike but for their type of number, which autocast may have changed."""
+    if given.shape != known.shape or given.device != known.device:
+        return False
+    if given.dtype == known.dtype and given.data_ptr() == known.data_ptr():
+        return True
+    return torch.allclose(given.to(known.dtype), known, rtol=0, atol=0, equal_nan=True)

@@ -5,12 +5,14 @@ import operator
 from dataclasses import dataclass
 from enum import Enum
 
+from deepinv.physics import NoiseModel
 from deepinv.physics.generator import PhysicsGenerator
 from deepinv.transform import Transform
-from torch import nn
+from torch import Tensor, nn
 
 # `t1 * t2`, `t1 + t2` and `t1 | t2` are instances of classes that deepinv makes inside these operators
 _COMBINED = {"ChainTransform": operator.mul, "StackTransform": operator.add, "EitherTransform": operator.or_}
+_PLAIN = (int, float, str, tuple, list, Enum, Tensor)
 _DEFAULT_STEP = inspect.signature(PhysicsGenerator).parameters["step"].default
 
 
@@ -18,22 +20,35 @@ class Portable:
     """Mixin of modules whose transforms and mask generators are packed when pickled or copied."""
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_modules": _packed_children(self)}
+        return self.__dict__ | {"_modules": _packed_children(self)}  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state | {"_modules": {k: _unpack(m) for k, m in state["_modules"].items()}})
+        modules = {k: unpack(m) for k, m in state["_modules"].items()}
+        super().__setstate__(state | {"_modules": modules})  # type: ignore[misc]
 
 
 def recipe(module: nn.Module | None):
-    """What a transform, mask generator or noise model is made of, but for its random state: equal recipes, equal laws."""
+    """
+    How a transform, mask generator or noise model was made: equal recipes, equal laws.
+
+    It holds the attributes named as an argument of the class, not what the module has drawn since.
+    """
     if module is None:
         return None
-    plain = {
-        k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, int | float | str | tuple | list | Enum)
+    names = {
+        name for cls in type(module).__mro__ for name in inspect.signature(vars(cls).get("__init__", object)).parameters
     }
-    plain.pop("training")
+    made = {k: _plain(v) for k, v in vars(module).items() if k.strip("_") in names and isinstance(v, _PLAIN)}
+    if made.get("random_split_ratio"):
+        made.pop("split_ratio", None)  # the last one drawn
     buffers = {k: v.tolist() for k, v in module._buffers.items() if v is not None and k != "initial_random_state"}
-    return type(module).__qualname__, plain, buffers, [recipe(child) for child in module.children()]
+    return type(module).__qualname__, made, buffers, [recipe(child) for child in module.children()]
+
+
+def _plain(value):
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
 
 
 @dataclass
@@ -44,10 +59,10 @@ class _Packed:
 
 
 def _packed_children(module: nn.Module) -> dict:
-    return {name: _pack(child) for name, child in module._modules.items()}
+    return {name: pack(child) for name, child in module._modules.items()}
 
 
-def _pack(module):
+def pack(module):
     attributes = {k: v for k, v in vars(module).items() if k != "_modules"} if module is not None else {}
     if isinstance(module, Transform) and "<locals>" in type(module).__qualname__ and type(module).__name__ in _COMBINED:
         return _Packed(type(module).__name__, _packed_children(module), attributes)
@@ -55,17 +70,25 @@ def _pack(module):
         if attributes.get("step_func") is _DEFAULT_STEP:
             del attributes["step_func"]
         return _Packed(type(module), _packed_children(module), attributes)
+    if isinstance(module, NoiseModel) and "<locals>" in getattr(module.noise_model, "__qualname__", ""):
+        return _Packed(type(module), _packed_children(module), attributes | {"noise_model": _unchanged})
     return module
 
 
-def _unpack(packed):
+def _unchanged(x: Tensor) -> Tensor:
+    """What a noise model without a function of its own has in its place, as a local lambda."""
+    return x
+
+
+def unpack(packed):
     if not isinstance(packed, _Packed):
         return packed
-    children = {name: _unpack(child) for name, child in packed.children.items()}
+    children = {name: unpack(child) for name, child in packed.children.items()}
     if packed.maker in _COMBINED:
         module = _COMBINED[packed.maker](children["t1"], children["t2"])
         module.__dict__.update(packed.attributes)
         return module
     module = packed.maker.__new__(packed.maker)
-    module.__dict__.update({"step_func": _DEFAULT_STEP} | packed.attributes | {"_modules": children})
+    defaults = {"step_func": _DEFAULT_STEP} if issubclass(packed.maker, PhysicsGenerator) else {}
+    module.__dict__.update(defaults | packed.attributes | {"_modules": children})
     return module

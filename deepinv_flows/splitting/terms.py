@@ -20,14 +20,25 @@ of :math:`y_1 \mapsto A_1 R(y_1, A_1)` over the :math:`m_1` entries of the split
 - MC, for noiseless measurements: nothing.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from deepinv.loss import Loss, SplittingLoss, SureGaussianLoss, SurePGLoss, SurePoissonLoss
 from torch import Tensor, nn
+from torch.nn import functional
 
-from .model import EquivariantSplittingModel, Split, shares, spread
+from .joint import Alone, JointNoise
+from .model import EquivariantSplittingModel, Split
+from .parts import aligned, shares
 
+_ENTRYWISE: dict[type, Callable] = {
+    nn.MSELoss: lambda metric: functional.mse_loss,
+    nn.L1Loss: lambda metric: functional.l1_loss,
+    nn.SmoothL1Loss: lambda metric: partial(functional.smooth_l1_loss, beta=metric.beta),
+    nn.HuberLoss: lambda metric: partial(functional.huber_loss, delta=metric.delta),
+}
 _SURE = (SureGaussianLoss, SurePoissonLoss, SurePGLoss)
 
 
@@ -38,17 +49,20 @@ class Reconstruction:
     :param EquivariantSplittingModel model: the adapted model.
     :param Split split: the split that it made.
     :param torch.Tensor part: mask of the entries that vary.
+    :param JointNoise noise: what must not touch the reconstructor's own draws.
     """
 
-    def __init__(self, model: EquivariantSplittingModel, split: Split, part: Tensor, physics):
-        self.model, self.split, self.physics = model, split, physics
-        self.part = spread(part, split.y)
+    def __init__(
+        self, model: EquivariantSplittingModel, split: Split, part: Tensor, physics, noise: JointNoise | None = None
+    ):
+        self.model, self.split, self.physics, self.noise = model, split, physics, noise
+        self.part = aligned(part, split.y)
         self.training = model.training and torch.is_grad_enabled()
 
     def __call__(self, y: Tensor, physics=None, **kwargs) -> Tensor:
         y = torch.where(self.part > 0, y, self.split.y)
         y1, physics1 = self.model.split(self.split.mask, y, self.physics)
-        with torch.set_grad_enabled(self.training):
+        with torch.set_grad_enabled(self.training), self.noise.pause() if self.noise else nullcontext():
             return self.split.random.run(self.model.model, y1, physics1)
 
     def get_corruption(self) -> Tensor:
@@ -78,9 +92,10 @@ def term(
     :raises ValueError: for a loss that does not tell the samples of a batch apart.
     """
     y_part, physics_part = SplittingLoss.split(part, y, physics)
-    reconstruct = Reconstruction(model, split, part, physics)
+    noise = None if isinstance(model.joint_draws, Alone) else JointNoise(model.joint_draws, y.shape)
+    reconstruct = Reconstruction(model, split, part, physics, noise)
     share = shares(part)
-    with _per_sample_metric(loss), _full_precision(loss, split) as rounded:
+    with _per_sample_metric(loss), _full_precision(loss, split) as rounded, noise or nullcontext():
         arguments = dict(x_net=reconstruct(y_part) if rounded else x_net, y=y_part, physics=physics_part)
         value, sigma2, ascend = _call(loss, reconstruct, arguments | kwargs)
     if value.numel() != len(y):
@@ -92,8 +107,16 @@ def term(
     value = value.reshape(-1) + (1 - share) * sigma2
     value = torch.where(share > 0, value / share.clamp(min=torch.finfo(share.dtype).tiny), 0.0)
     if ascend is not None:
-        hook = value.register_hook(lambda gradient: (hook.remove(), ascend())[1])
+        _once_in_backward(value, ascend)
     return value, share > 0
+
+
+def _once_in_backward(value: Tensor, act: Callable[[], None]) -> None:
+    def hook(gradient: Tensor) -> None:
+        handle.remove()
+        act()
+
+    handle = value.register_hook(hook)
 
 
 def unknown_levels(loss: Loss) -> dict[str, Tensor]:
@@ -122,9 +145,11 @@ def _call(loss: Loss, reconstruct: Reconstruction, arguments: dict):
         after = {k: vars(loss)[k] for k in before}
     finally:
         vars(loss).update(before)
-    steps = {name: after.pop(name).detach() - level for name, level in levels.items()}
     if not reconstruct.training:
         return value, sigma2, None
+    joint = reconstruct.model.joint_draws  # the step is that of the whole batch, taken by all processes
+    steps = {name: joint.mean(after.pop(name).detach() - level) for name, level in levels.items()}
+    after = {name: joint.mean(value) if torch.is_tensor(value) else value for name, value in after.items()}
 
     def ascend() -> None:
         vars(loss).update(after)
@@ -146,21 +171,30 @@ def _full_precision(loss: Loss, split: Split):
 
 @contextmanager
 def _per_sample_metric(loss: Loss):
-    """Calls a metric that returns one number for a batch, such as :class:`torch.nn.MSELoss`, sample by sample."""
+    """The loss's metric returns one number for each sample, though it may return one for a batch by itself."""
     metric = getattr(loss, "metric", None)
     if not isinstance(metric, nn.Module) or isinstance(loss, _SURE):  # which call a linear operator so
         yield
         return
+    del loss.metric  # a module accepts nothing but a module under the name of one
+    loss.metric = _of_each_sample(metric)
+    try:
+        yield
+    finally:
+        loss.metric = metric
 
-    def values(x_net, x, *args, **kwargs):
+
+def _of_each_sample(metric: nn.Module):
+    """The metric as a function that returns (B,) values; torch's own are called once for the batch."""
+    entrywise = _ENTRYWISE[type(metric)](metric) if type(metric) in _ENTRYWISE else None
+
+    def values(x_net: Tensor, x: Tensor, *args, **kwargs) -> Tensor:
+        if entrywise is not None:
+            each = entrywise(x_net, x, reduction="none").reshape(len(x), -1)
+            return each.sum(1) if metric.reduction == "sum" else each.mean(1)
         value = metric(x_net, x, *args, **kwargs)
         if value.numel() == 1:
             value = torch.stack([metric(x_net[i : i + 1], x[i : i + 1], *args, **kwargs) for i in range(len(x))])
         return value.reshape(len(x), -1).mean(1)
 
-    del loss.metric  # a module's place takes no function
-    loss.metric = values
-    try:
-        yield
-    finally:
-        loss.metric = metric
+    return values

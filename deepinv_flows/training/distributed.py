@@ -1,14 +1,28 @@
 """Training by several processes, with the losses and gradients of one."""
 
 import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from deepinv import Trainer
+from deepinv.datasets import check_dataset
+from deepinv.datasets.base import batch_as_dict
 from deepinv.utils import AverageMeter, TensorList
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from .streams import InStep
+
+TRAIN, EVALUATE, TEST = range(3)
 
 
+@dataclass
 class DistributedTrainer(Trainer):
     r"""
     :class:`deepinv.Trainer` whose batches are shared out over a process group.
@@ -23,11 +37,21 @@ class DistributedTrainer(Trainer):
     one process, and either may resume from the other's. With deepinv's own class, processes collide over the folder of
     checkpoints, report the losses of their shares, and write weights that one process cannot load.
 
-    All processes must draw the same batches and the same noise: seed them alike before the data are made. Without a process group
-    it is deepinv's class.
+    Random numbers: the order of the samples, their augmentation and the noise of their measurements follow a stream of their own,
+    seeded by the first process's ``torch.initial_seed()`` and the epoch, with one process as with many; whatever else draws from
+    the global stream changes nothing about them. The model that :class:`deepinv_flows.EquivariantSplittingLoss` adapts draws its
+    masks and noise for the whole batch and takes its share of them, as does any module whose class has an attribute
+    ``joint_draws``. Others, such as deepinv's own ``SplittingLoss`` or dropout, draw the same numbers in every process: unbiased,
+    but not the numbers that one process would draw. Seed the processes alike before the data are made.
 
-    :param kwargs: those of :class:`deepinv.Trainer`; one physics for all samples, so no ``physics_generator``. The number of
-        samples in each batch must be a multiple of W.
+    Without a process group it is deepinv's class, apart from that stream.
+
+    :param dict ddp_options: options of :class:`torch.nn.parallel.DistributedDataParallel`, such as
+        ``{"find_unused_parameters": True}`` for a model that does not use all of its weights in each step.
+    :param kwargs: those of :class:`deepinv.Trainer`; one physics for all samples, so no ``physics_generator``, but samples
+        ``(x, y, params)`` may bring their own parameters. The number of samples in each batch must be a multiple of W.
+    :raises ValueError: for a ``physics_generator``, or a batch whose size is not a multiple of W.
+    :raises RuntimeError: in every process of the group, when one of them has ended early.
 
     >>> import torch, deepinv as dinv
     >>> from deepinv_flows import DistributedTrainer, FlowModel, FlowNLL, glow_flow
@@ -40,14 +64,20 @@ class DistributedTrainer(Trainer):
     >>> model = trainer.train()
     """
 
+    ddp_options: dict = field(default_factory=dict)
+
     def setup_train(self, train: bool = True, **kwargs):
-        if not _world():
-            return super().setup_train(train, **kwargs)
-        if self.physics_generator is not None:
+        if _world() and self.physics_generator is not None:
             raise ValueError(f"expected one physics for all samples, to share them out; got {self.physics_generator}")
-        if dist.get_rank() > 0:
+        if _world() and dist.get_rank() > 0:
             self.save_path, self.verbose = None, False
         super().setup_train(train, **kwargs)
+        if train:
+            self.train_dataloader: Any = self._in_step(self.train_dataloader, TRAIN, self.epoch_start)
+            if self.eval_dataloader is not None:
+                self.eval_dataloader: Any = self._in_step(self.eval_dataloader, EVALUATE, self.epoch_start)
+        if not _world():
+            return
         groups = [self.logs_losses_train, self.logs_losses_eval, self.logs_metrics_train, self.logs_metrics_eval]
         groups += [
             [self.logs_total_loss_train, self.logs_total_loss_eval],
@@ -55,8 +85,11 @@ class DistributedTrainer(Trainer):
         ]
         for meter in itertools.chain(*groups):
             meter.__class__ = _JointMeter
+        for module in self.model.modules():
+            if hasattr(type(module), "joint_draws"):
+                module.joint_draws = Joint()
         if train:
-            self.model = _Parallel(self.model)
+            self.model: Any = _Parallel(self.model, **self.ddp_options)
 
     def train(self):
         """
@@ -64,17 +97,81 @@ class DistributedTrainer(Trainer):
 
         :return: the trained model, the same in every process.
         """
+        loaders = self.train_dataloader, self.eval_dataloader
         try:
-            super().train()
+            with _one_line_for_a_lost_process():
+                super().train()
         finally:
-            if isinstance(self.model, _Parallel):
-                self.model = self.model.module
+            self.train_dataloader, self.eval_dataloader = loaders
+            self._alone()
         return self.model
 
-    def get_samples(self, iterators, g):
+    def test(self, test_dataloader: DataLoader | list[DataLoader], *args, **kwargs) -> dict:
+        """
+        Test.
+
+        :param torch.utils.data.DataLoader test_dataloader: batches whose size is a multiple of the number of processes.
+        :param kwargs: those of :class:`deepinv.Trainer`.
+        :return: the metrics of all samples, the same in every process.
+        """
+        loaders = test_dataloader if isinstance(test_dataloader, list | tuple) else [test_dataloader]
+        for loader in loaders:
+            if isinstance(loader, DataLoader):
+                check_dataset(loader.dataset)
+        try:
+            with _one_line_for_a_lost_process():
+                return super().test(self._in_step(loaders, TEST), *args, **kwargs)
+        finally:
+            self._alone()
+
+    def get_samples(self, iterators: Sequence[Iterator], g: int):
         """This process's share of a batch."""
-        x, y, physics = super().get_samples(iterators, g)
+        if self.G > 1:
+            # deepinv draws the order of several data loaders from numpy's global stream, which differs between processes
+            g = _of_first(g)
+        batch = batch_as_dict(next(iterators[g]))
+        with getattr(iterators[g], "stream", nullcontext()):
+            x, y, physics = super().get_samples({g: iter([batch])}, g)
+        if _world() and batch.get("params"):
+            physics.update(**_share_parameters(batch["params"], _length(y), self.device))
         return _share(x), _share(y), physics
+
+    def _in_step(self, loaders: list, part: int, epoch: int = 0) -> list[InStep]:
+        seed = _of_first(torch.initial_seed()) % 2**64
+        return [InStep(loader, self.device, epoch, (seed, part, g)) for g, loader in enumerate(loaders)]
+
+    def _alone(self) -> None:
+        if isinstance(self.model, _Parallel):
+            self.model = self.model.module
+        for module in self.model.modules():
+            if isinstance(vars(module).get("joint_draws"), Joint):
+                del module.joint_draws
+
+
+class Joint:
+    """The batch that all processes have together, for modules that draw random numbers for each of its samples."""
+
+    def size(self, n: int) -> int:
+        """The number of samples of the whole batch, for ``n`` in each process."""
+        return n * _world()
+
+    def whole(self, share: Tensor) -> Tensor:
+        """The whole batch, of which each process has a share; without gradients."""
+        real = torch.view_as_real(share.detach()) if share.is_complex() else share.detach()
+        parts = [torch.empty_like(real, memory_format=torch.contiguous_format) for _ in range(_world())]
+        dist.all_gather(parts, real.contiguous())
+        whole = torch.cat(parts)
+        return torch.view_as_complex(whole) if share.is_complex() else whole
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This process's share of the whole batch."""
+        return _share(whole)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes; without gradients."""
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / _world()
 
 
 class _Parallel(DistributedDataParallel):
@@ -89,13 +186,33 @@ class _Parallel(DistributedDataParallel):
 
 class _JointMeter(AverageMeter):
     def update(self, val, n: int = 1) -> None:
-        parts = [None] * _world()
+        parts: list[Any] = [None] * _world()
         dist.all_gather_object(parts, np.atleast_1d(val))
         super().update(np.concatenate(parts), n)
 
 
+@contextmanager
+def _one_line_for_a_lost_process():
+    try:
+        yield
+    except RuntimeError as error:
+        if not _world() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RuntimeError(
+            f"process {dist.get_rank()} of {_world()} stops, since another process of its group has ended early"
+        ) from error
+
+
 def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _of_first(value: int) -> int:
+    """The value that the first process of the group has."""
+    values = [value]
+    if _world():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _share(batch):
@@ -108,3 +225,15 @@ def _share(batch):
             f"expected batches of a multiple of {_world()} samples, for as many processes; got one of {len(batch)}"
         )
     return batch.chunk(_world())[dist.get_rank()]
+
+
+def _share_parameters(parameters: dict, n_samples: int, device: torch.device) -> dict:
+    """Of the parameters of a physics that samples bring, one for each sample, those of this process's samples."""
+    return {
+        name: _share(value).to(device) if torch.is_tensor(value) and value.ndim and len(value) == n_samples else value
+        for name, value in parameters.items()
+    }
+
+
+def _length(y: Tensor | TensorList) -> int:
+    return len(y[0]) if isinstance(y, TensorList) else len(y)

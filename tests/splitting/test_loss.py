@@ -1,5 +1,6 @@
 """Each line of what deepinv's class gets wrong: deepinv's outcome, then ours."""
 
+import io
 import pickle
 import weakref
 
@@ -10,6 +11,7 @@ from deepinv.loss import (
     MCLoss,
     Neighbor2Neighbor,
     R2RLoss,
+    ScoreLoss,
     SplittingLoss,
     SureGaussianLoss,
     SurePGLoss,
@@ -40,6 +42,13 @@ from deepinv_flows.splitting.terms import Reconstruction
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 THEIRS, OURS = dinv.loss.EquivariantSplittingLoss, EquivariantSplittingLoss
+
+
+class WithoutReduction(torch.nn.Module):
+    """A metric of the user's, one number for a batch."""
+
+    def forward(self, x_net, x):
+        return (x_net - x).abs().mean()
 
 
 # Line 1. The losses by their own theory
@@ -136,8 +145,8 @@ def test_noise_levels_of_each_sample(x):
     model = adapted(loss)
     y = torch.zeros(3, *SIZE)
     model(y, physics, update_parameters=True)
-    spread = torch.stack([model.recorruption(y, physics) for _ in range(500)]).std((0, 2, 3, 4))
-    assert torch.allclose(spread, levels * (ALPHA / (1 - ALPHA)) ** 0.5, rtol=0.05)
+    deviation = torch.stack([model.recorruption(y, physics) for _ in range(500)]).std((0, 2, 3, 4))
+    assert torch.allclose(deviation, levels * (ALPHA / (1 - ALPHA)) ** 0.5, rtol=0.05)
 
 
 @pytest.mark.parametrize("consistency", [Neighbor2Neighbor(), SplittingLoss()])
@@ -212,6 +221,29 @@ def test_multipliers_are_saved():
     assert other.sigma2 == 0.5
 
 
+def test_checkpoints_with_multipliers_load_without():
+    model = adapted(full_loss(consistency_loss=SureGaussianLoss(SIGMA, unsure=True)))
+    model.sigma2.fill_(0.5)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    for cls in (OURS, THEIRS):
+        plain = adapted(
+            cls(mask_generator=masks(), transform=rotations(), eval_transform=rotations(True)), Linear(seed=1)
+        )
+        plain.load_state_dict(saved)
+        assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), model.parameters()))
+    other = adapted(full_loss(consistency_loss=SureGaussianLoss(SIGMA, unsure=True)))
+    other.load_state_dict(saved)
+    assert other.sigma2 == 0.5
+    numbers = {key: torch.from_numpy(value.numpy()) for key, value in saved.items()}  # without the levels, which stay
+    other.load_state_dict(numbers)
+    assert other.sigma2 == 0.5
+    other.load_state_dict(numbers | {"sigma2": torch.tensor(0.25)})  # as 0.1.0 wrote it
+    assert other.sigma2 == 0.25
+
+
 # Line 2. Prediction in evaluation
 def test_each_evaluation_split_meets_its_own_target(x):
     physics = inpainting(gaussian())
@@ -235,7 +267,7 @@ def test_evaluation_reconstructions_live_until_the_next_pass():
     x_net = model(y, physics, update_parameters=True)
     assert torch.allclose(x_net, sum(s.x_net for s in model.get_splits()) / 5)
     kept = weakref.ref(model.get_splits()[0].x_net)
-    assert not any("x_net" in key for key in model.state_dict()) and pickle.loads(pickle.dumps(model)).splits is None
+    assert not any("x_net" in key for key in model.state_dict()) and pickle.loads(pickle.dumps(model)).splits == []
     model.train()(y, physics, update_parameters=True)
     assert kept() is None and model.get_splits()[0].x_net is None
 
@@ -292,6 +324,21 @@ def test_a_generator_that_never_splits_is_an_error(ratio, what):
         adapted(loss)(torch.rand(2, *SIZE), inpainting(), update_parameters=True)
 
 
+# A split is that of the pass
+def test_a_stale_split_is_refused():
+    loss, physics, y = full_loss(consistency_loss=R2RLoss(alpha=ALPHA)), inpainting(gaussian()), torch.rand(2, *SIZE)
+    model = adapted(loss)
+    x_net = model(y, physics, update_parameters=True)
+    assert torch.isfinite(loss(x_net.clone(), y.clone(), physics, model)).all()  # equal numbers will do
+    with pytest.raises(ValueError, match="expected y to be that of the last pass"):
+        loss(x_net, y + 1, physics, model)
+    with pytest.raises(ValueError, match=r"expected x_net to be .*; got another one, of shape \(2, 1, 6, 6\)"):
+        loss(model(y, physics), y, physics, model)
+    with pytest.raises(ValueError, match=r"expected y to be .*; got another one, of shape \(1, 1, 6, 6\)"):
+        loss(x_net[:1], y[:1], physics, model)
+    assert torch.isfinite(loss(x_net, y, physics, model)).all()
+
+
 # Line 4. Normalisation by sample
 @pytest.mark.parametrize(
     "make",
@@ -299,6 +346,8 @@ def test_a_generator_that_never_splits_is_an_error(ratio, what):
         MCLoss,  # torch.nn.MSELoss, one number for a batch
         lambda: MCLoss(metric=dinv.metric.MSE()),
         lambda: MCLoss(metric=torch.nn.L1Loss(reduction="none")),
+        lambda: MCLoss(metric=torch.nn.HuberLoss(delta=0.1)),
+        lambda: MCLoss(metric=WithoutReduction()),
         lambda: SureGaussianLoss(SIGMA, rng=torch.Generator().manual_seed(0)),
     ],
 )
@@ -321,6 +370,30 @@ def test_a_batch_is_the_mean_of_its_images(make):
     assert not torch.allclose(run(theirs, adapted(theirs, Linear(size)), y, physics).mean(), batch.mean(), rtol=1e-3)
 
 
+def test_metrics_of_torch_are_called_once_for_a_batch(monkeypatch):
+    """And one of the user's once for the batch and once for each sample, in each term of each split."""
+    calls = []
+    for metric in (torch.nn.MSELoss, WithoutReduction):
+        monkeypatch.setattr(metric, "forward", lambda self, x_net, x: calls.append(len(x)) or (x_net - x).abs().mean())
+        loss = OURS(mask_generator=masks(), consistency_loss=MCLoss(metric()), prediction_loss=MCLoss(metric()))
+        run(loss, adapted(loss).eval(), torch.rand(8, *SIZE), inpainting())
+    assert calls == 2 * loss.eval_n_samples * [8, *8 * [1]]
+
+
+def test_a_sum_stays_a_sum():
+    """torch's metrics are called once for a batch, by the reduction that they have."""
+    y, physics, loss = torch.rand(3, *SIZE), inpainting(), OURS(mask_generator=masks())
+    loss.consistency_loss = loss.prediction_loss = MCLoss(metric=torch.nn.MSELoss(reduction="sum"))
+    model = adapted(loss)
+    x_net = model(y, physics, update_parameters=True)
+    first = model.get_masks()[0]
+    truth = sum((m * (x_net - y) ** 2).flatten(1).sum(1) / m.flatten(1).mean(1) for m in (first, physics.mask - first))
+    assert torch.allclose(loss(x_net, y, physics, model), truth)
+    assert loss.consistency_loss.metric.reduction == "sum" and isinstance(
+        loss.consistency_loss.metric, torch.nn.MSELoss
+    )
+
+
 def test_a_loss_of_one_number_is_refused():
     one = type("One", (dinv.loss.Loss,), {"forward": lambda self, y, **kwargs: y.mean()})()
     loss = OURS(img_size=SIZE, consistency_loss=one)
@@ -336,6 +409,11 @@ def test_errors():
         loss(model(y, physics), y, physics, model)
     with pytest.raises(RuntimeError, match="adapt_model"):
         loss(y, y, physics, Linear())
+    for other in (R2RLoss(noise_model=gaussian()), ScoreLoss(gaussian(), 10)):
+        wrapped = other.adapt_model(adapted(loss))
+        x_net = wrapped(y, physics, **({"update_parameters": True} if isinstance(other, R2RLoss) else {}))
+        with pytest.raises(RuntimeError, match=f"{type(wrapped).__name__} around it, .* update_parameters"):
+            loss(x_net, y, physics, wrapped)
     with pytest.raises(ValueError, match=r"shape \(2, 1, 6, 6\).*shape \(2, 1, 5, 6\)"):
         adapted(OURS(mask_generator=FixedMasks(torch.ones(1, 1, 5, 6))))(y, physics)
     with pytest.raises(ValueError, match="on cpu.*on meta"):
@@ -347,6 +425,36 @@ def test_errors():
         model(stacked(y), stacked)
     with pytest.raises(TypeError, match="torch.nn.Module"):
         loss.adapt_model(lambda y, physics: y)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(img_size=8), r"shape of the measurements without batch, such as \(1, 64, 64\).*; got 8"),
+        (dict(img_size=()), r"got \(\)"),
+        (dict(img_size=SIZE, transform=[Rotate()]), "expected transform to be a deepinv Transform; got list.*by \\*"),
+        (dict(img_size=SIZE, transform=Shift(), eval_transform=[]), "expected eval_transform to be .*; got list"),
+        (dict(img_size=SIZE, consistency_loss=[MCLoss()]), "expected consistency_loss to be a deepinv Loss; got list"),
+        (dict(img_size=SIZE, prediction_loss="mc"), "expected prediction_loss to be a deepinv Loss; got str"),
+        (dict(mask_generator=SIZE), "expected mask_generator to be a deepinv PhysicsGenerator; got tuple"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        OURS(**options)
+
+
+@pytest.mark.parametrize("physics", [dinv.physics.Denoising(), inpainting()])
+def test_a_size_without_channels_is_refused(physics):
+    with pytest.raises(ValueError, match=r"img_size=\(6, 6\)|img_size=\(1, 6, 6\)"):
+        run(OURS(img_size=(6, 6)), adapted(OURS(img_size=(6, 6))), torch.rand(2, *SIZE), physics)
+
+
+def test_it_prints_what_it_is():
+    loss = full_loss(consistency_loss=R2RLoss(alpha=ALPHA), eval_n_samples=3)
+    assert "img_size=(1, 6, 6), split_ratio=0.7, eval_n_samples=3" in repr(loss) and "R2RLoss" in repr(loss)
+    assert f"eval_n_samples=3, recorruption=Recorruption(alpha={ALPHA}" in repr(adapted(loss))
+    assert "sigma2=0.09" in repr(adapted(full_loss(consistency_loss=SureGaussianLoss(SIGMA, unsure=True))))
 
 
 @pytest.mark.parametrize("cls", [THEIRS, OURS])
@@ -420,8 +528,7 @@ PHYSICS = {
 def generator_for(name, y):
     if name == "tomography":
         return LineSplittingMaskGenerator(y.shape[1:], 0.7)
-    size = (2, 8, 8) if name == "multicoil_mri" else tuple(y.shape[1:])
-    return masks(size, 0.6, pixelwise=len(size) > 1)
+    return masks(tuple(y.shape[1:]), 0.6, pixelwise=y.ndim > 2)
 
 
 @pytest.mark.parametrize(

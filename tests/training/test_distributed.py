@@ -1,4 +1,8 @@
-"""The trainer of several processes, as far as one process shows it; two train in ``test_train.py``."""
+"""The trainer of several processes: two train as one does, on one machine or as two, and end together."""
+
+import socket
+import subprocess
+import sys
 
 import deepinv as dinv
 import pytest
@@ -6,6 +10,7 @@ import torch
 import torch.distributed as dist
 from deepinv.physics.generator import SigmaGenerator
 from deepinv.utils import TensorList
+from distributed_cases import CASES, EXAMPLES, SINGLE, SMALL, arguments, config, read_checkpoint, work
 
 from deepinv_flows import DistributedTrainer
 from deepinv_flows.training import distributed
@@ -59,3 +64,106 @@ def test_shares_cover_a_batch(monkeypatch):
     assert distributed._share(None) is None
     with pytest.raises(ValueError, match="expected batches of a multiple of 3 samples.*; got one of 4"):
         distributed._share(y[:4])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with what two processes found."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(work, (2, str(folder)), nprocs=2)
+    return folder
+
+
+def numbers(outcome):
+    """The numbers in dicts and lists, one after another."""
+    if isinstance(outcome, dict):
+        outcome = [value for key, value in sorted(outcome.items())]
+    if isinstance(outcome, list | tuple):
+        return [number for value in outcome for number in numbers(value)]
+    return [float(outcome)]
+
+
+def test_there_is_a_case_for_every_config():
+    assert {path.stem for path in (EXAMPLES / "configs").glob("*.yaml")} == set(SMALL)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(name, two, tmp_path):
+    """The losses of every step, the metrics, UNSURE's levels and the weights, in every process."""
+    dtype = torch.get_default_dtype()
+    one = CASES[name](tmp_path)
+    assert torch.get_default_dtype() == dtype
+    for rank in range(2):
+        found = torch.load(two / f"outcome_{rank}.pt", weights_only=False)[name]
+        expected = {key: value for key, value in one.items() if key in found and key != "seen"}
+        assert expected.keys() or (rank and name in SMALL)
+        found = {key: found[key] for key in expected}
+        tolerance = dict(rel=1e-3, abs=1e-5) if name in SINGLE else dict(rel=1e-8, abs=1e-11)
+        assert numbers(found) == pytest.approx(numbers(expected), **tolerance)
+
+
+def test_every_sample_is_seen_once_an_epoch(two):
+    """Whatever the loss draws meanwhile: 22 to 25 of 32 were, when the order followed the global stream."""
+    one, other = (torch.load(two / f"outcome_{rank}.pt", weights_only=False)["restless"] for rank in range(2))
+    for epoch in range(2):
+        part = slice(16 * epoch, 16 * (epoch + 1))
+        assert sorted(one["seen"][part] + other["seen"][part]) == pytest.approx(sorted(one["all"]))
+
+
+def test_a_process_that_dies_ends_the_others_with_one_line(two):
+    assert (two / "last_words_0").read_text() == (
+        "process 0 of 2 stops, since another process of its group has ended early"
+    )
+
+
+def test_two_machines(tmp_path):
+    """``torchrun`` as it is called on each of two machines, which meet at a port of the first."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "test"]
+    command += [str(EXAMPLES / "train.py"), *arguments("patchnr", tmp_path / "two")]
+    machines = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], printed
+    found = read_checkpoint(tmp_path / "two", "patchnr")
+    assert numbers(found) == pytest.approx(numbers(config("patchnr")(tmp_path / "one")), rel=1e-8, abs=1e-11)
+
+
+def test_what_is_drawn_outside_changes_nothing_about_the_data(tmp_path):
+    """Nor do the data move the global stream: the order follows the seed and the epoch."""
+    seen = []
+    for wasted in (0, 5):
+        order = []
+        t = trainer(DistributedTrainer)
+        t.eval_dataloader, t.early_stop = None, None
+        t.train_dataloader = torch.utils.data.DataLoader(
+            [{"x": x, "y": x} for x in torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 8, 8)], 4, shuffle=True
+        )
+
+        class Wasting(dinv.loss.Loss):
+            def forward(self, x, x_net, wasted=wasted, order=order, **kwargs):
+                torch.rand(wasted)
+                order += x[:, 0, 0, 0].tolist()
+                return (x_net - x).pow(2).flatten(1).mean(1)
+
+        t.losses, before = Wasting(), torch.get_rng_state()
+        t.train()
+        assert wasted or torch.equal(before, torch.get_rng_state())
+        seen.append(order)
+    assert seen[0] == seen[1] and seen[0][:8] != seen[0][8:16] != seen[0][16:]
+
+
+def test_a_resumed_training_has_the_order_of_one_that_ran_through(tmp_path):
+    def order(epochs, **options):
+        t = trainer(DistributedTrainer, tmp_path / str(len(options)), **options)
+        t.train_dataloader = torch.utils.data.DataLoader(t.train_dataloader.dataset, 4, shuffle=True)
+        t.epochs, t.early_stop = epochs, None
+        return t.train().state_dict()
+
+    whole = order(4)
+    (tmp_path / "0").rename(tmp_path / "first")
+    order(2)
+    resumed = order(4, ckpt_pretrained=str(next((tmp_path / "0").glob("*/ckp_1.pth.tar"))))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)

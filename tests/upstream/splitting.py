@@ -139,7 +139,13 @@ def level_keeps_a_graph(side):
 
 @defect("UNSURE: its noise level is in checkpoints of the model", False, True)
 def level_is_saved(side):
-    return any("sigma2" in name for name in after_an_evaluation(side)[1].state_dict())
+    model = after_an_evaluation(side)[1]
+    saved, again = copy.deepcopy(model.state_dict()), after_an_evaluation(side)[1]
+    if not hasattr(again, "sigma2"):
+        return False
+    again.sigma2.fill_(0.5)
+    again.load_state_dict(saved)
+    return bool(again.sigma2 == model.sigma2)
 
 
 @defect("UNSURE by SurePGLoss, evaluated under no_grad: finite", "RuntimeError: element 0 of tensors", True)

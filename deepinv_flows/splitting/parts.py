@@ -1,0 +1,61 @@
+"""The parts of a split: which entries of the measurements each of its two operators keeps."""
+
+from deepinv.physics import ComposedPhysics
+from torch import Tensor
+
+
+def observed_mask(physics, y: Tensor) -> Tensor | None:
+    """The operator's own mask of measurements, (B or 1, ...); ``None`` where it observes every entry of y."""
+    if isinstance(physics, ComposedPhysics):
+        physics = physics[-1]
+    mask = getattr(physics, "mask", None)
+    # compressed sensing has a mask too, but of the image
+    if isinstance(mask, Tensor) and 2 <= mask.ndim <= y.ndim and _fits(mask, y):
+        return mask.to(y.real.dtype)
+    return None
+
+
+def kept(mask: Tensor, observed: Tensor | None) -> Tensor:
+    """The mask of A_1: of the entries that a splitting mask keeps, those that were observed."""
+    if observed is None:
+        return mask
+    if mask.ndim < observed.ndim:
+        mask = aligned(mask, observed)
+    return mask * aligned(observed, mask)
+
+
+def parts(mask: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The masks of A_1 and of A_2, which add up to the observed entries."""
+    first = kept(mask, observed)
+    return first, (1 if observed is None else aligned(observed, first)) - first
+
+
+def shares(part: Tensor) -> Tensor:
+    """(B,) fraction of entries that a mask keeps, sample by sample."""
+    return part.flatten(1).mean(1)
+
+
+def aligned(mask: Tensor, y: Tensor) -> Tensor:
+    """The mask (B, C, H, W), as a view that broadcasts with measurements (B, C, ..., H, W)."""
+    return mask.view(*mask.shape[:2], *[1] * (y.ndim - mask.ndim), *mask.shape[2:])
+
+
+def _fits(mask: Tensor, y: Tensor) -> bool:
+    same = mask.shape[-2:] == y.shape[-2:]
+    if y.ndim == 2:  # vectors (B, m)
+        same = mask.ndim == 2 and mask.shape[1] == y.shape[1]
+    return same and all(m in (1, n) for m, n in zip(aligned(mask, y).shape, y.shape))
+
+
+def check_mask(mask: Tensor, y: Tensor, observed: Tensor | None) -> None:
+    if mask.device != y.device:
+        raise ValueError(
+            f"expected a splitting mask on {y.device}, as the measurements; got one on {mask.device}: "
+            f"make the mask_generator with device={str(y.device)!r}"
+        )
+    if not 2 <= mask.ndim <= y.ndim or len(mask) != len(y) or not _fits(mask, y):
+        size = tuple((y if observed is None else observed).shape[1:])
+        raise ValueError(
+            f"expected a splitting mask that fits measurements of shape {tuple(y.shape)}; got one of shape {tuple(mask.shape)}: "
+            f"make the mask_generator with img_size={size}"
+        )

@@ -1,0 +1,82 @@
+"""Random numbers of their own for data loaders: the order of the samples depends on a seed and the epoch alone."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Stream:
+    """
+    A context whose random numbers, of torch, numpy and python, depend on nothing drawn outside and change nothing there.
+
+    Entered again, it goes on where it was left.
+
+    :param torch.device device: whose stream is exchanged beside the processor's.
+    :param int key: seeds.
+    """
+
+    def __init__(self, device: torch.device, *key: int):
+        self.device = device
+        first, second = (int(seed) for seed in np.random.SeedSequence(key).generate_state(2))
+        self.state: tuple[Any, ...] = (
+            torch.Generator().manual_seed(first).get_state(),
+            torch.Generator(device).manual_seed(first).get_state() if device.type == "cuda" else None,
+            np.random.RandomState(second).get_state(),
+            random.Random(second).getstate(),
+        )
+
+    def __enter__(self) -> None:
+        self._exchange()
+
+    def __exit__(self, *exception) -> None:
+        self._exchange()
+
+    def _exchange(self) -> None:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        outside = torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+        torch.set_rng_state(self.state[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.state[1], self.device)
+        np.random.set_state(self.state[2])
+        random.setstate(self.state[3])
+        self.state = outside
+
+
+class InStep:
+    """
+    A data loader whose order of samples, workers and augmentations follow a stream seeded by a key and the epoch.
+
+    :param loader: the data loader, with a length and ``drop_last``.
+    :param int epoch: number of the first epoch; each iteration over the loader is one.
+    :param tuple key: the other seeds.
+    """
+
+    def __init__(self, loader, device: torch.device, epoch: int, key: tuple[int, ...]):
+        self.loader, self.device, self.epoch, self.key = loader, device, epoch, key
+        self.drop_last = loader.drop_last
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> "Batches":
+        stream = Stream(self.device, *self.key, self.epoch)
+        self.epoch += 1
+        with stream:
+            return Batches(iter(self.loader), stream)
+
+
+class Batches:
+    """The batches of one epoch, each drawn within the epoch's stream; what belongs to them may be drawn from it too."""
+
+    def __init__(self, iterator: Iterator, stream: Stream):
+        self.iterator, self.stream = iterator, stream
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self):
+        with self.stream:
+            return next(self.iterator)
