@@ -7,8 +7,10 @@ it changes sign with ``rev``. FrEIA's ``SequenceINN`` and ``GraphINN``, deepinv'
 :mod:`deepinv_flows.flows` satisfy it; :func:`as_flow` adapts bare FrEIA modules and zuko flows.
 """
 
+import inspect
 import json
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -136,9 +138,11 @@ def _check_standard_normal(module: nn.Module) -> None:
         raise TypeError(f"expected a zuko flow over a standard normal base; {type(module).__name__} has {base}")
 
 
-def evaluate(flow: nn.Module, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-    """``flow(x, rev=rev)`` with the contract checked and ``log_det`` as (N,)."""
-    out = flow(x, rev=rev)
+def evaluate(
+    flow: nn.Module, x: Tensor, rev: bool = False, c: Tensor | Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """``flow(x, rev=rev)``, given conditions c where there are any, with the contract checked and ``log_det`` as (N,)."""
+    out = flow(x, rev=rev) if c is None else flow(x, c=[c] if torch.is_tensor(c) else list(c), rev=rev)
     if not (isinstance(out, tuple) and len(out) == 2 and torch.is_tensor(out[0])):
         raise TypeError(f"expected the flow {type(flow).__name__} to return (z, log_det); got {type(out).__name__}")
     z, log_det = out
@@ -147,16 +151,17 @@ def evaluate(flow: nn.Module, x: Tensor, rev: bool = False) -> tuple[Tensor, Ten
     return z, _per_sample(log_det, x)
 
 
-def nll(flow: nn.Module, x: Tensor, constant: bool = True) -> Tensor:
+def nll(flow: nn.Module, x: Tensor, constant: bool = True, c: Tensor | Sequence[Tensor] | None = None) -> Tensor:
     r"""
     Negative log-likelihood of samples, :math:`\tfrac12\|z\|^2 + \tfrac D2 \log 2\pi - \log|\det J|`.
 
     :param torch.nn.Module flow: flow.
     :param torch.Tensor x: samples (N, D) or (N, C, H, W).
     :param bool constant: whether to add the term :math:`\tfrac D2 \log 2\pi`, which the potential of patches leaves out.
+    :param c: conditions, for a conditional flow.
     :return: (N,) in nats.
     """
-    z, log_det = evaluate(flow, x)
+    z, log_det = evaluate(flow, x, c=c)
     value = 0.5 * z.flatten(1).pow(2).sum(1) - log_det
     return value + 0.5 * x[0].numel() * math.log(2 * math.pi) if constant else value
 
@@ -167,6 +172,11 @@ def _per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
     if log_det.shape != x.shape[:1]:
         raise ValueError(f"expected log_det of shape ({x.shape[0]},), one per sample; got {tuple(log_det.shape)}")
     return log_det
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the ``forward`` of a module has a parameter of this name."""
+    return name in inspect.signature(module.forward).parameters
 
 
 def like_weights(module: nn.Module, default: Tensor | None = None) -> Tensor:
