@@ -10,7 +10,7 @@ WRAPPERS = ("DataParallel", "DistributedDataParallel")
 VECTORS = ("glow_flow", "allinone_flow")
 
 
-class ImageGenerator(nn.Module):
+class ImageGenerator:
     """
     A generator G of images: a flow run in reverse, or any module that maps latents (B, ...) to images.
 
@@ -21,7 +21,6 @@ class ImageGenerator(nn.Module):
     """
 
     def __init__(self, module: nn.Module):
-        super().__init__()
         self.module, inner = module, unwrapped(module)
         self.name, self.invertible = type(inner).__name__, takes(inner, "rev")
         for name in ("reverse", "inverse"):
@@ -31,8 +30,8 @@ class ImageGenerator(nn.Module):
                     f"wrap it in a module whose forward(x, rev=False) returns (z, log_det)"
                 )
         config = getattr(inner, "config", {})
-        self.img_size = getattr(inner, "img_size", None)
         self.dim = config.get("dim") if config.get("builder") in VECTORS else None
+        self.latent_shape = getattr(inner, "img_size", None) if self.dim is None else (self.dim,)
 
     def decode(self, z: Tensor, c: Sequence[Tensor] | None = None) -> Tensor:
         """Images G(z)."""
