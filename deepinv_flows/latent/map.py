@@ -48,7 +48,8 @@ class LatentMAP(Reconstructor):
     **Physics.** Any of deepinv's that takes the images that G makes: nonlinear ones, those whose measurements or images are
     complex, and stacks, of which each operator has its own data fidelity, or all the same. Images for MRI have two channels, the
     real and the imaginary part. Not ``Haze``, which takes an image with its depth and light, and, with a flow on images
-    (N, C, H, W), not ``DynamicMRI`` and ``SequentialMRI``, whose images have a time axis.
+    (N, C, H, W), not ``DynamicMRI`` and ``SequentialMRI``, whose images have a time axis. ``SinglePhotonLidar`` of deepinv 0.5.0
+    measures one image at a time.
 
     **Conditional flows**, p(x | c), take ``c``; as a function of y and physics, such as
     ``lambda y, physics: physics.A_dagger(y)``, it makes a posterior flow p(x | y) of one that was trained on such pairs.
@@ -145,7 +146,10 @@ class LatentMAP(Reconstructor):
     @property
     def images(self) -> ImageGenerator:
         """The flow as the generator G."""
-        return ImageGenerator(self.flow)
+        known = self.__dict__.get("_images")
+        if known is None or known.module is not self.flow:
+            known = self.__dict__["_images"] = ImageGenerator(self.flow)
+        return known
 
     def forward(
         self,

@@ -10,8 +10,10 @@ import torch
 from cases import central_difference
 from latent_cases import SIZE, Gaussian, Narrow, image_prior
 from latent_theorem import bounds, errors, generator_matrix, linear_flow
+from physics_cases import ABSTRACT, ELSEWHERE, ONE_IMAGE_ONLY, PHYSICS, REFUSED, SIDE
 
-from deepinv_flows import LatentMAP
+from deepinv_flows import LatentMAP, PatchNR, glow_flow, image_flow
+from deepinv_flows.latent.measurements import as_physics_takes
 
 
 def test_theorem():
@@ -138,6 +140,96 @@ def test_any_physics():
     torch.testing.assert_close(LatentMAP(prior, fidelity, max_iter=300)(stack.A(x), stack), x, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("name", PHYSICS)
+def test_every_physics_of_deepinv(name):
+    channels, physics = PHYSICS[name][0], PHYSICS[name][1]()
+    flow = image_flow((channels, SIDE, SIDE), 2, 1, 4, generator=torch.Generator().manual_seed(0))
+    model = LatentMAP(flow, max_iter=60, init="random", init_std=0.1)
+    z = 0.1 * torch.randn(1 if name in ONE_IMAGE_ONLY else 2, channels, SIDE, SIDE)
+    y = physics.A(as_physics_takes(model.generate(z).detach(), physics))
+    value_and_grad, start, _ = model.problem(y, physics)
+    x_net = model(y, physics)
+    end, _ = value_and_grad(model.images.encode(x_net))
+    assert x_net.shape == z.shape and x_net.dtype == torch.float32
+    assert (end < 0.5 * value_and_grad(start)[0]).all()  # phase retrieval has minima of its own
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_physics_refused_by_name(name):
+    channels, make = REFUSED[name]
+    model = LatentMAP(image_flow((channels, SIDE, SIDE), 1, 1, 4))
+    with pytest.raises(
+        ValueError, match=rf"^{name} cannot measure what the generator makes, .* \(2, {channels}, 8, 8\)"
+    ):
+        model(torch.rand(2, channels, SIDE, SIDE), make())
+    assert name in LatentMAP.__doc__
+
+
+def test_no_physics_is_forgotten():
+    classes = {
+        name for name, c in vars(dinv.physics).items() if isinstance(c, type) and issubclass(c, dinv.physics.Physics)
+    }
+    assert classes == PHYSICS.keys() | REFUSED.keys() | ELSEWHERE | ABSTRACT
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam", "adamax", "nadam", "rmsprop"])
+@pytest.mark.parametrize(
+    "of_measurements, of_objective", [(2.0**-20, 1.0), (2.0**20, 1.0), (1.0, 2.0**-40), (2.0**-15, 2.0**15)]
+)
+def test_units_do_not_matter(of_measurements, of_objective, optimizer):
+    """y and A in another unit, and f in another: the images stay, also in single precision."""
+    prior, x = image_prior(0.05, torch.float32), torch.rand(2, *SIZE)
+    A = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
+
+    def recovered(unit, weight):
+        def forward(x, **kwargs):
+            return unit * x.flatten(1) @ A.T
+
+        physics = dinv.physics.Physics(A=forward)
+        fidelity = dinv.optim.L2(sigma=weight**-0.5)
+        return LatentMAP(prior, fidelity, optimizer=optimizer, max_iter=25)(physics(x), physics), physics.A
+
+    expected, A_x = recovered(1.0, 1.0)
+    found, _ = recovered(of_measurements, of_objective)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if optimizer == "lbfgs":
+        assert (A_x(found) - A_x(x)).norm() < 0.05 * A_x(x).norm()
+
+
+def test_wrapped_flows_are_flows():
+    physics, x = dinv.physics.Denoising(), torch.rand(2, *SIZE, dtype=torch.float64)
+    flow = image_prior(0.05).normalizing_flow
+    expected = LatentMAP(flow, max_iter=20)(x, physics)
+    for wrapped in (torch.nn.DataParallel(flow), torch.compile(flow, backend="eager")):
+        torch.testing.assert_close(LatentMAP(wrapped, max_iter=20)(x, physics), expected)
+
+
+def test_conditional_flows():
+    """Conditions as tensors, as a function of y and physics, and in the call; a flow whose condition is the image's mean."""
+
+    class Around(torch.nn.Module):
+        def forward(self, x, c, rev=False):
+            return (x + c[0], torch.zeros(len(x)).double()) if rev else (x - c[0], torch.zeros(len(x)).double())
+
+    y, physics = torch.rand(2, *SIZE, dtype=torch.float64), dinv.physics.Denoising()
+    c = torch.rand_like(y)
+    options = dict(lambda_reg=1, penalty="squared", latent_shape=SIZE)
+    for conditions, mean in ((c, c), ([c], c), (lambda y, physics: physics.A_adjoint(y) ** 2, y**2)):
+        model = LatentMAP(Around(), c=conditions, **options)
+        torch.testing.assert_close(model(y, physics), (y + mean) / 2, rtol=0, atol=1e-5)
+    model = LatentMAP(Around(), **options)
+    torch.testing.assert_close(model(y, physics, c=c), (y + c) / 2, rtol=0, atol=1e-5)
+    flow = image_flow(SIZE, 2, 1, 4, dims_c=[SIZE]).double()
+    assert LatentMAP(flow, c=c, init="pinv", max_iter=3)(y, physics).isfinite().all()
+    with pytest.raises(ValueError, match="expected 1 conditions"):
+        LatentMAP(flow)(y, physics)
+
+
+def test_says_what_it_is():
+    text = repr(LatentMAP(Gaussian(), penalty="squared", lambda_reg=0.5))
+    assert "lambda_reg=0.5, penalty='squared', optimizer='lbfgs'" in text and "init='zero'" in text
+
+
 def test_copies_pickles_and_state_dicts():
     model, physics, x = (
         LatentMAP(image_prior(0.05), max_iter=5),
@@ -168,6 +260,58 @@ def test_copies_pickles_and_state_dicts():
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         LatentMAP(Gaussian(), **options)
+
+
+class ByReverse(torch.nn.Module):
+    def forward(self, x, reverse=False):
+        return x, torch.zeros(len(x))
+
+
+@pytest.mark.parametrize(
+    "flow, message",
+    [
+        (lambda: PatchNR(patch_size=3), "expected a flow on whole images; got a PatchNR, whose flow is on patches"),
+        (ByReverse, r"called as flow\(x, rev=False\), or a generator; ByReverse.forward takes reverse="),
+        (lambda: torch.compile(ByReverse(), backend="eager"), "ByReverse.forward takes reverse="),
+        (lambda: 3, "expected a torch.nn.Module as flow or generator; got int"),
+    ],
+)  # fmt: skip
+def test_flows_refused(flow, message):
+    with pytest.raises(TypeError, match=message):
+        LatentMAP(flow())
+
+
+@pytest.mark.parametrize(
+    "y, error, message",
+    [
+        (torch.rand(2, *SIZE), TypeError, "measurements of torch.float64, as the flow's weights; got torch.float32"),
+        (torch.rand(2, *SIZE).to(torch.complex64), TypeError, "of torch.float64, .* got torch.complex64"),
+        (torch.ones(2, *SIZE, dtype=torch.uint8), TypeError, "floating-point measurements; got torch.uint8"),
+        ([[0.5]], TypeError, "expected measurements as a tensor; got list"),
+        (torch.rand(0, *SIZE).double(), ValueError, r"batch of measurements that is not empty; got shape \(0, 1, 4, 8\)"),
+        (torch.rand(2, 3, 4, 8).double(), ValueError,
+         r"measurements of shape \(2, 1, 4, 8\), as Denoising makes of images \(2, 1, 4, 8\); got \(2, 3, 4, 8\)"),
+    ],
+)  # fmt: skip
+def test_measurements_refused(y, error, message):
+    with pytest.raises(error, match=message):
+        LatentMAP(image_prior())(y, dinv.physics.Denoising())
+
+
+def test_more_refusals_in_the_call():
+    y, physics = torch.rand(2, *SIZE).double(), dinv.physics.Denoising()
+    with pytest.raises(TypeError, match="expected init to be a name, a tensor or a function; got ndarray"):
+        LatentMAP(Gaussian())(y, physics, init=y.numpy())
+    with pytest.raises(TypeError, match="expected init to return a tensor of latents; got ndarray"):
+        LatentMAP(Gaussian())(y, physics, init=lambda y, physics: y.numpy())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="gradient of LatentMAP needs autograd"):
+        LatentMAP(Gaussian())(y, physics)
+    square = dinv.physics.Physics(A=lambda x, **kwargs: x**2)
+    with pytest.raises(ValueError, match="expected latent_shape, as neither Gaussian nor Physics"):
+        LatentMAP(Gaussian())(y, square)
+    vectors = LatentMAP(glow_flow(32, 1, 8).double())
+    with pytest.raises(ValueError, match=r"as Denoising makes of images \(2, 32\); got \(2, 1, 4, 8\)"):
+        vectors(y, physics)
 
 
 def test_refusals_in_the_call():
