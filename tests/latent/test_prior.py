@@ -10,7 +10,7 @@ import torch
 from cases import central_difference
 from latent_cases import SIZE, Gaussian, image_prior
 
-from deepinv_flows import CheckpointError, FlowModel, FlowPrior, PatchNR, image_flow
+from deepinv_flows import CheckpointError, FlowDenoiser, FlowModel, FlowPrior, PatchNR, glow_flow, image_flow
 
 
 def test_density_of_a_gaussian():
@@ -107,6 +107,81 @@ def test_samples_have_the_flows_moments():
         prior.sample(2)
 
 
+@pytest.mark.parametrize("std", [math.nan, -1.0, math.inf, [1.0, math.nan]], ids=str)
+def test_temperatures_refused(std):
+    with pytest.raises(ValueError, match="expected a finite std >= 0, or a list of them; got"):
+        image_prior().sample(2, std=std)
+
+
+def test_a_temperature_for_each_level():
+    prior = image_prior()
+    flow, seeded = prior.normalizing_flow, lambda: torch.Generator().manual_seed(3)
+    levels = flow.to_levels(prior.encode(prior.sample(4, generator=seeded())))
+    cold = flow.to_levels(prior.encode(prior.sample(4, std=[0.5, 1.0], generator=seeded())))
+    torch.testing.assert_close(cold, [0.5 * levels[0], levels[1]])
+    assert torch.equal(prior.sample(1, std=0), prior.decode(torch.zeros(1, *SIZE).double()))
+    with pytest.raises(ValueError, match=r"one std, or one for each of 2 levels; got \[1.0, 1.0, 1.0\]"):
+        prior.sample(2, std=[1, 1, 1])
+    with pytest.raises(ValueError, match="one std, as a Gaussian does not have levels"):
+        FlowPrior(Gaussian()).sample(2, img_size=SIZE, std=[1.0, 0.5])
+
+
+def conditional_prior():
+    flow = image_flow(SIZE, 2, 1, 4, activation="silu", dims_c=[(2, 4, 8)]).double()
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return FlowPrior(flow)
+
+
+def test_conditional_prior():
+    prior, x, c = conditional_prior(), torch.rand(2, *SIZE).double(), torch.rand(2, 2, 4, 8).double()
+    given, physics = prior.given(c), dinv.physics.Denoising()
+    assert not torch.allclose(prior(x, c=c), prior(x, c=c + 1))
+    for c_i, x_i, value in zip(c, x, prior(x, c=c)):
+        torch.testing.assert_close(prior(x_i[None], c=c_i[None])[0], value)
+    torch.testing.assert_close(given(x), prior(x, c=c))
+    torch.testing.assert_close(given.grad(x), prior.grad(x, c=[c]))
+    torch.testing.assert_close(given.prox(x, gamma=0.1), prior.prox(x, gamma=0.1, c=c))
+    torch.testing.assert_close(prior.decode(prior.encode(x, c=c), c=c), x)
+    assert torch.equal(given.sample(2, std=[1, 0.5]), conditional_sample(prior, c))
+    torch.testing.assert_close(FlowDenoiser(prior)(x, 0.1, c=c), FlowDenoiser(given)(x, 0.1))
+    model = dinv.optim.PGD(data_fidelity=dinv.optim.L2(), prior=given, stepsize=0.1, max_iter=3)
+    assert model(x, physics).isfinite().all()
+    direction = torch.randn_like(x)
+    expected = central_difference(lambda: prior(x, c=c).sum(), x, direction)
+    torch.testing.assert_close((prior.grad(x, c=c) * direction).sum(), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="expected 1 conditions, of dims_c = .*; got 0"):
+        prior(x)
+
+
+def conditional_sample(prior, c):
+    return prior.sample(2, std=[1, 0.5], generator=torch.Generator(), c=c)
+
+
+@pytest.mark.parametrize("step", [0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("make", [image_prior, lambda: PatchNR(glow_flow(9, 1, 8).double(), patch_size=3)])
+def test_prox_refuses_steps(make, step):
+    x = torch.rand(1, *SIZE).double()
+    with pytest.raises(ValueError, match="expected a finite stepsize_inter > 0; got"):
+        make().prox(x, stepsize_inter=step)
+    with pytest.raises(ValueError, match="expected a finite tol_inter >= 0; got"):
+        make().prox(x, tol_inter=math.nan)
+
+
+def test_prox_of_each_image_as_if_alone():
+    prior = image_prior()
+    x = torch.randn(3, *SIZE).double() * torch.tensor([0.1, 1.0, 5.0]).view(3, 1, 1, 1).double()
+    together = prior.prox(x, gamma=0.5)
+    for k in range(3):
+        torch.testing.assert_close(prior.prox(x[k : k + 1], gamma=0.5)[0], together[k], rtol=1e-9, atol=1e-9)
+
+
+def test_says_what_it_is():
+    prior = image_prior(per_dim=True)
+    assert "per_dim=True, img_size=(1, 4, 8)" in repr(prior) and "img_size=(1, 4, 8)" in repr(FlowDenoiser(prior))
+
+
 def test_encode_and_decode():
     prior, x = image_prior(), torch.rand(2, *SIZE, dtype=torch.float64)
     torch.testing.assert_close(prior.decode(prior.encode(x)), x)
@@ -141,6 +216,12 @@ def test_bad_images(x, error, message):
             call(x)
     with pytest.raises(ValueError, match="neither"):
         FlowPrior()
+    with pytest.raises(ValueError, match=r"expected 1 channels; got image of shape \(2, 3, 4, 8\)$"):
+        prior(torch.rand(2, 3, 4, 8).double())
+    with pytest.raises(ValueError, match=r"flow on images \(N, C, H, W\); got one on vectors of 9 entries"):
+        FlowPrior(glow_flow(9, 1, 8))
+    with pytest.raises(TypeError, match="expected a flow on whole images; got a PatchNR"):
+        FlowPrior(PatchNR(patch_size=3))
 
 
 def test_weights_of_patches_and_of_images_are_not_mixed_up():
