@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from deepinv_flows import BitsPerDim, FlowModel, build_flow, fit_flow, image_flow
+from deepinv_flows import BitsPerDim, FlowDenoiser, FlowModel, FlowPrior, build_flow, fit_flow, image_flow
 from deepinv_flows.flows import Given, nll
 
 SIZES = dict(num_levels=2, num_steps=2, hidden=8, activation="silu")
@@ -261,3 +261,29 @@ def test_randomness():
     x = torch.rand(1, 1, 8, 8)
     a, b, c = (flow(x)[0] for flow in flows)
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+def test_training_of_conditional_flows(sigma):
+    """Pixels of +-0.1 whose sign the condition tells: given it they are known; conditions are mirrored with their images."""
+    c, held_c = torch.randn(96, 1, 8, 8).sign(), torch.randn(16, 1, 8, 8).sign()
+    x, held_out = 0.1 * c + 0.02 * torch.randn_like(c), 0.1 * held_c + 0.02 * torch.randn_like(held_c)
+    options = dict(num_levels=1, num_steps=2, hidden=8, activation="silu")
+    fitted = {}
+    for dims in ([], [(1, 8, 8)]):
+        flow = image_flow((1, 8, 8), **options, dims_c=dims, generator=torch.Generator().manual_seed(0))
+        conditions = dict(c=c, eval_c=[held_c]) if dims else {}
+        fit_flow(flow, x, held_out, **conditions, epochs=10, batch_size=8, lr=1e-2, sigma=sigma, verbose=False)
+        prior = FlowPrior(flow, per_dim=True)
+        given = {"c": held_c} if dims else {}
+        y = held_out + sigma * torch.randn(held_out.shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            denoised = FlowDenoiser(prior)(y, sigma, **given)
+            fitted[len(dims)] = float(((denoised - held_out) ** 2).mean() if sigma else prior(held_out, **given).mean())
+    assert fitted[1] < fitted[0] * 0.8 if sigma else fitted[1] < fitted[0] - 0.1, fitted
+    with pytest.raises(ValueError, match=r"a condition for each of 96 images; got shape \(16, 1, 8, 8\)"):
+        fit_flow(flow, x, c=held_c)
+    with pytest.raises(TypeError, match="expected conditions as tensors; got float"):
+        fit_flow(flow, x, c=[0.5])
+    with pytest.raises(ValueError, match="expected 1 conditions, .* got 0"):
+        fit_flow(flow, x, verbose=False)
