@@ -187,7 +187,7 @@ class LatentMAP(Reconstructor):
                     if metrics is not None:
                         metrics.update(z, value)
 
-                z = self._minimise(value_and_grad, z, callback)
+                z = self.minimise(value_and_grad, z, callback)
             x = generate(z)
         return x if metrics is None else (x, metrics.values)
 
@@ -260,7 +260,15 @@ class LatentMAP(Reconstructor):
         penalty = length if self.penalty == "norm" else 0.5 * length**2
         return value + torch.as_tensor(self.lambda_reg, dtype=z.dtype, device=z.device).reshape(-1) * penalty
 
-    def _minimise(self, value_and_grad, z, callback):
+    def minimise(
+        self, value_and_grad: Objective, z: Tensor, callback: Callable[[Tensor, Tensor], None] = lambda z, value: None
+    ) -> Tensor:
+        """
+        :param Callable value_and_grad: an objective and its gradient, as :meth:`problem` returns it.
+        :param torch.Tensor z: latents to start from, (B, ...).
+        :param Callable callback: is shown latents and values after each iteration.
+        :return: the latents of the least value found for each image.
+        """
         options = dict(max_iter=self.max_iter, tol=self.thres_conv if self.early_stop else 0.0, callback=callback)
         if self.optimizer == "lbfgs":
             return lbfgs(value_and_grad, z, step=self.stepsize, history=self.history, **options)

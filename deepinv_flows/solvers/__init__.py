@@ -5,7 +5,7 @@ L-BFGS is in :mod:`~deepinv_flows.solvers.lbfgs`, descent by torch's optimizers 
 proximity operator of a smooth potential, with its derivatives, in :mod:`~deepinv_flows.solvers.proximal`.
 """
 
-from .batch import dot, finite, per_sample, rounding
+from .batch import dot, finite, norm, per_sample, rounding
 from .first_order import first_order
 from .lbfgs import lbfgs
 from .objective import Objective
@@ -19,6 +19,7 @@ __all__ = [
     "gamma_like",
     "gradient",
     "lbfgs",
+    "norm",
     "per_sample",
     "prox",
     "rounding",
