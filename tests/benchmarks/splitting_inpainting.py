@@ -21,7 +21,7 @@ from pathlib import Path
 import deepinv as dinv
 import numpy as np
 import torch
-from common import versions
+from common import check_disjoint, versions
 from deepinv.physics.generator import BernoulliSplittingMaskGenerator
 from deepinv.transform import Reflect, Rotate
 from PIL import Image
@@ -155,6 +155,7 @@ def crops(data, name, number):
 
 def run(variant, method, seed, steps, data):
     x_train, x_test = crops(data, "learn", 1000), crops(data, "test", 32)
+    check_disjoint({"train": x_train, "test": x_test})
     source = torch.Generator().manual_seed(1000 + seed)
     mask = BernoulliSplittingMaskGenerator(SIZE, 0.3, rng=source).step(1, input_mask=torch.ones(1, *SIZE))["mask"]
     noise = dinv.physics.GaussianNoise(NOISE if variant == "noisy" else 0.0, rng=source)
