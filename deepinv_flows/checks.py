@@ -3,7 +3,7 @@
 import contextlib
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -94,8 +94,8 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"expected {name} > 0; got {value}")
 
 
-def check_choice(name: str, value: str, choices) -> None:
-    if value not in choices:
+def check_choice(name: str, value: Any, choices: Iterable) -> None:
+    if value not in (choices := list(choices)):
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 

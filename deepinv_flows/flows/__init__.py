@@ -10,11 +10,12 @@ conditions in :mod:`~deepinv_flows.flows.conditional`; flows and other modules a
 from .building import build_flow
 from .conditional import Given
 from .contract import KnowsItsConfig, Reversed, as_flow, decode_config, evaluate, like_weights, nll, same_function
-from .generator import ImageGenerator, unwrapped
+from .generator import Conditions, ImageGenerator, unwrapped
 from .image import image_flow
 from .vector import allinone_flow, glow_flow
 
 __all__ = [
+    "Conditions",
     "Given",
     "ImageGenerator",
     "KnowsItsConfig",

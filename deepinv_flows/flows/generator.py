@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from .contract import evaluate, takes
 
+Conditions = Tensor | Sequence[Tensor] | None
+
 WRAPPERS = ("DataParallel", "DistributedDataParallel")
 VECTORS = ("glow_flow", "allinone_flow")
 
@@ -33,13 +35,13 @@ class ImageGenerator:
         self.dim = config.get("dim") if config.get("builder") in VECTORS else None
         self.latent_shape = getattr(inner, "img_size", None) if self.dim is None else (self.dim,)
 
-    def decode(self, z: Tensor, c: Sequence[Tensor] | None = None) -> Tensor:
+    def decode(self, z: Tensor, c: Conditions = None) -> Tensor:
         """Images G(z)."""
         if self.invertible:
             return evaluate(self.module, z, rev=True, c=c)[0]
         return self.module(z) if c is None else self.module(z, c=c)
 
-    def encode(self, x: Tensor, c: Sequence[Tensor] | None = None) -> Tensor:
+    def encode(self, x: Tensor, c: Conditions = None) -> Tensor:
         """
         Latents of images.
 
@@ -52,10 +54,5 @@ class ImageGenerator:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside those of :func:`torch.compile` and of data-parallel wrappers."""
-    while True:
-        if hasattr(module, "_orig_mod"):
-            module = module._orig_mod
-        elif type(module).__name__ in WRAPPERS:
-            module = module.module
-        else:
-            return module
+    inside = module.module if type(module).__name__ in WRAPPERS else getattr(module, "_orig_mod", None)
+    return unwrapped(inside) if isinstance(inside, nn.Module) else module

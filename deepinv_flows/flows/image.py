@@ -1,6 +1,7 @@
 """Builder of multi-scale flows on whole images, on FrEIA."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -120,8 +121,9 @@ def _level(dims, conditions, config) -> tuple[nn.ModuleList, tuple[int, int, int
             continue
         if step > 0:
             blocks.append(ChannelAffine([dims]))
-        blocks.append(Fm.GLOWCouplingBlock([dims], conditions, subnet_constructor=_subnet(config), clamp=clamp))
-        blocks[-1].f_clamp = Clamp.named("TANH", clamp)
+        block: Any = Fm.GLOWCouplingBlock([dims], conditions, subnet_constructor=_subnet(config), clamp=clamp)
+        block.f_clamp = Clamp.named("TANH", clamp)
+        blocks.append(block)
     return blocks, dims
 
 
@@ -141,8 +143,8 @@ def _subnet(config):
 
     def subnet(channels_in: int, channels_out: int) -> nn.Sequential:
         last = nn.Conv2d(hidden, channels_out, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for p in last.parameters():
+            nn.init.zeros_(p)
         first = nn.Conv2d(channels_in, hidden, 3, padding=1)
         return nn.Sequential(first, act(), nn.Conv2d(hidden, hidden, 1), act(), last)
 

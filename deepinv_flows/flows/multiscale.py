@@ -23,6 +23,8 @@ class ImageFlow(KnowsItsConfig, nn.Module):
     :param bool memory_efficient: as there.
     """
 
+    initialised: Tensor
+
     def __init__(self, levels: nn.ModuleList, splits: nn.ModuleList, config: dict, memory_efficient: bool = False):
         super().__init__()
         self.levels, self.splits, self.config = levels, splits, config
@@ -159,7 +161,7 @@ class ImageFlow(KnowsItsConfig, nn.Module):
         c = [] if c is None else [c] if torch.is_tensor(c) else list(c)
         if len(c) != len(self.dims_c):
             raise ValueError(f"expected {len(self.dims_c)} conditions, of dims_c = {self.dims_c}; got {len(c)}")
-        like = self.levels[0][1].log_scale
+        like = next(self.parameters())
         for condition, dims in zip(c, self.dims_c):
             self._check(condition, dims, n)
             if condition.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):

@@ -72,9 +72,9 @@ class Kernel:
         self.average = rate * self.log_step + (1 - rate) * self.average
 
     def _normal(self) -> Tensor:
-        options = dict(generator=self.generator, device=self.generator.device, dtype=self.z.dtype)
-        return torch.randn(self.z.shape, **options).to(self.z.device)
+        source = self.generator
+        return torch.randn(self.z.shape, generator=source, device=source.device, dtype=self.z.dtype).to(self.z.device)
 
     def _uniform(self) -> Tensor:
-        options = dict(generator=self.generator, device=self.generator.device, dtype=self.value.dtype)
-        return torch.rand(self.value.shape, **options).to(self.value.device)
+        source, like = self.generator, self.value
+        return torch.rand(like.shape, generator=source, device=source.device, dtype=like.dtype).to(like.device)

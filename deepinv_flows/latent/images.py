@@ -1,12 +1,8 @@
 """What a prior or a reconstruction of whole images takes as its flow."""
 
-from collections.abc import Sequence
-
-from torch import Tensor, nn
+from torch import nn
 
 from ..flows import ImageGenerator, as_flow
-
-Conditions = Tensor | Sequence[Tensor] | None
 
 
 def images_of(flow: nn.Module) -> ImageGenerator:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checks import check_autograd, check_choice, positive_int
-from ..flows import ImageGenerator, like_weights
+from ..flows import Conditions, ImageGenerator, like_weights
 from ..solvers import Objective, first_order, lbfgs
-from .images import Conditions, images_of
+from .images import images_of
 from .measurements import as_physics_takes, check_measurements, check_physics, fidelity_of_each, parts
 from .metrics import Metrics
 from .start import first_finite, known_init, start
@@ -98,6 +98,8 @@ class LatentMAP(Reconstructor):
     >>> torch.allclose(physics(x_net), physics(x), atol=0.05)
     True
     """
+
+    c: Conditions | Callable = None  # objects that 0.1.0 pickled have none
 
     def __init__(
         self,

@@ -55,10 +55,9 @@ def check_physics(x: Tensor, y: Tensor | TensorList, physics: Physics) -> None:
         ) from error
     found, expected = ([tuple(part.shape) for part in parts(those)] for those in (y, made))
     if found != expected:
-        found, expected = (shapes[0] if len(shapes) == 1 else shapes for shapes in (found, expected))
+        got, wanted = (str(shapes[0] if len(shapes) == 1 else shapes) for shapes in (found, expected))
         raise ValueError(
-            f"expected measurements of shape {expected}, as {type(physics).__name__} makes of images {tuple(x.shape)}; "
-            f"got {found}"
+            f"expected measurements of shape {wanted}, as {type(physics).__name__} makes of images {tuple(x.shape)}; got {got}"
         )
 
 

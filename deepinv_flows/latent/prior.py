@@ -1,9 +1,8 @@
 """A flow on whole images as a prior."""
 
-import math
 import os
 from collections.abc import Sequence
-from numbers import Real
+from typing import Any
 
 import torch
 from deepinv.optim import Prior
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from .. import solvers
 from .. import weights as checkpoints
 from ..checks import check_autograd, check_input, positive_int
-from ..flows import Given, as_flow, build_flow, evaluate, like_weights, nll, unwrapped
-from .images import Conditions, images_of
+from ..flows import Conditions, Given, as_flow, build_flow, evaluate, like_weights, nll, unwrapped
+from .images import images_of
 
 
 class FlowPrior(Prior):
@@ -63,19 +62,10 @@ class FlowPrior(Prior):
         super().__init__()
         self.explicit_prior, self.per_dim = True, per_dim
         self.generator = torch.Generator() if generator is None else generator
-        if normalizing_flow is None and not pretrained:
+        flow = _loaded(normalizing_flow, pretrained) if pretrained else normalizing_flow
+        if flow is None:
             raise ValueError("expected a normalizing_flow or pretrained weights; got neither")
-        if pretrained:
-            with checkpoints.guarded(pretrained):
-                weights = checkpoints.find(pretrained)
-                if normalizing_flow is None:
-                    if weights.config is None or weights.dialect or weights.patch:
-                        raise checkpoints.CheckpointError(
-                            "expected weights that FlowPrior.save wrote; found those of another flow, such as one on patches"
-                        )
-                    normalizing_flow = build_flow(weights.config, torch.Generator())
-                checkpoints.load_into(normalizing_flow, weights.state)
-        self.normalizing_flow = as_flow(normalizing_flow)
+        self.normalizing_flow = as_flow(flow)
         if (dim := images_of(self.normalizing_flow).dim) is not None:
             raise ValueError(f"expected a flow on images (N, C, H, W); got one on vectors of {dim} entries")
 
@@ -83,7 +73,7 @@ class FlowPrior(Prior):
         size = getattr(unwrapped(self.normalizing_flow), "img_size", None)
         return f"per_dim={self.per_dim}" + (f", img_size={tuple(size)}" if size else "")
 
-    def given(self, c: Conditions) -> "FlowPrior":
+    def given(self, c: Tensor | Sequence[Tensor]) -> "FlowPrior":
         """
         The prior of a conditional flow at fixed conditions, for the optimizers of deepinv, which pass none.
 
@@ -207,12 +197,12 @@ class FlowPrior(Prior):
         img_size = getattr(flow, "img_size", None) if img_size is None else img_size
         if img_size is None:
             raise ValueError(f"expected img_size, which a {type(flow).__name__} does not know; got None")
-        stds = _temperatures(std)
+        temperatures = _temperatures(std)
         generator, like = self.generator if generator is None else generator, like_weights(self)
         shape = (positive_int(n=n), *img_size)
         z = torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
         with torch.no_grad():
-            return self.decode(stds[0] * z if isinstance(std, Real) else _scaled_levels(flow, z, stds), c)
+            return self.decode(_scaled(flow, z, temperatures), c)
 
     def save(self, path: str | os.PathLike) -> None:
         """
@@ -230,18 +220,35 @@ class FlowPrior(Prior):
         check_input(x, like_weights(self, x), patch_size=1, channels=channels, images_only=True)
 
 
-def _temperatures(std: float | Sequence[float]) -> list[float]:
-    stds = [float(std)] if isinstance(std, Real) else [float(value) for value in std]
-    if not all(0 <= value < math.inf for value in stds):
+def _temperatures(std: float | Sequence[float]) -> Tensor:
+    stds = torch.as_tensor(std, dtype=torch.float64)
+    if stds.ndim > 1 or not bool((torch.isfinite(stds) & (stds >= 0)).all()):
         raise ValueError(f"expected a finite std >= 0, or a list of them; got {std}")
     return stds
 
 
-def _scaled_levels(flow: nn.Module, z: Tensor, stds: list[float]) -> Tensor:
+def _scaled(flow: Any, z: Tensor, stds: Tensor) -> Tensor:
+    """Latents times a number, or each of their levels times one."""
     flow = flow.flow if isinstance(flow, Given) else flow
+    if stds.ndim == 0:
+        return float(stds) * z
     if not hasattr(flow, "to_levels"):
-        raise ValueError(f"expected one std, as a {type(flow).__name__} does not have levels; got {stds}")
+        raise ValueError(f"expected one std, as a {type(flow).__name__} does not have levels; got {stds.tolist()}")
     levels = flow.to_levels(z)
     if len(levels) != len(stds):
-        raise ValueError(f"expected one std, or one for each of {len(levels)} levels; got {stds}")
-    return flow.from_levels([std * level for std, level in zip(stds, levels)])
+        raise ValueError(f"expected one std, or one for each of {len(levels)} levels; got {stds.tolist()}")
+    return flow.from_levels([std * level for std, level in zip(stds.tolist(), levels)])
+
+
+def _loaded(flow: nn.Module | None, pretrained: str | os.PathLike) -> nn.Module:
+    """The flow that weights are for, or this flow with them."""
+    with checkpoints.guarded(pretrained):
+        weights = checkpoints.find(pretrained)
+        if flow is None:
+            if weights.config is None or weights.dialect or weights.patch:
+                raise checkpoints.CheckpointError(
+                    "expected weights that FlowPrior.save wrote; found those of another flow, such as one on patches"
+                )
+            flow = build_flow(weights.config, torch.Generator())
+        checkpoints.load_into(flow, weights.state)
+    return flow

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checks import check_positive, positive_int
+from ..flows import Conditions
 from .hamiltonian import Kernel
-from .images import Conditions
 from .map import LatentMAP
 from .preconditioner import curvature
 

@@ -10,9 +10,8 @@ from deepinv.utils import TensorList
 from torch import Tensor
 
 from ..checks import check_choice
-from ..flows import like_weights
+from ..flows import Conditions, like_weights
 from ..solvers import Objective, finite, per_sample
-from .images import Conditions
 from .measurements import parts
 
 if TYPE_CHECKING:

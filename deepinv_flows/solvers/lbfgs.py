@@ -79,7 +79,8 @@ class _Memory:
     """The last steps and gradient differences; pairs of a sample that do not count have weight zero."""
 
     def __init__(self, size: int, like: Tensor):
-        self.size, self.pairs = size, []
+        self.size = size
+        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
         self.scale = torch.ones_like(like)
         self.known = torch.zeros_like(like, dtype=torch.bool)
 
