@@ -33,7 +33,8 @@ def image_flow(
 
     A step rotates the channels, scales and shifts each, and couples the halves by a network of convolutions 3x3, 1x1 and 3x3
     whose last layer starts at zero, so that a new flow is linear. Log-scales of couplings are bounded by
-    ``affine_clamping``, in both directions. Latents have the shape of the images; the flow is made for one size.
+    ``affine_clamping``, in both directions. Latents have the shape of the images, and ``flow.to_levels(z)`` parts them by level;
+    the flow is made for one size.
 
     :param tuple img_size: (C, H, W) with H and W divisible by ``2**num_levels``.
     :param int num_levels: number of levels.
@@ -44,7 +45,8 @@ def image_flow(
     :param str squeeze: ``"haar"`` squeezes to Haar coefficients, ``"checkerboard"`` leaves the pixels as they are.
     :param float affine_clamping: bound on the log-scale of a coupling.
     :param str activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"leaky_relu"``.
-    :param list dims_c: sizes (C', H, W) of conditions, which ``flow(x, c=[condition, ...])`` then takes.
+    :param list dims_c: sizes (C', H, W) of conditions, such as a noise level or a class in each pixel, or a first reconstruction,
+        which ``flow(x, c=[condition, ...])`` then takes, and ``flow(x, c=condition)`` where there is one.
     :param bool memory_efficient: keep only the input of each block for a gradient and compute the rest again, for about a
         third more time; ``flow.memory_efficient`` can be set at any time.
     :param torch.Generator generator: source of weights and rotations; ``None`` takes torch's global one.
