@@ -107,7 +107,7 @@ def as_flow(module: nn.Module) -> nn.Module:
     :param torch.nn.Module module: a flow, a bare FrEIA ``InvertibleModule`` (a block, or a network with
         ``force_tuple_output``), or a zuko flow over a standard normal base.
     :return: module called as ``flow(x, rev=False) -> (z, log_det)``.
-    :raises TypeError: when ``module`` is no :class:`torch.nn.Module`.
+    :raises TypeError: when ``module`` is not a :class:`torch.nn.Module`.
 
     >>> import FrEIA.modules as Fm, torch
     >>> from deepinv_flows import as_flow

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Conditioned(Denoising):
-    """Denoising whose parameters ``c0``, ``c1``, ... are the conditions of the batch, and nothing to the measurements."""
+    """Denoising whose parameters ``c0``, ``c1``, ... are the conditions of the batch; the measurements ignore them."""
 
     c: list[Tensor] | None = None
 
