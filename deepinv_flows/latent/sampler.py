@@ -37,8 +37,8 @@ class LatentSampler(Reconstructor):
     :param torch.nn.Module flow: a flow, run in reverse as G, or a :class:`deepinv_flows.FlowPrior`.
     :param deepinv.optim.DataFidelity data_fidelity: f, with a value for each image; ``None`` is ``L2()``. For Gaussian noise of
         standard deviation s the posterior has ``L2(sigma=s)``.
-    :param float temperature: :math:`\tau`, the standard deviation of the latents a priori; for a flow that is too sure of
-        itself, as one of few images is, the standard deviation of the latents of images that it has not seen.
+    :param float temperature: :math:`\tau`, the standard deviation of the latents a priori; above 1 for a flow that is too
+        sure of itself.
     :param int max_iter: number of samples of each chain.
     :param int warm_up: iterations before these, in which the step size is adapted.
     :param int num_steps: leapfrog steps of an iteration; 1 is Langevin's algorithm with a Metropolis test. Their number is drawn
