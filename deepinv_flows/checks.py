@@ -4,7 +4,7 @@ import contextlib
 import operator
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -63,7 +63,7 @@ def check_finite(what: str, *tensors: Tensor) -> None:
 
 
 def check_input(x: Tensor, like: Tensor, patch_size: int, channels: int, images_only: bool) -> None:
-    """Refuse what is no finite image batch (or, unless ``images_only``, patches) of the dtype and device of ``like``."""
+    """Refuse what is not a finite batch of images (or, unless ``images_only``, patches) of the dtype and device of ``like``."""
     if not torch.is_tensor(x):
         raise TypeError(f"expected a tensor; got {type(x).__name__}")
     _check_shape(x, patch_size, channels, images_only)
@@ -116,8 +116,8 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"expected {name} > 0; got {value}")
 
 
-def check_choice(name: str, value: Any, choices) -> None:
-    if value not in choices:
+def check_choice(name: str, value: Any, choices: Iterable) -> None:
+    if value not in (choices := list(choices)):
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
@@ -132,10 +132,9 @@ def _check_shape(x: Tensor, patch_size: int, channels: int, images_only: bool) -
     if x.numel() == 0:
         raise ValueError(f"expected a non-empty batch; got shape {shape}")
     if x.ndim == 4 and shape[1] != channels:
-        raise ValueError(
-            f"expected {channels} channels (patch dimension {dim}); got image of shape {shape}. "
-            f"Patches are passed as (B, n, {channels}, {p}, {p})"
-        )
+        patches = "" if images_only else f". Patches are passed as (B, n, {channels}, {p}, {p})"
+        of_patches = f" (patch dimension {dim})" if p > 1 else ""
+        raise ValueError(f"expected {channels} channels{of_patches}; got image of shape {shape}{patches}")
     if x.ndim == 4 and min(shape[2:]) < p:
         raise ValueError(f"expected an image of at least {p} x {p} pixels, the size of a patch; got shape {shape}")
     if x.ndim == 3 and shape[2] != dim:

@@ -107,7 +107,7 @@ METHODS = {
 }
 
 # %%
-# Tune on the held-out faces, show the grid; then the test, on faces and on images that are none.
+# Tune on the held-out faces, show the grid; then the test, on faces and on images that are not faces.
 
 figures, pictures = {}, {}
 for m in MEASUREMENTS:

@@ -2,12 +2,16 @@
 Flows: the contract that every prior here relies on, and builders of flows that satisfy it.
 
 The contract and the negative log-likelihood are in :mod:`~deepinv_flows.flows.contract`; builders for vectors, for images and by
-``config`` in modules of these names; what a state dict holds in :mod:`~deepinv_flows.flows.state`; what FrEIA needs to be pickled
-and copied in :mod:`~deepinv_flows.flows.freia`.
+``config`` in modules of these names, the flow that the second builds in :mod:`~deepinv_flows.flows.multiscale`; flows at fixed
+conditions in :mod:`~deepinv_flows.flows.conditional`; flows and other modules as generators of images in
+:mod:`~deepinv_flows.flows.generator`; what a state dict holds in :mod:`~deepinv_flows.flows.state`; what FrEIA needs to be
+pickled and copied in :mod:`~deepinv_flows.flows.freia`.
 """
 
 from .building import build_flow
+from .conditional import Given
 from .contract import Reversed, as_flow, evaluate, like_weights, nll
+from .generator import Conditions, ImageGenerator, unwrapped
 from .image import image_flow
 from .state import (
     CONFIG,
@@ -33,6 +37,9 @@ __all__ = [
     "EXTRA",
     "FREIA_ORDER",
     "NETWORKS",
+    "Conditions",
+    "Given",
+    "ImageGenerator",
     "KnowsItsConfig",
     "Reversed",
     "allinone_flow",
@@ -51,4 +58,5 @@ __all__ = [
     "nll",
     "rename_deepinv",
     "same_function",
+    "unwrapped",
 ]

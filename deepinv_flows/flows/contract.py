@@ -9,6 +9,7 @@ it changes sign with ``rev``. FrEIA's ``SequenceINN`` and ``GraphINN``, deepinv'
 
 import inspect
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,8 @@ class Reversed(KnowsItsConfig, nn.Module):
         self.flow = flow
 
     @property
-    def config(self) -> dict:
-        return {**self.flow.config, "reversed": True}
+    def config(self) -> dict:  # type: ignore[override]
+        return {**self.flow.config, "reversed": True}  # type: ignore[dict-item]
 
     def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         return evaluate(self.flow, x, not rev)
@@ -75,7 +76,7 @@ def as_flow(module: nn.Module) -> nn.Module:
     :param torch.nn.Module module: a flow, a bare FrEIA ``InvertibleModule`` (a block, or a network with
         ``force_tuple_output``), or a zuko flow over a standard normal base.
     :return: module called as ``flow(x, rev=False) -> (z, log_det)``.
-    :raises TypeError: when ``module`` is no :class:`torch.nn.Module`.
+    :raises TypeError: when ``module`` is not a :class:`torch.nn.Module`.
 
     >>> import FrEIA.modules as Fm, torch
     >>> from deepinv_flows import as_flow
@@ -106,14 +107,19 @@ def _check_standard_normal(module: nn.Module) -> None:
         raise TypeError(f"expected a zuko flow over a standard normal base; {type(module).__name__} has {base}")
 
 
-def evaluate(flow: nn.Module, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+def evaluate(
+    flow: nn.Module, x: Tensor, rev: bool = False, c: Tensor | Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """
-    ``flow(x, rev=rev)`` with the contract checked, and ``log_det`` as (N,).
+    ``flow(x, rev=rev)``, given conditions c where there are any, with the contract checked, and ``log_det`` as (N,).
 
     A ``log_det`` of shape (N, 1), a list instead of a tuple, and a ``forward`` without ``rev`` (a density that cannot be sampled)
     are taken as well.
     """
-    out = flow(x, rev=rev) if _knows_rev(flow) else _one_way(flow, x, rev)
+    if c is not None:
+        out = flow(x, c=[c] if torch.is_tensor(c) else list(c), rev=rev)
+    else:
+        out = flow(x, rev=rev) if _knows_rev(flow) else _one_way(flow, x, rev)
     if not (isinstance(out, (tuple, list)) and len(out) == 2 and torch.is_tensor(out[0])):
         raise TypeError(f"expected the flow {type(flow).__name__} to return (z, log_det); got {type(out).__name__}")
     z, log_det = out
@@ -139,16 +145,17 @@ def _one_way(flow: nn.Module, x: Tensor, rev: bool):
     return flow(x)
 
 
-def nll(flow: nn.Module, x: Tensor, constant: bool = True) -> Tensor:
+def nll(flow: nn.Module, x: Tensor, constant: bool = True, c: Tensor | Sequence[Tensor] | None = None) -> Tensor:
     r"""
     Negative log-likelihood of samples, :math:`\tfrac12\|z\|^2 + \tfrac D2 \log 2\pi - \log|\det J|`.
 
     :param torch.nn.Module flow: flow.
     :param torch.Tensor x: samples (N, D) or (N, C, H, W).
     :param bool constant: whether to add the term :math:`\tfrac D2 \log 2\pi`, which the potential of patches leaves out.
+    :param c: conditions, for a conditional flow.
     :return: (N,) in nats.
     """
-    z, log_det = evaluate(flow, x)
+    z, log_det = evaluate(flow, x, c=c)
     value = 0.5 * z.flatten(1).pow(2).sum(1) - log_det
     return value + 0.5 * x[0].numel() * math.log(2 * math.pi) if constant else value
 
@@ -161,6 +168,11 @@ def _per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
     if log_det.shape != x.shape[:1]:
         raise ValueError(f"expected log_det of shape ({x.shape[0]},), one per sample; got {tuple(log_det.shape)}")
     return log_det
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the ``forward`` of a module has a parameter of this name."""
+    return name in inspect.signature(module.forward).parameters
 
 
 def like_weights(module: nn.Module, default: Tensor | None = None) -> Tensor:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from . import state
 
+SAMPLES_PER_CHANNEL = 10  # from which on the sample variances are taken as they are
+LEAST_VARIANCE = 1e-6  # of a channel, as a multiple of the mean over channels
+
 
 class Clamp:
     r"""Soft clamp :math:`u \mapsto a \cdot h(b\,u)`, which couplings multiply by their ``clamp``."""
@@ -77,10 +80,23 @@ def _check_rotation(name: str, matrix: Tensor, errors: list[str]) -> None:
         errors.append(f"{name}: is not a rotation (an average of different rotations?)")
 
 
+def shrinkage(samples: int, channels: int) -> float:
+    """Weight of the mean over channels in an estimate of their variances; 0 for ten samples or more for each channel."""
+    return max(0.0, 1 - samples / (SAMPLES_PER_CHANNEL * channels))
+
+
 def _standardising(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithm of the scale, and the offset, that give each channel of ``x`` mean 0 and variance 1."""
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True)
-    log_scale = -0.5 * var.clamp_min(1e-12).log()
+    """
+    Logarithm of the scale, and the offset, that give each channel of ``x`` mean 0 and variance 1.
+
+    Variances from few samples are shrunk towards their mean over channels, and none counts as less than a millionth of it.
+    """
+    samples, channels = x[:, 0].numel(), x.shape[1]
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True, correction=min(1, samples - 1))
+    average, rounding = var.mean(), 10 * torch.finfo(x.dtype).eps * x.abs().max()
+    average = torch.where(average > rounding**2, average, torch.ones_like(average))
+    var = torch.lerp(var, average.expand_as(var), shrinkage(samples, channels)).clamp_min(LEAST_VARIANCE * average)
+    log_scale = -0.5 * var.log()
     return log_scale, -mean * log_scale.exp()
 
 
@@ -177,8 +193,8 @@ class ChannelAffine(Fm.InvertibleModule):
     @torch.no_grad()
     def initialise(self, x: Tensor, c=()) -> None:
         """Rotate to the principal axes of the channels of ``x``, and standardise."""
-        pixels = x.movedim(1, 0).flatten(1)
-        self.rotation.copy_(torch.linalg.eigh(torch.cov(pixels)).eigenvectors.T.flip(0))
+        pixels = x.movedim(1, 0).flatten(1).double().cpu()  # in float32 eigh may fail on a covariance that is singular
+        self.rotation.copy_(torch.linalg.eigh(torch.cov(pixels, correction=0)).eigenvectors.T.flip(0))
         log_scale, offset = _standardising(F.conv2d(x, self.rotation[:, :, None, None]))
         self.log_scale.copy_(log_scale)
         self.offset.copy_(offset)

@@ -1,129 +1,17 @@
-"""Multi-scale flows on whole images, on FrEIA."""
+"""Builder of multi-scale flows on whole images, on FrEIA."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from ..checks import check_choice, check_positive, positive_int, randomness
-from .contract import KnowsItsConfig
+from .multiscale import ImageFlow
 from .vector import ACTIVATIONS
 
 COUPLINGS = ("allinone", "glow")
 SQUEEZES = ("haar", "checkerboard")
-
-
-class ImageFlow(KnowsItsConfig, nn.Module):
-    """
-    Levels of FrEIA blocks; after each level but the last, half of the channels leave for the latent.
-
-    What leaves is scaled and shifted by networks of what stays, as Glow's learned prior does.
-
-    :param torch.nn.ModuleList levels: a ``ModuleList`` of FrEIA blocks for each level.
-    :param torch.nn.ModuleList splits: for each level but the last the ``ConditionalAffineTransform`` of what leaves.
-    :param dict config: the call of :func:`image_flow` that this is.
-    :param bool memory_efficient: as there.
-    """
-
-    def __init__(self, levels: nn.ModuleList, splits: nn.ModuleList, config: dict, memory_efficient: bool = False):
-        super().__init__()
-        self.levels, self.splits, self.config = levels, splits, config
-        self.img_size, self.dims_c = tuple(config["img_size"]), [tuple(dims) for dims in config["dims_c"]]
-        self.register_buffer("initialised", torch.tensor(0.0))  # a number: state dicts are averaged
-        self.memory_efficient = memory_efficient
-
-    def forward(
-        self, x: Tensor, c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """
-        :param torch.Tensor x: images, or latents if ``rev``, (N, C, H, W).
-        :param list c: conditions, each (N, C', H, W), for a flow built with ``dims_c``.
-        :param bool rev: whether to map latents to images.
-        :param bool jac: has no effect: the log-determinant comes for free.
-        :return: latents or images (N, C, H, W), and log-determinants (N,).
-        :raises ValueError: for another shape.
-        """
-        self._check(x, self.img_size)
-        conditions = self._conditions(c, len(x))
-        return self._decode(x, conditions) if rev else self._encode(x, conditions)
-
-    @torch.no_grad()
-    def initialise(self, x: Tensor, c: Sequence[Tensor] | None = None) -> None:
-        """
-        Set the affine maps of new blocks so that every channel has mean 0 and variance 1 for these images, as in Glow.
-
-        Call it once, before training (:func:`deepinv_flows.fit_flow` does), on a batch with its dequantisation noise.
-
-        :param torch.Tensor x: images (N, C, H, W), a few dozen or more.
-        :param list c: conditions, as in the call.
-        """
-        self._check(x, self.img_size)
-        self._encode(x, self._conditions(c, len(x)), initialise=True)
-        self.initialised.fill_(1)
-
-    def _encode(self, x, conditions, initialise=False):
-        x, latents, log_det = _channels_last(x), [], x.new_zeros(len(x))
-        for level, c in enumerate(conditions):
-            for block in self.levels[level]:
-                if initialise and hasattr(block, "initialise"):
-                    block.initialise(x, c)
-                x, change = self._run(block, x, c, rev=False)
-                log_det = log_det + change
-            if level < len(self.splits):
-                x, z = x.chunk(2, 1)
-                z, change = self._run(self.splits[level], z, [x, *c], rev=False)
-                log_det = log_det + change
-                latents.append(z.flatten(1))
-        return torch.cat([*latents, x.flatten(1)], 1).view(-1, *self.img_size), log_det
-
-    def _decode(self, z, conditions):
-        log_det = z.new_zeros(len(z))
-        *latents, x = self._parts(z)
-        for level in reversed(range(len(self.levels))):
-            c = conditions[level]
-            if level < len(self.splits):
-                part, change = self._run(self.splits[level], latents[level], [x, *c], rev=True)
-                x, log_det = torch.cat([x, part], 1), log_det + change
-            for block in reversed(self.levels[level]):
-                x, change = self._run(block, x, c, rev=True)
-                log_det = log_det + change
-        return x.contiguous(), log_det
-
-    def _run(self, block, x, c, rev):
-        def call(x, *c):
-            (out,), log_det = block((x,), c=list(c), rev=rev)
-            return out, log_det
-
-        if self.memory_efficient and torch.is_grad_enabled():
-            return checkpoint(call, x, *c, use_reentrant=False, preserve_rng_state=False)
-        return call(x, *c)
-
-    def _parts(self, z: Tensor) -> list[Tensor]:
-        """What left after each level, and what stayed to the end."""
-        channels, height, width = self.img_size
-        shapes = []
-        for level in range(len(self.levels)):
-            channels, height, width = 4 * channels, height // 2, width // 2
-            if level < len(self.splits):
-                channels //= 2
-            shapes.append((channels, height, width))
-        parts = z.flatten(1).split([c * h * w for c, h, w in shapes], 1)
-        return [_channels_last(part.reshape(-1, *shape)) for part, shape in zip(parts, shapes)]
-
-    def _conditions(self, c: Sequence[Tensor] | None, n: int) -> list[list[Tensor]]:
-        c = list(c or [])
-        if len(c) != len(self.dims_c):
-            raise ValueError(f"expected {len(self.dims_c)} conditions, of dims_c = {self.dims_c}; got {len(c)}")
-        for condition, dims in zip(c, self.dims_c):
-            self._check(condition, dims, n)
-        return [[F.pixel_unshuffle(part, 2 ** (level + 1)) for part in c] for level in range(len(self.levels))]
-
-    @staticmethod
-    def _check(x: Tensor, size: tuple[int, int, int], n: int | str = "N") -> None:
-        if x.ndim != 4 or tuple(x.shape[1:]) != size or n not in ("N", len(x)):
-            raise ValueError(f"expected a tensor of shape {(n, *size)}; got {tuple(x.shape)}".replace("'", ""))
 
 
 def image_flow(
@@ -145,7 +33,8 @@ def image_flow(
 
     A step rotates the channels, scales and shifts each, and couples the halves by a network of convolutions 3x3, 1x1 and 3x3
     whose last layer starts at zero, so that a new flow is linear. Log-scales of couplings are bounded by
-    ``affine_clamping``, in both directions. Latents have the shape of the images; the flow is made for one size.
+    ``affine_clamping``, in both directions. Latents have the shape of the images, and ``flow.to_levels(z)`` parts them by level;
+    the flow is made for one size.
 
     :param tuple img_size: (C, H, W) with H and W divisible by ``2**num_levels``.
     :param int num_levels: number of levels.
@@ -156,7 +45,8 @@ def image_flow(
     :param str squeeze: ``"haar"`` squeezes to Haar coefficients, ``"checkerboard"`` leaves the pixels as they are.
     :param float affine_clamping: bound on the log-scale of a coupling.
     :param str activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"leaky_relu"``.
-    :param list dims_c: sizes (C', H, W) of conditions, which ``flow(x, c=[condition, ...])`` then takes.
+    :param list dims_c: sizes (C', H, W) of conditions, such as a noise level or a class in each pixel, or a first reconstruction,
+        which ``flow(x, c=[condition, ...])`` then takes, and ``flow(x, c=condition)`` where there is one.
     :param bool memory_efficient: keep only the input of each block for a gradient and compute the rest again, for about a
         third more time; ``flow.memory_efficient`` can be set at any time.
     :param torch.Generator generator: source of weights and rotations; ``None`` takes torch's global one.
@@ -233,8 +123,9 @@ def _level(dims, conditions, config) -> tuple[nn.ModuleList, tuple[int, int, int
             continue
         if step > 0:
             blocks.append(ChannelAffine([dims]))
-        blocks.append(Fm.GLOWCouplingBlock([dims], conditions, subnet_constructor=_subnet(config), clamp=clamp))
-        blocks[-1].f_clamp = Clamp.named("TANH", clamp)
+        block: Any = Fm.GLOWCouplingBlock([dims], conditions, subnet_constructor=_subnet(config), clamp=clamp)
+        block.f_clamp = Clamp.named("TANH", clamp)
+        blocks.append(block)
     return blocks, dims
 
 
@@ -254,14 +145,9 @@ def _subnet(config):
 
     def subnet(channels_in: int, channels_out: int) -> nn.Sequential:
         last = nn.Conv2d(hidden, channels_out, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for p in last.parameters():
+            nn.init.zeros_(p)
         first = nn.Conv2d(channels_in, hidden, 3, padding=1)
         return nn.Sequential(first, act(), nn.Conv2d(hidden, hidden, 1), act(), last)
 
     return subnet
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """In the layout in which convolutions are fastest."""
-    return x.contiguous(memory_format=torch.channels_last)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from deepinv.optim import Prior
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from .. import solvers
 from .. import weights as checkpoints
 from ..checks import check_autograd, check_input, positive_int
-from ..flows import as_flow, evaluate, like_weights, nll
+from ..flows import Conditions, Given, as_flow, evaluate, like_weights, nll, unwrapped
+from .images import images_of
 
 
 class FlowPrior(Prior):
@@ -30,7 +32,8 @@ class FlowPrior(Prior):
         architecture; a ``normalizing_flow`` given as well has to be of it.
     :param bool per_dim: divide g by the number D of entries of an image.
     :param torch.Generator generator: source of samples; ``None`` is one of its own, with a fixed seed.
-    :raises ValueError: when there is neither a flow nor weights, or weights that cannot be used.
+    :raises ValueError: when there is neither a flow nor weights, weights that cannot be used, or a flow on vectors.
+    :raises TypeError: for a prior on patches, or a flow that is called in another way.
 
     Source: Asim et al., "Invertible generative models for inverse problems: mitigating representation error and dataset
     bias", ICML 2020, arXiv 1905.11672.
@@ -59,47 +62,55 @@ class FlowPrior(Prior):
         super().__init__()
         self.explicit_prior, self.per_dim = True, per_dim
         self.generator = torch.Generator() if generator is None else generator
-        if normalizing_flow is None and not pretrained:
+        flow = _loaded(normalizing_flow, pretrained) if pretrained else normalizing_flow
+        if flow is None:
             raise ValueError("expected a normalizing_flow or pretrained weights; got neither")
-        if pretrained:
-            with checkpoints.guarded(pretrained):
-                weights = checkpoints.find(pretrained)
-                if normalizing_flow is None:
-                    if weights.config is None or weights.dialect or weights.patch:
-                        raise checkpoints.CheckpointError(
-                            "expected weights that FlowPrior.save wrote; found those of another flow, such as one on patches"
-                        )
-                    normalizing_flow = checkpoints.new_flow(weights)
-                checkpoints.load_into(normalizing_flow, weights.state)
-        self.normalizing_flow = as_flow(normalizing_flow)
+        self.normalizing_flow = as_flow(flow)
+        if (dim := images_of(self.normalizing_flow).dim) is not None:
+            raise ValueError(f"expected a flow on images (N, C, H, W); got one on vectors of {dim} entries")
 
-    def fn(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def extra_repr(self) -> str:
+        size = getattr(unwrapped(self.normalizing_flow), "img_size", None)
+        return f"per_dim={self.per_dim}" + (f", img_size={tuple(size)}" if size else "")
+
+    def given(self, c: Tensor | Sequence[Tensor]) -> "FlowPrior":
+        """
+        The prior of a conditional flow at fixed conditions, for the optimizers of deepinv, which pass none.
+
+        :param torch.Tensor, list c: conditions, or the only one, each (B, C', H, W) or (1, C', H, W).
+        :return: a prior on batches of B images, with the same weights.
+        """
+        return FlowPrior(Given(self.normalizing_flow, c), per_dim=self.per_dim, generator=self.generator)
+
+    def fn(self, x: Tensor, *args, c: Conditions = None, **kwargs) -> Tensor:
         """
         Negative log-likelihood of each image.
 
         :param torch.Tensor x: images (B, C, H, W).
+        :param torch.Tensor, list c: conditions of a conditional flow, or the only one, each (B, C', H, W).
         :return: (B,) in nats, with the constant; divided by D with ``per_dim``.
         :raises ValueError: for another shape, NaN or infinite entries.
-        :raises TypeError: when x is no real floating-point tensor of the weights' dtype.
+        :raises TypeError: when x is not a real floating-point tensor of the weights' dtype.
         """
         self.check(x)
-        return self._value(x)
+        return self._value(x, c)
 
-    def _value(self, x: Tensor) -> Tensor:
-        value = nll(self.normalizing_flow, x)
+    def _value(self, x: Tensor, c: Conditions = None) -> Tensor:
+        value = nll(self.normalizing_flow, x, c=c)
         return value / x[0].numel() if self.per_dim else value
 
-    def grad(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def grad(self, x: Tensor, *args, c: Conditions = None, **kwargs) -> Tensor:
         """
         Gradient of g at images x, which is left untouched.
 
         :param torch.Tensor x: images (B, C, H, W).
+        :param c: conditions, as in :meth:`fn`.
         :return: tensor like x; with a graph if x asks for a gradient and gradients are enabled.
         :raises RuntimeError: under :func:`torch.inference_mode`.
         """
         check_autograd("FlowPrior")
         self.check(x)
-        return solvers.gradient(self._value, x, self.normalizing_flow)
+        return solvers.gradient(lambda x: self._value(x, c), x, self.normalizing_flow)
 
     def prox(
         self,
@@ -109,6 +120,7 @@ class FlowPrior(Prior):
         stepsize_inter: float = 1.0,
         max_iter_inter: int = 50,
         tol_inter: float = 1e-4,
+        c: Conditions = None,
         **kwargs,
     ) -> Tensor:
         r"""
@@ -121,7 +133,9 @@ class FlowPrior(Prior):
         :param float stepsize_inter: length of the first trial step.
         :param int max_iter_inter: bound on the number of steps.
         :param float tol_inter: stop once a step is shorter than this times the norm of u.
+        :param c: conditions, as in :meth:`fn`.
         :return: tensor like x.
+        :raises ValueError: for a gamma that is negative or not finite, or a trial step that is not positive and finite.
         """
         self.check(x)
         gamma = solvers.gamma_like(gamma, x)
@@ -129,52 +143,66 @@ class FlowPrior(Prior):
         def value_and_grad(u):
             with torch.enable_grad():
                 leaf = u.detach().requires_grad_()
-                value = self.fn(leaf)
+                value = self.fn(leaf, c=c)
                 return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
-        return solvers.prox(value_and_grad, self.grad, x, gamma, stepsize_inter, int(max_iter_inter), tol_inter)
+        def grad(u):
+            return self.grad(u, c=c)
 
-    def encode(self, x: Tensor) -> Tensor:
+        return solvers.prox(value_and_grad, grad, x, gamma, stepsize_inter, int(max_iter_inter), tol_inter)
+
+    def encode(self, x: Tensor, c: Conditions = None) -> Tensor:
         """
         Latents of images.
 
         :param torch.Tensor x: images (B, C, H, W).
-        :return: z, as many numbers.
+        :param c: conditions, as in :meth:`fn`.
+        :return: z, as many numbers; :meth:`deepinv_flows.image_flow`'s ``to_levels`` parts them by level.
         """
         self.check(x)
-        return evaluate(self.normalizing_flow, x)[0]
+        return evaluate(self.normalizing_flow, x, c=c)[0]
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, c: Conditions = None) -> Tensor:
         """
         Images of latents.
 
         :param torch.Tensor z: latents, shaped as :meth:`encode` returns them.
+        :param c: conditions, as in :meth:`fn`.
         :return: images (B, C, H, W).
         """
-        return evaluate(self.normalizing_flow, z, rev=True)[0]
+        return evaluate(self.normalizing_flow, z, rev=True, c=c)[0]
 
     def sample(
-        self, n: int, img_size: Sequence[int] | None = None, std: float = 1.0, generator: torch.Generator | None = None
+        self,
+        n: int,
+        img_size: Sequence[int] | None = None,
+        std: float | Sequence[float] = 1.0,
+        generator: torch.Generator | None = None,
+        c: Conditions = None,
     ) -> Tensor:
         """
         Draw images from the flow.
 
         :param int n: number of images.
         :param tuple img_size: their size (C, H, W), which flows of :func:`deepinv_flows.image_flow` know.
-        :param float std: standard deviation of the latents, Glow's temperature; below 1 images are more typical.
+        :param float, list std: standard deviation of the latents, Glow's temperature; below 1 images are more typical. A list
+            has one for each level, from the finest to the coarsest.
         :param torch.Generator generator: source of the latents; ``None`` is the prior's own.
+        :param c: conditions, each (n, C', H, W), of a conditional flow.
         :return: images (n, C, H, W).
+        :raises ValueError: for a temperature that is negative or not finite, an unknown size, or temperatures of levels that the
+            flow does not have.
         """
-        img_size = getattr(self.normalizing_flow, "img_size", None) if img_size is None else img_size
+        flow = unwrapped(self.normalizing_flow)
+        img_size = getattr(flow, "img_size", None) if img_size is None else img_size
         if img_size is None:
-            raise ValueError(
-                f"expected img_size, which a {type(self.normalizing_flow).__name__} does not know; got None"
-            )
+            raise ValueError(f"expected img_size, which a {type(flow).__name__} does not know; got None")
+        temperatures = _temperatures(std)
         generator, like = self.generator if generator is None else generator, like_weights(self)
         shape = (positive_int(n=n), *img_size)
-        z = std * torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype)
+        z = torch.randn(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
         with torch.no_grad():
-            return self.decode(z.to(like.device))
+            return self.decode(_scaled(flow, z, temperatures), c)
 
     def save(self, path: str | os.PathLike) -> None:
         """
@@ -186,7 +214,41 @@ class FlowPrior(Prior):
         checkpoints.write(path, self.normalizing_flow)
 
     def check(self, x: Tensor) -> None:
-        """Refuse what is no batch of images that the flow knows."""
+        """Refuse what is not a batch of images that the flow knows."""
         found = x.shape[1:2] if torch.is_tensor(x) and x.ndim == 4 else (1,)
-        channels = getattr(self.normalizing_flow, "img_size", found)[0]
+        channels = getattr(unwrapped(self.normalizing_flow), "img_size", found)[0]
         check_input(x, like_weights(self, x), patch_size=1, channels=channels, images_only=True)
+
+
+def _temperatures(std: float | Sequence[float]) -> Tensor:
+    stds = torch.as_tensor(std, dtype=torch.float64)
+    if stds.ndim > 1 or not bool((torch.isfinite(stds) & (stds >= 0)).all()):
+        raise ValueError(f"expected a finite std >= 0, or a list of them; got {std}")
+    return stds
+
+
+def _scaled(flow: Any, z: Tensor, stds: Tensor) -> Tensor:
+    """Latents times a number, or each of their levels times one."""
+    flow = flow.flow if isinstance(flow, Given) else flow
+    if stds.ndim == 0:
+        return float(stds) * z
+    if not hasattr(flow, "to_levels"):
+        raise ValueError(f"expected one std, as a {type(flow).__name__} does not have levels; got {stds.tolist()}")
+    levels = flow.to_levels(z)
+    if len(levels) != len(stds):
+        raise ValueError(f"expected one std, or one for each of {len(levels)} levels; got {stds.tolist()}")
+    return flow.from_levels([std * level for std, level in zip(stds.tolist(), levels)])
+
+
+def _loaded(flow: nn.Module | None, pretrained: str | os.PathLike) -> nn.Module:
+    """The flow that weights are for, or this flow with them."""
+    with checkpoints.guarded(pretrained):
+        weights = checkpoints.find(pretrained)
+        if flow is None:
+            if weights.config is None or weights.dialect or weights.patch:
+                raise checkpoints.CheckpointError(
+                    "expected weights that FlowPrior.save wrote; found those of another flow, such as one on patches"
+                )
+            flow = checkpoints.new_flow(weights)
+        checkpoints.load_into(flow, weights.state)
+    return flow

@@ -125,7 +125,11 @@ class PatchNR(deepinv.optim.PatchNR):
         self._draws, self._asked, self._warned = Draws(), Asked(), False
         sizes = (num_layers, sub_net_size) if normalizing_flow is None else None
         # a new flow is drawn also where weights take its place: a seeded script goes on with the numbers deepinv leaves it
-        self.normalizing_flow = glow_flow(self.dim, *sizes).to(device) if sizes else as_flow(normalizing_flow)
+        self.normalizing_flow = (
+            glow_flow(self.dim, num_layers, sub_net_size).to(device)
+            if normalizing_flow is None
+            else as_flow(normalizing_flow)
+        )
         if pretrained:
             weights.load_pretrained(self, pretrained, sizes, device)
         check_dimension(self.normalizing_flow, self.dim, f"patch_size {patch_size}, channels {channels}")

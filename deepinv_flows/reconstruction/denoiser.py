@@ -1,5 +1,8 @@
 """A flow as a Gaussian denoiser."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from deepinv.models.base import Denoiser
 from torch import Tensor
@@ -42,29 +45,35 @@ class FlowDenoiser(Denoiser):
             raise TypeError(f"expected a FlowPrior; got {type(prior).__name__}")
         self.prior = prior
 
-    def forward(self, x: Tensor, sigma: float | Tensor, **kwargs) -> Tensor:
+    def extra_repr(self) -> str:
+        return self.prior.extra_repr()
+
+    def forward(self, x: Tensor, sigma: float | Tensor, c: Tensor | Sequence[Tensor] | None = None, **kwargs) -> Tensor:
         """
         Denoise images.
 
         :param torch.Tensor x: noisy images (B, C, H, W).
         :param float, torch.Tensor sigma: standard deviation of their noise: one number, or one an image.
+        :param torch.Tensor, list c: conditions of a conditional flow, or the only one, each (B, C', H, W).
         :return: tensor like x; with a graph where x or the weights ask for one.
         :raises ValueError: for a level that is negative or not finite, and for images that :class:`FlowPrior` refuses.
-        :raises TypeError: for a level that is no number, and for images that :class:`FlowPrior` refuses.
+        :raises TypeError: for a level that is not a number, and for images that :class:`FlowPrior` refuses.
         :raises RuntimeError: under :func:`torch.inference_mode`.
         """
-        score = -self.prior.grad(x) * (x[0].numel() if self.prior.per_dim else 1)
+        score = -self.prior.grad(x, c=c) * (x[0].numel() if self.prior.per_dim else 1)
         return x + _variance(sigma, x) * score
 
 
 def _variance(sigma, x: Tensor) -> Tensor:
     """The square of a noise level, to multiply ``x``."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32  # squares vanish in half precision
     try:
-        sigma = torch.as_tensor(sigma, device=x.device)
+        known = torch.is_tensor(sigma) or isinstance(sigma, np.ndarray | np.generic)
+        sigma = torch.as_tensor(sigma, dtype=None if known else exact, device=x.device)
     except (RuntimeError, TypeError, ValueError):
         raise TypeError(f"expected sigma to be a number, or one for each image; got {type(sigma).__name__}") from None
     if sigma.dtype not in (torch.float32, torch.float64):
-        sigma = sigma.float()  # squares vanish in half precision
+        sigma = sigma.to(exact)
     if sigma.numel() not in (1, len(x)):
         raise ValueError(
             f"expected sigma to be one number, or one for each of {len(x)} images; got {tuple(sigma.shape)}"

@@ -1,5 +1,5 @@
 r"""
-Minimisation of one smooth function a sample, all samples of a batch at once, each with its own state.
+L-BFGS on a batch of samples, each a problem with its own state.
 
 L-BFGS (Nocedal 1980) with the bracketing line search of Lewis & Overton (2013), which asks for
 
@@ -17,33 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import at_iteration, iteration
+from ..checks import at_iteration
+from .batch import dot, finite, norm, per_sample, rounding
+from .objective import Objective, check_still_finite, in_unit
 
 SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9
 MAX_TRIALS = 20
-
-Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
-
-
-def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    return value.view(-1, *[1] * (like.ndim - 1))
-
-
-def finite(value: Tensor, grad: Tensor) -> Tensor:
-    """Samples (B,) at which value (B,) and gradient (B, ...) are finite."""
-    return torch.isfinite(value) & torch.isfinite(grad.flatten(1)).all(1)
-
-
-def _check_still_finite(value_and_grad: Objective, z: Tensor, which: Tensor) -> None:
-    """Where every step was refused: z was accepted once, so it is not the steps if its value is not finite now."""
-    if which.any() and (bad := which & ~finite(*value_and_grad(z))).any():
-        raise ValueError(
-            f"the objective of images {bad.nonzero().flatten().tolist()} of the batch is not finite any more{iteration()}"
-        )
 
 
 @torch.no_grad()
@@ -62,32 +41,35 @@ def lbfgs(
     :param Callable value_and_grad: z (B, ...) to values (B,) and gradients (B, ...).
     :param torch.Tensor z: where to start, (B, ...), with finite values.
     :param int max_iter: bound on the number of iterations.
-    :param float step: first trial step of an iteration, as a multiple of the quasi-Newton step.
+    :param float step: first trial step of an iteration, as a multiple of the quasi-Newton step; without any curvature known, as
+        in the first iteration, the length of the step.
     :param float tol: a sample is done once an iteration lowers its value by less than ``tol`` times the value, or to less
-        than ``tol**2`` times the value at the start.
+        than ``tol**2`` times the value at the start; a step that was taken without any curvature known never ends it.
     :param int history: pairs of steps and gradient differences that are remembered.
     :param Callable callback: is shown iterate and values after each iteration.
     :return: tensor like z.
     :raises ValueError: naming the iteration, when an accepted iterate's value or gradient is not finite any more.
     """
     value, grad = value_and_grad(z)
+    value_and_grad, unit = in_unit(value_and_grad, norm(grad))
+    value, grad = value / unit, grad / per_sample(unit, grad)
     memory, negligible = _Memory(history, value), tol**2 * value.abs()
-    # the first step, without any curvature known, is of length `step` at most
-    t = step / dot(grad, grad).sqrt().clamp_min(1)
+    t = step / dot(grad, grad).sqrt()
     alive = torch.ones_like(value, dtype=torch.bool)
     for it in range(max_iter):
         direction = memory.direction(grad)
         with at_iteration(it):
             trial = _line_search(value_and_grad, z, value, grad, direction, t, alive)
             moved, z_new, value_new, grad_new = trial
-            _check_still_finite(value_and_grad, z, alive & ~moved)
+            check_still_finite(value_and_grad, z, alive & ~moved)
+        little = memory.known & (value - value_new <= tol * value_new.abs())
         memory.remember(z_new - z, grad_new - grad)
         # no way down along the quasi-Newton direction: forget the past; none along the gradient either: done
         alive = alive & (moved | memory.forget(alive & ~moved))
-        alive = alive & ~(moved & ((value - value_new <= tol * value_new.abs()) | (value_new.abs() <= negligible)))
+        alive = alive & ~(moved & (little | (value_new.abs() <= negligible)))
         t = torch.where(moved, torch.full_like(t, step), step / dot(grad, grad).sqrt().clamp_min(1))
         z, value, grad = z_new, value_new, grad_new
-        callback(z, value)
+        callback(z, unit * value)
         if not alive.any():
             break
     return z
@@ -97,7 +79,8 @@ class _Memory:
     """The last steps and gradient differences; pairs of a sample that do not count have weight zero."""
 
     def __init__(self, size: int, like: Tensor):
-        self.size, self.pairs = size, []
+        self.size = size
+        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
         self.scale = torch.ones_like(like)
         self.known = torch.zeros_like(like, dtype=torch.bool)
 
@@ -139,7 +122,7 @@ def _line_search(value_and_grad, z, value, grad, direction, t, alive):
     lo, hi = torch.zeros_like(t), torch.full_like(t, torch.inf)
     moved, searching = torch.zeros_like(alive), t > 0
     best = z, value, grad
-    rounding = 10 * torch.finfo(z.dtype).eps * value.abs()
+    slack = rounding(value)
     for _ in range(MAX_TRIALS):
         if not searching.any():
             break
@@ -148,7 +131,7 @@ def _line_search(value_and_grad, z, value, grad, direction, t, alive):
         slope_trial = dot(grad_trial, direction)
         low = value_trial <= value + SUFFICIENT_DECREASE * t * slope
         # where the value is flat to rounding only the slope still tells
-        low |= (value_trial <= value + rounding) & (slope_trial.abs() < CURVATURE * slope.abs())
+        low |= (value_trial <= value + slack) & (slope_trial.abs() < CURVATURE * slope.abs())
         low &= finite(value_trial, grad_trial) & searching
         keep = per_sample(low, z)
         best = (
@@ -162,48 +145,3 @@ def _line_search(value_and_grad, z, value, grad, direction, t, alive):
         t = torch.where(searching, torch.where(hi.isinf(), 2 * t, (lo + hi) / 2), t)
         searching = searching & ~(moved & (hi - lo < 1e-3 * hi))
     return moved, *best
-
-
-@torch.no_grad()
-def first_order(
-    value_and_grad: Objective,
-    z: Tensor,
-    make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
-    max_iter: int = 100,
-    tol: float = 0.0,
-    callback: Callable[[Tensor, Tensor], None] = lambda z, value: None,
-) -> Tensor:
-    """
-    The best iterate of each sample along the path of an optimizer of torch that works entry by entry, such as Adam.
-
-    A sample whose value or gradient is not finite goes back to its best iterate, and halves its steps from there on.
-
-    :param Callable make_optimizer: list of one tensor to its optimizer.
-    :param float tol: a sample is done once a step is shorter than ``tol`` times its norm.
-    :return: tensor like z; other parameters are as in :func:`lbfgs`.
-    """
-    z = z.clone()
-    optimizer = make_optimizer([z])
-    best, lowest = z.clone(), torch.full_like(z.flatten(1)[:, 0], torch.inf)
-    shortened, alive = torch.ones_like(lowest), torch.ones_like(lowest, dtype=torch.bool)
-    for it in range(max_iter + 1):
-        with at_iteration(it):
-            value, grad = value_and_grad(z)
-        good = finite(value, grad)
-        lower = good & alive & (value < lowest)
-        best, lowest = torch.where(per_sample(lower, z), z, best), torch.where(lower, value, lowest)
-        if it > 0:
-            with at_iteration(it):
-                _check_still_finite(value_and_grad, best, alive & ~good)
-            callback(best, lowest)
-        if it == max_iter or not alive.any():
-            break
-        shortened = torch.where(good, shortened, shortened / 2)
-        z.copy_(torch.where(per_sample(good & alive, z), z, best))
-        z.grad = torch.where(per_sample(good, z), grad, torch.zeros_like(grad))
-        before = z.clone()
-        optimizer.step()
-        move = per_sample(shortened * alive, z) * (z - before)
-        z.copy_(torch.where(per_sample(finite(lowest, move), z), before + move, before))
-        alive = alive & ((dot(move, move) > tol**2 * dot(z, z)) | ~good)
-    return best

@@ -9,6 +9,7 @@ Descends by :math:`u^+ = u - s\, \nabla F(u)` with Barzilai-Borwein step sizes s
 falls enough (Armijo 1966), so F never rises, whatever gamma is. Each sample has its own step size.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,18 +17,10 @@ from deepinv.optim.linear import minres
 from torch import Tensor
 
 from ..checks import iteration
-from .lbfgs import finite
+from .batch import dot, finite, per_sample, rounding
 
 SUFFICIENT_DECREASE = 1e-4
 MAX_SHORTENINGS = 20
-
-
-def _per_sample(value: Tensor, x: Tensor) -> Tensor:
-    return value.view(-1, *[1] * (x.ndim - 1))
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.flatten(1).sum(1)
 
 
 def gamma_like(gamma: float | Tensor, x: Tensor) -> Tensor:
@@ -37,7 +30,7 @@ def gamma_like(gamma: float | Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"expected gamma to be one number or one for each of {x.shape[0]} samples; got {gamma.shape}")
     if not bool((gamma.detach() >= 0).all()) or not bool(torch.isfinite(gamma.detach()).all()):
         raise ValueError(f"expected a finite gamma >= 0; got {gamma.detach().flatten().tolist()}")
-    return _per_sample(gamma.reshape(-1), x)
+    return per_sample(gamma.reshape(-1), x)
 
 
 @torch.no_grad()
@@ -64,45 +57,45 @@ def minimise(
 
     def energy(u):
         g, grad = value_and_grad(u)
-        return gamma.flatten() * g + 0.5 * _sum((u - x) ** 2), gamma * grad + u - x
+        return gamma.flatten() * g + 0.5 * dot(u - x, u - x), gamma * grad + u - x
 
     u = x.clone()
     F, grad = energy(u)
     if not finite(F, grad).all():
         raise ValueError(f"the value or gradient of the prior is not finite where its prox begins{iteration()}")
-    s = torch.full_like(F, step)
-    rounding = 10 * torch.finfo(x.dtype).eps * F.abs()
+    s, alive = torch.full_like(F, step), torch.ones_like(F, dtype=torch.bool)
+    slack = rounding(F)
     for _ in range(max_iter):
-        u_next, F_next, grad_next, s, accepted = _line_search(energy, u, F, grad, s, rounding)
+        u_next, F_next, grad_next, s, accepted = _line_search(energy, u, F, grad, s, slack, alive)
         move = u_next - u
-        moved, curvature = _sum(move**2), _sum(move * (grad_next - grad))
+        moved, curvature = dot(move, move), dot(move, grad_next - grad)
         u, F, grad = u_next, F_next, grad_next
         # no shorter step falls either: rounding, or a kink of a ReLU network
-        if not (accepted & (moved > tol**2 * _sum(u**2))).any():
+        alive = alive & accepted & (moved > tol**2 * dot(u, u))
+        if not alive.any():
             break
         s = torch.where(curvature > 0, moved / curvature, 4 * s).clamp(1e-12, 1e3)
     return u
 
 
-def _line_search(energy, u, F, grad, s, rounding):
-    """For each sample the first of the steps s, s/4, s/16, ... that falls enough; none for a sample where none does."""
-    slope = _sum(grad**2)
-    u_next, F_next, grad_next, accepted = u, F, grad, torch.zeros_like(F, dtype=torch.bool)
+def _line_search(energy, u, F, grad, s, slack, alive):
+    """For each live sample the first of the steps s, s/4, s/16, ... that falls enough; none for a sample where none does."""
+    slope = dot(grad, grad)
+    u_next, F_next, grad_next, searching = u, F, grad, alive
     for _ in range(MAX_SHORTENINGS):
-        trial = u - _per_sample(s, u) * grad
+        trial = torch.where(per_sample(searching, u), u - per_sample(s, u) * grad, u)
         F_trial, grad_trial = energy(trial)
         enough = F_trial <= F - SUFFICIENT_DECREASE * s * slope
         # where F is flat to rounding only the gradient still tells (Hager & Zhang 2005)
-        enough |= (F_trial <= F + rounding) & (_sum(grad_trial**2) < slope)
-        new = enough & ~accepted & finite(F_trial, grad_trial)
-        keep = _per_sample(new, u)
+        enough |= (F_trial <= F + slack) & (dot(grad_trial, grad_trial) < slope)
+        new = enough & searching & finite(F_trial, grad_trial)
+        keep = per_sample(new, u)
         u_next, grad_next = torch.where(keep, trial, u_next), torch.where(keep, grad_trial, grad_next)
-        F_next = torch.where(new, F_trial, F_next)
-        accepted = accepted | new
-        if accepted.all():
+        F_next, searching = torch.where(new, F_trial, F_next), searching & ~new
+        if not searching.any():
             break
-        s = torch.where(accepted, s, s / 4)
-    return u_next, F_next, grad_next, s, accepted
+        s = torch.where(searching, s / 4, s)
+    return u_next, F_next, grad_next, s, alive & ~searching
 
 
 def gradient(function: Callable[[Tensor], Tensor], x: Tensor, weights: torch.nn.Module) -> Tensor:
@@ -113,9 +106,21 @@ def gradient(function: Callable[[Tensor], Tensor], x: Tensor, weights: torch.nn.
         return torch.autograd.grad(function(leaf).sum(), leaf, create_graph=recorded)[0]
 
 
-def prox(value_and_grad: Callable, grad: Callable[[Tensor], Tensor], x: Tensor, gamma: Tensor, *options) -> Tensor:
+def prox(
+    value_and_grad: Callable,
+    grad: Callable[[Tensor], Tensor],
+    x: Tensor,
+    gamma: Tensor,
+    stepsize_inter: float,
+    max_iter_inter: int,
+    tol_inter: float,
+) -> Tensor:
     """:func:`minimise` from x with these options; differentiable in x, gamma and the weights where gradients are enabled."""
-    u = minimise(value_and_grad, x.detach(), gamma.detach(), *options)
+    if not 0 < stepsize_inter < math.inf:
+        raise ValueError(f"expected a finite stepsize_inter > 0; got {stepsize_inter}")
+    if not 0 <= tol_inter < math.inf:
+        raise ValueError(f"expected a finite tol_inter >= 0; got {tol_inter}")
+    u = minimise(value_and_grad, x.detach(), gamma.detach(), stepsize_inter, max_iter_inter, tol_inter)
     return attach_implicit_gradient(u, x, gamma, grad) if torch.is_grad_enabled() else u
 
 

@@ -1,6 +1,6 @@
 """Images in, trained flow out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..reconstruction import FlowDenoiser
 from .boundary import check_level, check_options, check_range, check_trainable
+from .conditioning import Conditioned, condition_list
 from .likelihood import FlowModel, FlowNLL
 from .runs import fit
 from .samples import ImageSamples, PatchSamples, image_list, noisy, same, stacked, subset
@@ -119,6 +120,8 @@ def fit_flow(
     images: Tensor | Iterable[Tensor],
     eval_images: Tensor | Iterable[Tensor] | None = None,
     *,
+    c: Tensor | Sequence[Tensor] | None = None,
+    eval_c: Tensor | Sequence[Tensor] | None = None,
     epochs: int = 40,
     batch_size: int = 16,
     lr: float = 2e-3,
@@ -148,6 +151,9 @@ def fit_flow(
         ``dequantise``. Half precision is learned in float32.
     :param torch.Tensor eval_images: images for the evaluation loss; the weights of its best epoch are returned. ``None``
         evaluates on ``images`` and returns the last weights.
+    :param torch.Tensor, list c: conditions of the images, for a conditional flow, or the only one, each (B, C', H, W);
+        ``augment`` mirrors them with their images.
+    :param torch.Tensor, list eval_c: conditions of ``eval_images``.
     :param int epochs: number of epochs.
     :param int batch_size: images in a batch.
     :param float lr: largest learning rate.
@@ -179,23 +185,24 @@ def fit_flow(
     check_level(sigma, compile)
     generator = torch.Generator() if generator is None else generator
     images = stacked(images)
-    held_out = images if eval_images is None else stacked(eval_images)
+    held_out, eval_c = (images, c) if eval_images is None else (stacked(eval_images), eval_c)
+    conditions, eval_conditions = condition_list(c, len(images)), condition_list(eval_c, len(held_out))
     check_trainable(flow, "flow")
     prior = FlowPrior(getattr(flow, "normalizing_flow", flow))
     for batch in (images, held_out):
         prior.check(batch.to(like_weights(flow, batch).device))
     model = FlowModel(flow.to(device), dequantise, generator, compile)
-    initialised(model.flow, images, dequantise, generator, sigma)
+    initialised(model.flow, images, dequantise, generator, sigma, conditions)
     if sigma:
         objective: dict[str, Any] = dict(
-            losses=ScoreMatching(sigma), physics=Denoising(GaussianNoise(sigma)), grad_clip=1.0
+            losses=ScoreMatching(sigma), physics=Conditioned(GaussianNoise(sigma)), grad_clip=1.0
         )
-        eval_samples = ImageSamples(held_out, y=noisy(held_out, sigma, torch.Generator()))
+        eval_samples = ImageSamples(held_out, y=noisy(held_out, sigma, torch.Generator()), c=eval_conditions)
     else:
         check_range(images, dequantise)
-        objective = dict(losses=FlowNLL(), physics=Denoising(), grad_clip=2.0 * images[0].numel())
-        eval_samples = ImageSamples(held_out)
-    samples = ImageSamples(images, augment, sigma, generator)
+        objective = dict(losses=FlowNLL(), physics=Conditioned(), grad_clip=2.0 * images[0].numel())
+        eval_samples = ImageSamples(held_out, c=eval_conditions)
+    samples = ImageSamples(images, augment, sigma, generator, c=conditions)
     fit(
         ScoreModel(FlowDenoiser(prior), float(sigma)) if sigma else model,
         lr=lr, save_path=save_path, resume=resume, keep_best=eval_images is not None,
@@ -213,6 +220,7 @@ def initialised(
     dequantise: float = 1 / 255,
     generator: torch.Generator | None = None,
     sigma: float = 0.0,
+    c: Sequence[Tensor] = (),
 ) -> nn.Module:
     """
     A new :func:`deepinv_flows.image_flow`, its affine maps set by up to 256 of the images it will learn; any other flow as it is.
@@ -222,6 +230,7 @@ def initialised(
     :param float dequantise: width of the uniform noise added to the images.
     :param torch.Generator generator: source of noise and choice; ``None`` is one with a fixed seed.
     :param float sigma: standard deviation of Gaussian noise added instead.
+    :param list c: conditions of the images, for a conditional flow.
     :return: ``flow``.
 
     >>> import torch
@@ -231,12 +240,14 @@ def initialised(
     """
     if not getattr(flow, "initialised", True):
         generator = torch.Generator() if generator is None else generator
-        first = images[torch.randperm(len(images), generator=generator)[:256]]
+        chosen = torch.randperm(len(images), generator=generator)[:256]
+        first, device = images[chosen], next(flow.parameters()).device
         if sigma:
             first = noisy(first, sigma, generator)
         else:
             first = first + dequantise * (torch.rand(first.shape, generator=generator, dtype=first.dtype) - 0.5)
-        flow.initialise(first.to(next(flow.parameters()).device))  # type: ignore[operator]
+        conditions = [condition[chosen].to(device) for condition in c]
+        flow.initialise(first.to(device), conditions)  # type: ignore[operator]
     return flow
 
 

@@ -11,15 +11,17 @@ with uniform noise u as wide as a grey level, without which a flow fitted to qua
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from deepinv.loss import Loss
 from deepinv.loss.metric import Metric
 from deepinv.models.base import Reconstructor
+from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from ..flows import as_flow, nll
+from .conditioning import conditions_of
 
 
 class FlowModel(Reconstructor):
@@ -58,11 +60,14 @@ class FlowModel(Reconstructor):
         self.flow, self.dequantise = as_flow(getattr(flow, "normalizing_flow", flow)), dequantise
         self.generator = torch.Generator() if generator is None else generator
 
-    def forward(self, y: Tensor, physics: Any = None, **kwargs) -> Tensor:
+    def forward(
+        self, y: Tensor, physics: Physics | None = None, c: Tensor | Sequence[Tensor] | None = None, **kwargs
+    ) -> Tensor:
         """
         Negative log-likelihood of samples.
 
         :param torch.Tensor y: samples (N, D) or (N, C, H, W).
+        :param torch.Tensor, list c: conditions of a conditional flow, or the only one.
         :return: (N,) in nats, with the constant D/2 log(2 pi).
         """
         if not y.is_floating_point() or not bool(torch.isfinite(y.detach()).all()):
@@ -70,7 +75,8 @@ class FlowModel(Reconstructor):
         if self.dequantise:
             noise = torch.rand(y.shape, generator=self.generator, device=self.generator.device, dtype=y.dtype)
             y = y + self.dequantise * (noise.to(y.device) - 0.5)
-        return (_compiled() if self.compile_flow else nll)(self.flow, y)
+        c = conditions_of(physics) if c is None else c
+        return (_compiled() if self.compile_flow else nll)(self.flow, y, c=c)
 
 
 @functools.cache

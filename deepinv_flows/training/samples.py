@@ -81,6 +81,7 @@ class ImageSamples(Dataset):
     :param float sigma: standard deviation of Gaussian noise in ``y``, new at each look.
     :param torch.Generator generator: source of both; ``None`` is one of its own, with a fixed seed.
     :param torch.Tensor y: what is seen of the images, if that is fixed (B, C, H, W).
+    :param list c: conditions of the images, each (B, C', H, W), which are mirrored with them.
     """
 
     def __init__(
@@ -90,25 +91,30 @@ class ImageSamples(Dataset):
         sigma: float = 0.0,
         generator: torch.Generator | None = None,
         y: Tensor | None = None,
+        c: Sequence[Tensor] = (),
     ):
-        self.images, self.augment, self.sigma, self.y = images, augment, sigma, y
+        self.images, self.augment, self.sigma, self.y, self.c = images, augment, sigma, y, c
         self.generator = torch.Generator() if generator is None else generator
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {key: value[0] for key, value in self.__getitems__([i]).items()}
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        batch = self.__getitems__([i])
+        params = {key: value[0] for key, value in batch.pop("params", {}).items()}
+        return {key: value[0] for key, value in batch.items()} | ({"params": params} if params else {})
 
-    def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
-        x = self.images[numbers]
+    def __getitems__(self, numbers: list[int]) -> dict[str, Any]:
+        x, c = self.images[numbers], [condition[numbers] for condition in self.c]
+        params: dict[str, Any] = {"params": {f"c{k}": condition for k, condition in enumerate(c)}} if c else {}
         if self.y is not None:
-            return {"x": x, "y": self.y[numbers]}
+            return {"x": x, "y": self.y[numbers], **params}
         if self.augment:
             draws = torch.rand(len(x), generator=self.generator, device=self.generator.device)
             mirrored = draws.to(x.device) < 0.5
-            x[mirrored] = x[mirrored].flip(3)
-        return {"x": x, "y": noisy(x, self.sigma, self.generator) if self.sigma else x}
+            for part in (x, *c):
+                part[mirrored] = part[mirrored].flip(3)
+        return {"x": x, "y": noisy(x, self.sigma, self.generator) if self.sigma else x, **params}
 
 
 def noisy(x: Tensor, sigma: float, generator: torch.Generator) -> Tensor:

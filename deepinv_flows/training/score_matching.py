@@ -2,10 +2,12 @@
 
 from deepinv.loss import Loss
 from deepinv.models import ArtifactRemoval
+from deepinv.physics import Physics
 from torch import Tensor
 
 from ..flows import KnowsItsConfig
 from ..reconstruction import FlowDenoiser
+from .conditioning import conditions_of
 
 
 class ScoreModel(KnowsItsConfig, ArtifactRemoval):
@@ -19,6 +21,10 @@ class ScoreModel(KnowsItsConfig, ArtifactRemoval):
     def __init__(self, denoiser: FlowDenoiser, sigma: float):
         super().__init__(denoiser, mode="direct")
         self.config = {"sigma": sigma}
+
+    def forward(self, y: Tensor, physics: Physics, **kwargs) -> Tensor:
+        """The images that the denoiser finds in ``y``, given the conditions of the batch, if it has any."""
+        return super().forward(y, physics, c=conditions_of(physics), **kwargs)
 
 
 class ScoreMatching(Loss):

@@ -27,6 +27,28 @@ def versions() -> dict:
     return {**found, "threads": torch.get_num_threads()}
 
 
+def check_disjoint(images: dict[str, torch.Tensor], least: float = 0.05, learned: str = "train") -> None:
+    """
+    Refuse test images that were seen in training.
+
+    :param dict images: images (N, C, H, W) in [0, 1] by part; those of one size are compared.
+    :param float least: least root mean squared distance of two images.
+    :param str learned: the part that is trained on; every other is compared with it.
+    :raises ValueError: naming both images and their distance.
+    """
+    for part, others in images.items():
+        if part == learned or others.shape[1:] != images[learned].shape[1:]:
+            continue
+        # differences, not squared norms: those of equal images would differ by rounding
+        distances = torch.cdist(
+            others.flatten(1), images[learned].flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        nearest, which = (distances / others[0].numel() ** 0.5).min(1)
+        if near := (nearest < least).nonzero().flatten().tolist():
+            pairs = ", ".join(f"{part}[{k}] and {learned}[{which[k]}] ({nearest[k]:.3f})" for k in near)
+            raise ValueError(f"expected no image within {least} RMSE of one that is trained on; got {pairs}")
+
+
 def pair(patch_size: int = 6, seed: int = 0, **sizes) -> tuple[dinv.optim.PatchPrior, PatchNR]:
     """deepinv's prior on images and ours, with equal weights."""
     torch.manual_seed(seed)

@@ -4,24 +4,31 @@ Recovery of faces, in the latent space of an image flow and with a PatchNR, afte
     python tests/benchmarks/faces_recovery.py --data DIR [--save-path RUNS] [--flow FILE] [--patch FILE]
 
 ``DIR/faces64.npz`` holds ``train``, ``val``, ``test`` (the 12 faces of the published tables) and ``ood`` (no faces),
-N x 64 x 64 x 3, 8 bit. Both flows are trained on ``train`` unless weights are given; an interrupted training goes on from RUNS.
-``--side 32`` halves the images first. Strengths of all methods are chosen on images of ``val``, from the grids printed.
+N x 64 x 64 x 3, 8 bit. No image of the other parts may lie within 0.05 RMSE of one of ``train``, which is asserted first.
+Both flows are trained on ``train`` unless weights are given; an interrupted training goes on from RUNS. ``--side 32`` halves the
+images. The strengths of all methods are chosen on the same images of ``val``, from grids that are widened until the best does not
+lie at an end; where it still does, the row says so. Figures are means over the test images with their standard error.
 
 - ``denoising``: noise of standard deviation 0.05, 0.1, 0.2; BM3D (package bm3d), TV, PatchNR, LatentMAP with gamma |z|, and
-  FlowDenoiser, with a flow trained by score matching at each level;
-- ``sensing``: m Gaussian measurements of entries N(0, 1/m), noise N(0, 0.01/m); Lasso in DCT and Haar, TV, PatchNR, LatentMAP,
-  and the most likely image by the sum of PatchNR's and the flow's log-densities, by Adam from LatentMAP's result;
+  FlowDenoiser, with a flow trained by score matching at each level, all by one recipe; its mean over shifts and mirror images is
+  a row of its own;
+- ``sensing``: m Gaussian measurements, entries N(0, 1/m), noise N(0, 0.01/m); Lasso in DCT and Haar, TV, PatchNR, LatentMAP with
+  gamma |z| and, as a temperature of the latents, with |z|^2 / 2 tau^2, the posterior mean by LatentSampler
+  (``--posterior-iterations``), and the most likely image by the sum of PatchNR's and the flow's log-densities, by Adam from
+  LatentMAP's result;
 - ``inpainting``: a centred square of a third of the side is missing;
-- ``ood``: the same sensing of images that are no faces;
-- ``questions``: start, penalty and optimizer of LatentMAP at one m.
+- ``ood``: the same sensing of images that are no faces, with the strengths chosen on faces;
+- ``questions``: start, penalty and optimizer of LatentMAP at one m, on images of ``val``.
 
-The published figures stand beside ours. The last line is one JSON object.
+The published figures of the same method, or of Glow for LatentMAP, stand beside ours. The last line is one JSON object.
 """
 
 import argparse
 import copy
 import functools
+import importlib.util
 import json
+import math
 import time
 from pathlib import Path
 
@@ -29,11 +36,12 @@ import deepinv as dinv
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import versions
+from common import check_disjoint, versions
 from recovery_methods import (
     bm3d,
     bm3d_rgb,
     by_score,
+    by_scores_of_views,
     holed,
     image_map,
     lasso_dct,
@@ -41,6 +49,7 @@ from recovery_methods import (
     latent,
     noisy,
     patch_energy,
+    posterior_mean,
     sensed,
     total_variation,
 )
@@ -74,8 +83,12 @@ def load(folder: Path, side: int) -> dict[str, torch.Tensor]:
     )
 
 
+def psnrs(x_net: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return dinv.metric.PSNR()(x_net.clamp(0, 1), x)
+
+
 def psnr(x_net: torch.Tensor, x: torch.Tensor) -> float:
-    return float(dinv.metric.PSNR()(x_net.clamp(0, 1), x).mean())
+    return float(psnrs(x_net, x).mean())
 
 
 def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
@@ -133,23 +146,50 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None
     return found, round(time.perf_counter() - start) if missing else None
 
 
-def compare(title, problem, methods, tune, test, published) -> dict[str, float]:
+def best_strength(score, grid, widenings: int) -> tuple[float, dict[float, float], bool]:
+    """
+    The strength of the highest score, the scores, and whether the best lies at an end of what was tried.
+
+    The grid rises; where its best is at an end it is continued there, by the ratio of the last two. 0 is not an end, as nothing
+    lies below it.
+    """
+    tried = {strength: score(strength) for strength in grid}
+    for _ in range(widenings + 1):
+        chosen, (low, *_, high) = max(tried, key=tried.get), sorted(tried)
+        if chosen not in (low, high) or chosen == 0:
+            return chosen, tried, False
+        if len(tried) < len(grid) + widenings:
+            positive = [strength for strength in sorted(tried) if strength > 0]
+            pair = positive[-2:] if chosen == high else positive[1::-1]
+            beyond = float(f"{pair[1] ** 2 / pair[0]:.2g}")
+            tried[beyond] = score(beyond)
+    return chosen, tried, True
+
+
+def compare(title, problem, methods, tune, test, published, widenings) -> dict[str, dict]:
     """Choose the strength of each method on ``tune``, and apply it to ``test``."""
-    scores = {}
-    tuning, testing = problem(tune, seed=0), problem(test, seed=1)
+    rows, tuning, testing = {}, problem(tune, seed=0), problem(test, seed=1)
     for name, (method, grid) in methods.items():
-        start, chosen = time.perf_counter(), grid[0]
+        chosen, tried, at_end = grid[0], {}, False
         if len(grid) > 1:
-            tried = {strength: round(psnr(method(*tuning, strength), tune), 2) for strength in grid}
-            chosen = max(tried, key=tried.get)
-        scores[name] = round(psnr(method(*testing, chosen), test), 2)
-        note = f"  val: {tried}" if len(grid) > 1 else ""
-        beside = published.get(name, "")
+            chosen, tried, at_end = best_strength(
+                lambda strength, method=method: round(psnr(method(*tuning, strength), tune), 2), grid, widenings
+            )
+        start = time.perf_counter()
+        found = psnrs(method(*testing, chosen), test)
+        seconds, error = (
+            time.perf_counter() - start,
+            float(found.std() / math.sqrt(len(found))) if len(found) > 1 else 0.0,
+        )
+        rows[name] = dict(psnr=round(float(found.mean()), 2), error=round(error, 2), seconds=round(seconds, 1))
+        rows[name] |= dict(strength=chosen, at_end_of_grid=at_end) if tried else {}
+        note = f"  val: {dict(sorted(tried.items()))}" + (", best AT THE END" if at_end else "") if tried else ""
         print(
-            f"{title:<22}{name:<16}{scores[name]:>7.2f}{beside:>10}{time.perf_counter() - start:>8.0f} s{note}",
+            f"{title:<20}{name:<28}{rows[name]['psnr']:>7.2f} +-{error:>5.2f}{published.get(name, ''):>10}"
+            f"{seconds:>8.1f} s{note}",
             flush=True,
         )
-    return scores
+    return rows
 
 
 def parse() -> argparse.Namespace:
@@ -170,24 +210,33 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=int, default=150)
     add("--patch-size", type=int, default=8)
     add("--patch-epochs", type=int, default=40, help="epochs of 250 batches of 1024 patches")
-    add("--denoiser-epochs", type=int, default=30, help="at the middle level")
-    add("--level-epochs", type=int, default=8, help="at each level, after these")
+    add(
+        "--denoiser-epochs", type=int, default=30, help="of the flow at the middle level, from which each level goes on"
+    )
+    add("--level-epochs", type=int, default=8, help="at each level, after these; the same for all")
     add("--device", default="cpu", help="of the trainings")
     add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     add("--noise", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     add("--measurements", type=int, nargs="+", default=[500, 1000, 2500, 5000])
     add("--images", type=int, default=12, help="test images of each kind")
-    add("--tuning-images", type=int, default=4)
+    add("--tuning-images", type=int, default=8, help="images of val on which all methods are tuned")
+    add("--widenings", type=int, default=6, help="strengths by which a grid is continued at most")
+    add("--posterior-iterations", type=int, default=0, help="of LatentSampler; 0 leaves it out")
     add("--iterations", type=int, default=150, help="of LatentMAP")
     add("--patch-iterations", type=int, default=200, help="of PatchNR and of both priors")
     add("--without", nargs="+", default=[], help="methods to leave out")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if "denoising" in args.sections and "BM3D" not in args.without and importlib.util.find_spec("bm3d") is None:
+        parser.error('the package bm3d is not installed; --without BM3D "BM3D, deepinv" leaves its rows out')
+    return args
 
 
 def methods(flow, prior, denoisers, args) -> dict:
     """What is compared in each section: methods by name, each with the strengths to choose from."""
     by_flow = functools.partial(latent, flow, args.iterations)
     latent_map, patches = (by_flow, [0.0, 1.0, 10.0, 30.0]), patch_energy(prior)
+
+    squared = functools.partial(by_flow, penalty="squared"), [0.3, 1.0, 3.0]
 
     def refined(energies, start, **options):
         return functools.partial(image_map, energies, args.patch_iterations, functools.partial(start, **options))
@@ -200,7 +249,8 @@ def methods(flow, prior, denoisers, args) -> dict:
             "TV": (total_variation, [0.1, 0.3, 1.0, 3.0]),
             "PatchNR": (refined([patches], lasso_dct, strength=0.1), [1e-4, 3e-4, 1e-3]),
             "LatentMAP": latent_map,
-            "both priors": (refined([patches, FlowPrior(flow)], by_flow, strength=1.0), [3e-5, 1e-4]),
+            "LatentMAP, temperature": squared,
+            "both priors": (refined([patches, FlowPrior(flow)], by_flow, strength=1.0), [3e-5, 1e-4, 3e-4]),
         },
         "inpainting": {
             "TV": (total_variation, [0.03, 0.1, 0.3]),
@@ -208,6 +258,9 @@ def methods(flow, prior, denoisers, args) -> dict:
             "LatentMAP": latent_map,
         },
     }
+    if args.posterior_iterations:
+        sampled = functools.partial(posterior_mean, flow, args.posterior_iterations)
+        found["sensing"]["posterior mean"] = sampled, [0.7, 1.0, 1.4]
     for sigma in args.noise:
         found[sigma] = {
             "noisy": (lambda physics, y, sigma, strength: y, [0]),
@@ -219,6 +272,10 @@ def methods(flow, prior, denoisers, args) -> dict:
         }
         if sigma in denoisers:
             found[sigma]["FlowDenoiser"] = functools.partial(by_score, denoisers[sigma]), [0]
+            found[sigma]["FlowDenoiser, mean of 10 views"] = (
+                functools.partial(by_scores_of_views, denoisers[sigma]),
+                [0],
+            )
     return {
         section: {name: method for name, method in those.items() if name not in args.without}
         for section, those in found.items()
@@ -228,6 +285,7 @@ def methods(flow, prior, denoisers, args) -> dict:
 def main():
     args = parse()
     images = load(args.data, args.side)
+    check_disjoint(images)
     flow, prior, result = train(images, args)
     denoisers = {}
     if "denoising" in args.sections and "FlowDenoiser" not in args.without:
@@ -238,27 +296,33 @@ def main():
     tune, test, ood = images["val"][: args.tuning_images], images["test"][: args.images], images["ood"][: args.images]
     compared = methods(flow, prior, denoisers, args)
     published = PUBLISHED if args.side == 64 else {"denoising": {}, "sensing": {}}
-    print(f"\n{'':<22}{'':<16}{'PSNR':>7}{'published':>10}")
+    print(f"\n{'':<20}{'':<28}{'PSNR':>7}{'':>8}{'published':>10}")
     if "denoising" in args.sections:
         result["denoising"] = {
             sigma: compare(f"noise {sigma}", functools.partial(noisy, sigma=sigma), compared[sigma], tune, test,
-                           published["denoising"].get(sigma, {}))
+                           published["denoising"].get(sigma, {}), args.widenings)
             for sigma in args.noise
         }  # fmt: skip
     for section, on, beside in (("sensing", test, published["sensing"]), ("ood", ood, {})):
         if section in args.sections:
             result[section] = {
                 m: compare(f"{section}, m = {m}", functools.partial(sensed, m=m), compared["sensing"], tune, on,
-                           beside.get(m, {}))
+                           beside.get(m, {}), args.widenings)
                 for m in args.measurements
             }  # fmt: skip
     if "inpainting" in args.sections:
         side = args.side // 3
         problem = functools.partial(holed, side=side)
-        result["inpainting"] = compare(f"square of {side}", problem, compared["inpainting"], tune, test, {})
+        result["inpainting"] = compare(
+            f"square of {side}", problem, compared["inpainting"], tune, test, {}, args.widenings
+        )
     if "questions" in args.sections:
-        result["questions"] = questions(flow, args, test[:4], ood[:4])
-    print(json.dumps({**result, "images": len(test), "versions": versions()}))
+        result["questions"] = questions(flow, args, tune[:4], ood[:4])
+    print(
+        json.dumps(
+            {**result, "published": published, "images": len(test), "tuned_on": len(tune), "versions": versions()}
+        )
+    )
 
 
 def bits_per_dim(flow, images) -> dict[str, float]:

@@ -19,6 +19,7 @@ import deepinv as dinv
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import check_disjoint
 from PIL import Image
 
 from deepinv_flows import PatchNR, fit_patchnr
@@ -76,6 +77,7 @@ def figures(x_net: torch.Tensor, x: torch.Tensor) -> dict[str, float]:
 def train(folder: Path, args) -> tuple[PatchNR, float]:
     start = time.perf_counter()
     learn, val = load(folder / "learn.png"), load(folder / "val.png")
+    check_disjoint({"learn.png": learn, "val.png": val, "test.png": load(folder / "test.png")}, learned="learn.png")
     sizes = dict(num_layers=args.layers, sub_net_size=args.width, epochs=args.epochs, dequantise=args.dequantise)
     prior = fit_patchnr(learn, val, **sizes, save_path=args.save_path, resume=args.save_path is not None)
     if args.out:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from deepinv.physics.functional import dct_2d, idct_2d
 
 from deepinv_flows import LatentMAP
+from deepinv_flows.latent import LatentSampler
 
 # --- problems: physics and measurements ---
 
@@ -147,8 +148,20 @@ def latent(flow, iterations, physics, y, sigma, strength, **options):
     return LatentMAP(flow, fidelity, lambda_reg=strength, max_iter=iterations, **options)(y, physics)
 
 
+def posterior_mean(flow, iterations, physics, y, sigma, temperature):
+    """The mean over a chain in latent space, of latents whose standard deviation a priori is the temperature."""
+    fidelity = dinv.optim.L2(sigma=sigma)
+    return LatentSampler(flow, fidelity, temperature, max_iter=iterations, warm_up=iterations // 2)(y, physics)
+
+
 def by_score(denoiser, physics, y, sigma, strength):
-    """The mean of the estimates from an image, the same moved by a pixel each way, and their mirror images."""
+    """One pass of a denoiser."""
+    with torch.no_grad():
+        return denoiser(y, sigma)
+
+
+def by_scores_of_views(denoiser, physics, y, sigma, strength):
+    """The mean of ten passes: of an image, the same moved by a pixel each way, and the mirror images of these five."""
     padded, (height, width) = F.pad(y, (1, 1, 1, 1), mode="reflect"), y.shape[-2:]
     total, count = torch.zeros_like(padded), torch.zeros_like(padded)
     for i, j in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2)):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import deepinv as dinv
 import torch
-from common import versions
+from common import check_disjoint, versions
 from material_superresolution import NOISE, bicubic, figures, load, make_physics
 
 from deepinv_flows import PatchNR, fit_patchnr
@@ -88,6 +88,7 @@ def epll(learn, y, physics, watch, components=100):
 
 def flows(args, folder):
     learn, val = load(folder / "learn.png"), load(folder / "val.png")
+    check_disjoint({"learn.png": learn, "val.png": val, args.image: load(folder / args.image)}, learned="learn.png")
 
     def trained(path, **sizes):
         return (

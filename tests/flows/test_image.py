@@ -3,11 +3,13 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
 
-from deepinv_flows import BitsPerDim, FlowModel, build_flow, fit_flow, image_flow
+from deepinv_flows import BitsPerDim, FlowDenoiser, FlowModel, FlowPrior, build_flow, fit_flow, image_flow
+from deepinv_flows.flows import Given, nll
 
 SIZES = dict(num_levels=2, num_steps=2, hidden=8, activation="silu")
 FLOWS = {
@@ -91,6 +93,80 @@ def test_initialisation_of_constant_images_is_finite():
     flow = image_flow((1, 8, 8), **SIZES)
     flow.initialise(torch.full((4, 1, 8, 8), 0.5))
     assert all(bool(p.isfinite().all()) for p in flow.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:level")
+@pytest.mark.parametrize(
+    "levels, size", [(1, (3, 8, 8)), (2, (1, 8, 8)), (3, (3, 8, 8)), (4, (1, 16, 16)), (5, (1, 32, 32))]
+)
+@pytest.mark.parametrize("coupling", ["allinone", "glow"])
+def test_initialisation_by_any_number_of_images(coupling, levels, size):
+    """It explains images that it has not seen better than none does, and inverts."""
+    held_out = smooth_images(20, size)
+
+    def new():
+        return image_flow(size, levels, 1, 4, coupling, generator=torch.Generator().manual_seed(0))
+
+    none = nll(new(), held_out).mean()
+    for n in (1, 2, 12, 40, 300):
+        flow = new()
+        flow.initialise(smooth_images(n, size))
+        z, log_det = flow(held_out)
+        assert z.isfinite().all() and log_det.isfinite().all()
+        assert (flow(z, rev=True)[0] - held_out).abs().max() < 1e-5
+        assert nll(flow, held_out).mean() < none - 1.5 * math.prod(size)
+
+
+def test_initialisation_with_few_images_for_a_level_warns():
+    flow = image_flow((3, 8, 8), 3, 1, 4)
+    with pytest.warns(UserWarning, match="level 2 has 24 channels of 2 x 2 pixels, and 40 images to set its scales"):
+        flow.initialise(smooth_images(40, (3, 8, 8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow.initialise(smooth_images(480, (3, 8, 8)))
+    with pytest.raises(ValueError, match="at least one image to initialise a flow with; got none"):
+        flow.initialise(torch.rand(0, 3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore:level")
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**20])
+def test_initialisation_in_any_unit(unit):
+    x, held_out = smooth_images(20, (1, 8, 8)), smooth_images(5, (1, 8, 8))
+    flows = [image_flow((1, 8, 8), 2, 1, 4, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    for flow, scale in zip(flows, (1.0, unit)):
+        flow.initialise(scale * x)
+    torch.testing.assert_close(flows[1](unit * held_out)[0], flows[0](held_out)[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_levels_of_latents(name):
+    flow, x = make(name, (3, 8, 16)), torch.rand(2, 3, 8, 16, dtype=torch.float64)
+    z, _ = flow(x)
+    levels = flow.to_levels(z)
+    expected = [(2, 12, 4, 8)] if name == "one level" else [(2, 6, 4, 8), (2, 24, 2, 4)]
+    assert [level.shape for level in levels] == expected
+    assert torch.equal(flow.from_levels(levels), z)
+    mixed = flow.from_levels([level.flip(0) for level in levels[:1]] + levels[1:])
+    assert flow(mixed, rev=True)[0].isfinite().all()
+    with pytest.raises(ValueError, match=rf"expected latents of {len(levels)} levels, N x .*; got"):
+        flow.from_levels([levels[0], levels[0]])
+
+
+@pytest.mark.parametrize("name", ["allinone", "glow"])
+def test_given_conditions_it_is_a_flow(name):
+    flow = make(name, (1, 4, 8), dims_c=[(2, 4, 8)])
+    x, c = torch.randn(3, 1, 4, 8, dtype=torch.float64), torch.randn(1, 2, 4, 8, dtype=torch.float64)
+    given = Given(flow, c)
+    z, log_det = given(x)
+    for expected in (flow(x, c=c.expand(3, -1, -1, -1)), flow(x, c=[c.expand(3, -1, -1, -1)])):
+        assert all(torch.equal(a, b) for a, b in zip((z, log_det), expected))
+    torch.testing.assert_close(given(z, rev=True)[0], x)
+    torch.testing.assert_close(nll(given, x), nll(flow, x, c=c.expand(3, -1, -1, -1)))
+    assert given.img_size == (1, 4, 8) and not any(key.startswith("c0") for key in given.state_dict())
+    with pytest.raises(TypeError, match="flow that takes conditions c; Linear does not"):
+        Given(torch.nn.Linear(2, 2), c)
+    with pytest.raises(TypeError, match=r"condition of torch.float64, as the flow's weights; got torch.float32"):
+        flow(x, c=c.float().expand(3, -1, -1, -1))
 
 
 @pytest.mark.parametrize("name", ["allinone", "glow"])
@@ -185,3 +261,29 @@ def test_randomness():
     x = torch.rand(1, 1, 8, 8)
     a, b, c = (flow(x)[0] for flow in flows)
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+def test_training_of_conditional_flows(sigma):
+    """Pixels of +-0.1 whose sign the condition tells: given it they are known; conditions are mirrored with their images."""
+    c, held_c = torch.randn(96, 1, 8, 8).sign(), torch.randn(16, 1, 8, 8).sign()
+    x, held_out = 0.1 * c + 0.02 * torch.randn_like(c), 0.1 * held_c + 0.02 * torch.randn_like(held_c)
+    options = dict(num_levels=1, num_steps=2, hidden=8, activation="silu")
+    fitted = {}
+    for dims in ([], [(1, 8, 8)]):
+        flow = image_flow((1, 8, 8), **options, dims_c=dims, generator=torch.Generator().manual_seed(0))
+        conditions = dict(c=c, eval_c=[held_c]) if dims else {}
+        fit_flow(flow, x, held_out, **conditions, epochs=10, batch_size=8, lr=1e-2, sigma=sigma, verbose=False)
+        prior = FlowPrior(flow, per_dim=True)
+        given = {"c": held_c} if dims else {}
+        y = held_out + sigma * torch.randn(held_out.shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            denoised = FlowDenoiser(prior)(y, sigma, **given)
+            fitted[len(dims)] = float(((denoised - held_out) ** 2).mean() if sigma else prior(held_out, **given).mean())
+    assert fitted[1] < fitted[0] * 0.8 if sigma else fitted[1] < fitted[0] - 0.1, fitted
+    with pytest.raises(ValueError, match=r"a condition for each of 96 images; got shape \(16, 1, 8, 8\)"):
+        fit_flow(flow, x, c=held_c)
+    with pytest.raises(TypeError, match="expected conditions as tensors; got float"):
+        fit_flow(flow, x, c=[0.5])
+    with pytest.raises(ValueError, match="expected 1 conditions, .* got 0"):
+        fit_flow(flow, x, verbose=False)

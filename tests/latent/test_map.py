@@ -1,4 +1,4 @@
-"""FlowPrior: density, gradient, prox, deepinv's optimizers and samplers. LatentMAP: theory, guards, independence."""
+"""LatentMAP: theory, starts, guards, units, every physics, independence of the images of a batch."""
 
 import copy
 import math
@@ -8,233 +8,12 @@ import deepinv as dinv
 import pytest
 import torch
 from cases import central_difference
+from latent_cases import SIZE, Gaussian, Narrow, image_prior
 from latent_theorem import bounds, errors, generator_matrix, linear_flow
+from physics_cases import ABSTRACT, ELSEWHERE, ONE_IMAGE_ONLY, PHYSICS, REFUSED, SIDE
 
-from deepinv_flows import CheckpointError, FlowModel, FlowPrior, LatentMAP, PatchNR, image_flow
-from deepinv_flows.solvers.lbfgs import first_order, lbfgs
-
-SIZE = (1, 4, 8)
-
-
-def image_prior(spread=0.1, dtype=torch.float64, **options):
-    flow = image_flow(SIZE, num_levels=2, num_steps=1, hidden=4, activation="silu").to(dtype)
-    with torch.no_grad():
-        for p in flow.parameters():
-            p.add_(spread * torch.randn_like(p))
-    return FlowPrior(flow, **options)
-
-
-class Gaussian(torch.nn.Module):
-    """The flow z = (x - mean) / std on images, whose posteriors are known."""
-
-    def __init__(self, mean=0.4, std=0.3):
-        super().__init__()
-        self.mean, self.std = mean, torch.nn.Parameter(torch.tensor(std, dtype=torch.float64))
-
-    def forward(self, x, rev=False):
-        log_det = -x[0].numel() * self.std.log().expand(len(x))
-        return (x * self.std + self.mean, -log_det) if rev else ((x - self.mean) / self.std, log_det)
-
-
-class Narrow(torch.nn.Module):
-    """A generator that is no flow: 3 numbers to an image; its bias makes images far away not finite."""
-
-    def __init__(self):
-        super().__init__()
-        self.map = torch.nn.Linear(3, 32).double()
-
-    def forward(self, z):
-        return self.map(z).view(-1, *SIZE)
-
-
-# --- FlowPrior ---
-
-
-def test_density_of_a_gaussian():
-    x = torch.randn(3, *SIZE, dtype=torch.float64)
-    expected = -torch.distributions.Normal(0.4, 0.3).log_prob(x).flatten(1).sum(1)
-    torch.testing.assert_close(FlowPrior(Gaussian())(x), expected)
-    torch.testing.assert_close(FlowPrior(Gaussian(), per_dim=True)(x), expected / 32)
-
-
-def test_is_what_training_minimises():
-    prior, x = image_prior(), torch.rand(2, *SIZE, dtype=torch.float64)
-    torch.testing.assert_close(FlowModel(prior, dequantise=0)(x), prior(x))
-
-
-def test_gradient():
-    prior, x = image_prior(), torch.rand(2, *SIZE, dtype=torch.float64)
-    direction = torch.randn_like(x)
-    grad = prior.grad(x)
-    assert not x.requires_grad
-    expected = central_difference(lambda: prior(x).sum(), x, direction)
-    torch.testing.assert_close((grad * direction).sum(), expected, rtol=1e-6, atol=1e-6)
-    with torch.no_grad():
-        frozen = prior.grad(x)
-    assert not frozen.requires_grad
-    torch.testing.assert_close(frozen, grad)
-
-
-@pytest.mark.parametrize("gamma", [0.01, 1.0, 100.0])
-def test_prox_of_a_gaussian(gamma):
-    prior, x = FlowPrior(Gaussian()), torch.randn(3, *SIZE, dtype=torch.float64)
-    expected = (x + gamma / 0.09 * 0.4) / (1 + gamma / 0.09)
-    torch.testing.assert_close(prior.prox(x, gamma=gamma, tol_inter=1e-9), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_prox_is_stationary_descends_and_differentiates():
-    prior, x = image_prior(), torch.randn(2, *SIZE, dtype=torch.float64, requires_grad=True)
-    gamma = torch.tensor([0.05, 0.2], dtype=torch.float64)
-    u = prior.prox(x, gamma=gamma, tol_inter=1e-12, max_iter_inter=500)
-    residual = u - x + gamma.view(-1, 1, 1, 1) * prior.grad(u)
-    assert residual.abs().max() < 1e-6  # also where it is differentiated with respect to u itself
-    direction = torch.randn_like(x)
-    (grad,) = torch.autograd.grad((u * direction).sum(), x)
-    moved, plain = torch.randn_like(x), x.detach().clone()
-
-    def loss():
-        return (prior.prox(plain, gamma=gamma, tol_inter=1e-12, max_iter_inter=500) * direction).sum()
-
-    torch.testing.assert_close((grad * moved).sum(), central_difference(loss, plain, moved), rtol=1e-4, atol=1e-6)
-
-
-OPTIMIZERS = {
-    "GD": lambda **k: dinv.optim.GD(**k),
-    "PGD": lambda **k: dinv.optim.PGD(**k),
-    "FISTA": lambda **k: dinv.optim.FISTA(**k),
-    "HQS": lambda **k: dinv.optim.HQS(**k),
-    "ADMM": lambda **k: dinv.optim.ADMM(**k),
-    "DRS": lambda **k: dinv.optim.DRS(**k),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_in_deepinvs_optimizers(name):
-    """Denoising under a Gaussian has a closed form; half-quadratic splitting softens the noise by its step."""
-    sigma, x = 0.2, 0.4 + 0.3 * torch.randn(2, *SIZE, dtype=torch.float64)
-    y = x + sigma * torch.randn_like(x)
-    physics = dinv.physics.Denoising()
-    model = OPTIMIZERS[name](
-        data_fidelity=dinv.optim.L2(sigma=sigma), prior=FlowPrior(Gaussian()), stepsize=0.02, lambda_reg=1.0,
-        max_iter=200, early_stop=False,
-    )  # fmt: skip
-    weight = 0.3**2 / (0.3**2 + sigma**2 + (0.02 if name == "HQS" else 0))
-    torch.testing.assert_close(model(y, physics), 0.4 + weight * (y - 0.4), rtol=0, atol=1e-3)
-
-
-def test_posterior_of_a_gaussian_by_langevin():
-    sigma, y = 0.3, torch.full((1, 1, 24, 24), 1.0, dtype=torch.float64)
-    options = dict(max_iter=2500, burnin_ratio=0.2, step_size=0.01, thinning=1, alpha=1.0, verbose=False)
-    sampler = dinv.sampling.ULA(prior=FlowPrior(Gaussian()), data_fidelity=dinv.optim.L2(sigma=sigma), **options)
-    mean, var = sampler(y, dinv.physics.Denoising(), seed=0)
-    # N(0.4, 0.09) and noise of the same variance: mean 0.7, variance 0.045 (and ULA's own step adds about a tenth)
-    assert abs(mean.mean() - 0.7) < 0.01
-    assert 0.045 * 0.9 < var.mean() < 0.045 * 1.25
-
-
-def test_samples_have_the_flows_moments():
-    prior = FlowPrior(Gaussian())
-    state = torch.get_rng_state()
-    x = prior.sample(2000, img_size=SIZE).double()
-    assert torch.equal(state, torch.get_rng_state())
-    assert abs(x.mean() - 0.4) < 0.01 and abs(x.std() - 0.3) < 0.01
-    assert prior.sample(2000, img_size=SIZE, std=0.5).std() < 0.16
-    assert image_prior().sample(2).shape == (2, *SIZE)
-    with pytest.raises(ValueError, match="expected img_size, which a Gaussian does not know"):
-        prior.sample(2)
-
-
-def test_encode_and_decode():
-    prior, x = image_prior(), torch.rand(2, *SIZE, dtype=torch.float64)
-    torch.testing.assert_close(prior.decode(prior.encode(x)), x)
-
-
-def test_saves_copies_and_pickles(tmp_path):
-    prior, x = image_prior(dtype=torch.float32), torch.rand(2, *SIZE)
-    prior.save(tmp_path / "flow.safetensors")
-    again = FlowPrior(pretrained=tmp_path / "flow.safetensors")
-    into = FlowPrior(copy.deepcopy(prior.normalizing_flow), pretrained=tmp_path / "flow.safetensors")
-    for other in (again, into, copy.deepcopy(prior), pickle.loads(pickle.dumps(prior))):
-        assert torch.equal(other(x), prior(x))
-    with pytest.raises(CheckpointError, match="levels"):
-        FlowPrior(image_flow((1, 8, 8), 1, 1, 4), pretrained=tmp_path / "flow.safetensors")
-    with pytest.raises(CheckpointError, match="no file or shipped weights"):
-        FlowPrior(pretrained=tmp_path / "nothing")
-
-
-@pytest.mark.parametrize(
-    "x, error, message",
-    [
-        (torch.rand(2, 4, 8).double(), ValueError, r"expected images \(B, 1, H, W\); got shape \(2, 4, 8\)"),
-        (torch.rand(2, *SIZE), TypeError, "dtype torch.float64, as the flow's weights; got torch.float32"),
-        (torch.full((2, *SIZE), math.nan).double(), ValueError, "NaN or infinite"),
-        (torch.rand(2, 1, 8, 8).double(), ValueError, r"shape \(N, 1, 4, 8\); got \(2, 1, 8, 8\)"),
-    ],
-)
-def test_bad_images(x, error, message):
-    prior = image_prior()
-    for call in (prior, prior.grad, prior.prox, prior.encode):
-        with pytest.raises(error, match=message):
-            call(x)
-    with pytest.raises(ValueError, match="neither"):
-        FlowPrior()
-
-
-# --- the optimizers ---
-
-
-def rosenbrock(z):
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        value = (100 * (leaf[:, 1:] - leaf[:, :-1] ** 2) ** 2 + (1 - leaf[:, :-1]) ** 2).sum(1)
-        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
-
-
-def with_holes(value_and_grad, limit):
-    """NaN where any entry exceeds ``limit``."""
-
-    def holed(z):
-        value, grad = value_and_grad(z)
-        return torch.where(z.amax(1) > limit, torch.full_like(value, math.nan), value), grad
-
-    return holed
-
-
-SOLVERS = {
-    "lbfgs": lambda f, z, n, **k: lbfgs(f, z, n, **k),
-    "adam": lambda f, z, n, **k: first_order(f, z, lambda p: torch.optim.Adam(p, lr=0.02), 10 * n, **k),
-}
-
-
-def test_lbfgs_solves_rosenbrock():
-    z = torch.randn(6, 8, dtype=torch.float64)
-    value, _ = rosenbrock(lbfgs(rosenbrock, z, 200))
-    # the other local minimum is at 3.98
-    assert ((value < 1e-12) | ((value - 3.98).abs() < 0.01)).all()
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_samples_do_not_depend_on_each_other(name):
-    z = torch.randn(4, 8, dtype=torch.float64) * torch.tensor([0.1, 1, 3, 10]).view(4, 1)
-    together = SOLVERS[name](rosenbrock, z, 20)
-    for k in range(4):
-        torch.testing.assert_close(SOLVERS[name](rosenbrock, z[k : k + 1], 20)[0], together[k], rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_non_finite_steps_are_rejected(name):
-    z = torch.zeros(2, 8, dtype=torch.float64)
-    z[1] = 0.5
-    seen = []
-    holed = with_holes(rosenbrock, 0.6)  # the minimum, at 1, is in the hole
-    end = SOLVERS[name](holed, z, 60, callback=lambda z, value: seen.append(value))
-    value, _ = holed(end)
-    assert value.isfinite().all() and (value < 0.9 * rosenbrock(z)[0]).all()
-    history = torch.stack(seen)
-    assert history.isfinite().all() and (history[1:] <= history[:-1]).all()
-
-
-# --- LatentMAP ---
+from deepinv_flows import LatentMAP, PatchNR, glow_flow, image_flow
+from deepinv_flows.latent.measurements import as_physics_takes
 
 
 def test_theorem():
@@ -309,7 +88,7 @@ def test_metrics():
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
-def test_generators_that_are_no_flow(optimizer):
+def test_generators_that_are_not_flows(optimizer):
     """The nearest image of the range, as least squares finds it."""
     generator, x = Narrow(), torch.rand(2, *SIZE, dtype=torch.float64)
     options = dict(optimizer=optimizer, max_iter=2000, thres_conv=1e-12)
@@ -361,6 +140,96 @@ def test_any_physics():
     torch.testing.assert_close(LatentMAP(prior, fidelity, max_iter=300)(stack.A(x), stack), x, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("name", PHYSICS)
+def test_every_physics_of_deepinv(name):
+    channels, physics = PHYSICS[name][0], PHYSICS[name][1]()
+    flow = image_flow((channels, SIDE, SIDE), 2, 1, 4, generator=torch.Generator().manual_seed(0))
+    model = LatentMAP(flow, max_iter=60, init="random", init_std=0.1)
+    z = 0.1 * torch.randn(1 if name in ONE_IMAGE_ONLY else 2, channels, SIDE, SIDE)
+    y = physics.A(as_physics_takes(model.generate(z).detach(), physics))
+    value_and_grad, start, _ = model.problem(y, physics)
+    x_net = model(y, physics)
+    end, _ = value_and_grad(model.images.encode(x_net))
+    assert x_net.shape == z.shape and x_net.dtype == torch.float32
+    assert (end < 0.5 * value_and_grad(start)[0]).all()  # phase retrieval has minima of its own
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_physics_refused_by_name(name):
+    channels, make = REFUSED[name]
+    model = LatentMAP(image_flow((channels, SIDE, SIDE), 1, 1, 4))
+    with pytest.raises(
+        ValueError, match=rf"^{name} cannot measure what the generator makes, .* \(2, {channels}, 8, 8\)"
+    ):
+        model(torch.rand(2, channels, SIDE, SIDE), make())
+    assert name in LatentMAP.__doc__
+
+
+def test_no_physics_is_forgotten():
+    classes = {
+        name for name, c in vars(dinv.physics).items() if isinstance(c, type) and issubclass(c, dinv.physics.Physics)
+    }
+    assert classes == PHYSICS.keys() | REFUSED.keys() | ELSEWHERE | ABSTRACT
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam", "adamax", "nadam", "rmsprop"])
+@pytest.mark.parametrize(
+    "of_measurements, of_objective", [(2.0**-20, 1.0), (2.0**20, 1.0), (1.0, 2.0**-40), (2.0**-15, 2.0**15)]
+)
+def test_units_do_not_matter(of_measurements, of_objective, optimizer):
+    """y and A in another unit, and f in another: the images stay, also in single precision."""
+    prior, x = image_prior(0.05, torch.float32), torch.rand(2, *SIZE)
+    A = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
+
+    def recovered(unit, weight):
+        def forward(x, **kwargs):
+            return unit * x.flatten(1) @ A.T
+
+        physics = dinv.physics.Physics(A=forward)
+        fidelity = dinv.optim.L2(sigma=weight**-0.5)
+        return LatentMAP(prior, fidelity, optimizer=optimizer, max_iter=25)(physics(x), physics), physics.A
+
+    expected, A_x = recovered(1.0, 1.0)
+    found, _ = recovered(of_measurements, of_objective)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if optimizer == "lbfgs":
+        assert (A_x(found) - A_x(x)).norm() < 0.05 * A_x(x).norm()
+
+
+def test_wrapped_flows_are_flows():
+    physics, x = dinv.physics.Denoising(), torch.rand(2, *SIZE, dtype=torch.float64)
+    flow = image_prior(0.05).normalizing_flow
+    expected = LatentMAP(flow, max_iter=20)(x, physics)
+    for wrapped in (torch.nn.DataParallel(flow), torch.compile(flow, backend="eager")):
+        torch.testing.assert_close(LatentMAP(wrapped, max_iter=20)(x, physics), expected)
+
+
+def test_conditional_flows():
+    """Conditions as tensors, as a function of y and physics, and in the call; a flow whose condition is the image's mean."""
+
+    class Around(torch.nn.Module):
+        def forward(self, x, c, rev=False):
+            return (x + c[0], torch.zeros(len(x)).double()) if rev else (x - c[0], torch.zeros(len(x)).double())
+
+    y, physics = torch.rand(2, *SIZE, dtype=torch.float64), dinv.physics.Denoising()
+    c = torch.rand_like(y)
+    options = dict(lambda_reg=1, penalty="squared", latent_shape=SIZE)
+    for conditions, mean in ((c, c), ([c], c), (lambda y, physics: physics.A_adjoint(y) ** 2, y**2)):
+        model = LatentMAP(Around(), c=conditions, **options)
+        torch.testing.assert_close(model(y, physics), (y + mean) / 2, rtol=0, atol=1e-5)
+    model = LatentMAP(Around(), **options)
+    torch.testing.assert_close(model(y, physics, c=c), (y + c) / 2, rtol=0, atol=1e-5)
+    flow = image_flow(SIZE, 2, 1, 4, dims_c=[SIZE]).double()
+    assert LatentMAP(flow, c=c, init="pinv", max_iter=3)(y, physics).isfinite().all()
+    with pytest.raises(ValueError, match="expected 1 conditions"):
+        LatentMAP(flow)(y, physics)
+
+
+def test_says_what_it_is():
+    text = repr(LatentMAP(Gaussian(), penalty="squared", lambda_reg=0.5))
+    assert "lambda_reg=0.5, penalty='squared', optimizer='lbfgs'" in text and "init='zero'" in text
+
+
 def test_copies_pickles_and_state_dicts():
     model, physics, x = (
         LatentMAP(image_prior(0.05), max_iter=5),
@@ -393,6 +262,58 @@ def test_refusals(options, message):
         LatentMAP(Gaussian(), **options)
 
 
+class ByReverse(torch.nn.Module):
+    def forward(self, x, reverse=False):
+        return x, torch.zeros(len(x))
+
+
+@pytest.mark.parametrize(
+    "flow, message",
+    [
+        (lambda: PatchNR(patch_size=3), "expected a flow on whole images; got a PatchNR, whose flow is on patches"),
+        (ByReverse, r"called as flow\(x, rev=False\), or a generator; ByReverse.forward takes reverse="),
+        (lambda: torch.compile(ByReverse(), backend="eager"), "ByReverse.forward takes reverse="),
+        (lambda: 3, "expected a torch.nn.Module as flow or generator; got int"),
+    ],
+)  # fmt: skip
+def test_flows_refused(flow, message):
+    with pytest.raises(TypeError, match=message):
+        LatentMAP(flow())
+
+
+@pytest.mark.parametrize(
+    "y, error, message",
+    [
+        (torch.rand(2, *SIZE), TypeError, "measurements of torch.float64, as the flow's weights; got torch.float32"),
+        (torch.rand(2, *SIZE).to(torch.complex64), TypeError, "of torch.float64, .* got torch.complex64"),
+        (torch.ones(2, *SIZE, dtype=torch.uint8), TypeError, "floating-point measurements; got torch.uint8"),
+        ([[0.5]], TypeError, "expected measurements as a tensor; got list"),
+        (torch.rand(0, *SIZE).double(), ValueError, r"batch of measurements that is not empty; got shape \(0, 1, 4, 8\)"),
+        (torch.rand(2, 3, 4, 8).double(), ValueError,
+         r"measurements of shape \(2, 1, 4, 8\), as Denoising makes of images \(2, 1, 4, 8\); got \(2, 3, 4, 8\)"),
+    ],
+)  # fmt: skip
+def test_measurements_refused(y, error, message):
+    with pytest.raises(error, match=message):
+        LatentMAP(image_prior())(y, dinv.physics.Denoising())
+
+
+def test_more_refusals_in_the_call():
+    y, physics = torch.rand(2, *SIZE).double(), dinv.physics.Denoising()
+    with pytest.raises(TypeError, match="expected init to be a name, a tensor or a function; got ndarray"):
+        LatentMAP(Gaussian())(y, physics, init=y.numpy())
+    with pytest.raises(TypeError, match="expected init to return a tensor of latents; got ndarray"):
+        LatentMAP(Gaussian())(y, physics, init=lambda y, physics: y.numpy())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="gradient of LatentMAP needs autograd"):
+        LatentMAP(Gaussian())(y, physics)
+    square = dinv.physics.Physics(A=lambda x, **kwargs: x**2)
+    with pytest.raises(ValueError, match="expected latent_shape, as neither Gaussian nor Physics"):
+        LatentMAP(Gaussian())(y, square)
+    vectors = LatentMAP(glow_flow(32, 1, 8).double())
+    with pytest.raises(ValueError, match=r"as Denoising makes of images \(2, 32\); got \(2, 1, 4, 8\)"):
+        vectors(y, physics)
+
+
 def test_refusals_in_the_call():
     y, physics = torch.rand(2, *SIZE).double(), dinv.physics.Denoising()
     with pytest.raises(TypeError, match=r"torch.nn.Module as flow or generator; got function"):
@@ -405,11 +326,3 @@ def test_refusals_in_the_call():
         LatentMAP(Gaussian(), lambda_reg=torch.ones(3))(y, physics)
     with pytest.raises(ValueError, match=r"a data fidelity of shape \(2,\); got \(\)"):
         LatentMAP(Gaussian(), lambda x, y, physics: ((x - y) ** 2).mean())(y, physics)
-
-
-def test_weights_of_patches_and_of_images_are_not_mixed_up():
-    with pytest.raises(CheckpointError, match="gravel: expected weights that FlowPrior.save wrote"):
-        FlowPrior(pretrained="gravel")
-    for load in (lambda: PatchNR(pretrained="lfw"), lambda: PatchNR.from_checkpoint("lfw")):
-        with pytest.raises(CheckpointError, match="lfw: expected weights of a flow on patches"):
-            load()

@@ -75,6 +75,14 @@ def test_one_level_an_image():
     assert torch.equal(together[1], y[1])
 
 
+@pytest.mark.parametrize("sigma", [0.1, [0.1, 0.3], np.array([0.1, 0.3])], ids=str)
+def test_double_precision_is_kept(sigma):
+    """0.1 is not a number of single precision."""
+    denoiser, y = FlowDenoiser(FlowPrior(small_flow())), gaussian_images(2)
+    levels = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(denoiser(y, sigma), y - levels**2 * denoiser.prior.grad(y), rtol=1e-15, atol=1e-15)
+
+
 def test_it_is_a_gradient_field():
     denoiser, y = FlowDenoiser(FlowPrior(small_flow())), gaussian_images(1)
     jacobian = torch.autograd.functional.jacobian(lambda y: denoiser(y, SIGMA), y).view(16, 16)

@@ -1,0 +1,58 @@
+"""Flows and other modules as generators, which map latents to images."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .contract import evaluate, takes
+
+Conditions = Tensor | Sequence[Tensor] | None
+
+WRAPPERS = ("DataParallel", "DistributedDataParallel")
+VECTORS = ("glow_flow", "allinone_flow")
+
+
+class ImageGenerator:
+    """
+    A generator G of images: a flow run in reverse, or any module that maps latents (B, ...) to images.
+
+    A flow compiled by :func:`torch.compile` or wrapped for data-parallel use is known by the module inside.
+
+    :param torch.nn.Module module: the flow or generator.
+    :raises TypeError: for a flow of another calling convention, such as ``reverse=`` in place of ``rev=``.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module, inner = module, unwrapped(module)
+        self.name, self.invertible = type(inner).__name__, takes(inner, "rev")
+        for name in ("reverse", "inverse"):
+            if not self.invertible and takes(inner, name):
+                raise TypeError(
+                    f"expected a flow called as flow(x, rev=False), or a generator; {self.name}.forward takes {name}=: "
+                    f"wrap it in a module whose forward(x, rev=False) returns (z, log_det)"
+                )
+        config = getattr(inner, "config", {})
+        self.dim = config.get("dim") if config.get("builder") in VECTORS else None
+        self.latent_shape = getattr(inner, "img_size", None) if self.dim is None else (self.dim,)
+
+    def decode(self, z: Tensor, c: Conditions = None) -> Tensor:
+        """Images G(z)."""
+        if self.invertible:
+            return evaluate(self.module, z, rev=True, c=c)[0]
+        return self.module(z) if c is None else self.module(z, c=c)
+
+    def encode(self, x: Tensor, c: Conditions = None) -> Tensor:
+        """
+        Latents of images.
+
+        :raises ValueError: for a generator that is not invertible.
+        """
+        if not self.invertible:
+            raise ValueError(f"expected a flow, to find the latent of an image; a {self.name} does not have an inverse")
+        return evaluate(self.module, x, c=c)[0]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside those of :func:`torch.compile` and of data-parallel wrappers."""
+    inside = module.module if type(module).__name__ in WRAPPERS else getattr(module, "_orig_mod", None)
+    return unwrapped(inside) if isinstance(inside, nn.Module) else module

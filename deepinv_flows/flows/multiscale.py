@@ -1,0 +1,179 @@
+"""A flow on whole images as levels of FrEIA blocks."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .state import KnowsItsConfig
+
+
+class ImageFlow(KnowsItsConfig, nn.Module):
+    """
+    Levels of FrEIA blocks; after each level but the last, half of the channels leave for the latent.
+
+    What leaves is scaled and shifted by networks of what stays, as Glow's learned prior does.
+
+    :param torch.nn.ModuleList levels: a ``ModuleList`` of FrEIA blocks for each level.
+    :param torch.nn.ModuleList splits: for each level but the last the ``ConditionalAffineTransform`` of what leaves.
+    :param dict config: the call of :func:`image_flow` that this is.
+    :param bool memory_efficient: as there.
+    """
+
+    initialised: Tensor
+
+    def __init__(self, levels: nn.ModuleList, splits: nn.ModuleList, config: dict, memory_efficient: bool = False):
+        super().__init__()
+        self.levels, self.splits, self.config = levels, splits, config
+        self.img_size, self.dims_c = tuple(config["img_size"]), [tuple(dims) for dims in config["dims_c"]]
+        self.register_buffer("initialised", torch.tensor(0.0))  # a number: state dicts are averaged
+        self.memory_efficient = memory_efficient
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.config.items() if key != "builder")
+
+    def forward(
+        self, x: Tensor, c: Tensor | Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """
+        :param torch.Tensor x: images, or latents if ``rev``, (N, C, H, W).
+        :param list c: conditions, each (N, C', H, W), for a flow built with ``dims_c``; the one tensor if there is one.
+        :param bool rev: whether to map latents to images.
+        :param bool jac: has no effect: the log-determinant comes for free.
+        :return: latents or images (N, C, H, W), and log-determinants (N,).
+        :raises ValueError: for another shape.
+        """
+        self._check(x, self.img_size)
+        conditions = self._conditions(c, len(x))
+        return self._decode(x, conditions) if rev else self._encode(x, conditions)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, c: Tensor | Sequence[Tensor] | None = None) -> None:
+        """
+        Set the affine maps of new blocks so that every channel has mean 0 and variance 1 for these images, as in Glow.
+
+        Call it once, before training (:func:`deepinv_flows.fit_flow` does), on a batch with its dequantisation noise. Where the
+        images hold few samples for each channel of a level, its scales are shrunk towards their mean, with a warning.
+
+        :param torch.Tensor x: images (N, C, H, W), a few dozen or more.
+        :param list c: conditions, as in the call.
+        :raises ValueError: for another shape, or no images at all.
+        """
+        self._check(x, self.img_size)
+        if len(x) == 0:
+            raise ValueError("expected at least one image to initialise a flow with; got none")
+        self._warn_of_few(len(x))
+        self._encode(x, self._conditions(c, len(x)), initialise=True)
+        self.initialised.fill_(1)
+
+    def _encode(self, x, conditions, initialise=False):
+        x, latents, log_det = _channels_last(x), [], x.new_zeros(len(x))
+        for level, c in enumerate(conditions):
+            for block in self.levels[level]:
+                if initialise and hasattr(block, "initialise"):
+                    block.initialise(x, c)
+                x, change = self._run(block, x, c, rev=False)
+                log_det = log_det + change
+            if level < len(self.splits):
+                x, z = x.chunk(2, 1)
+                z, change = self._run(self.splits[level], z, [x, *c], rev=False)
+                log_det = log_det + change
+                latents.append(z.flatten(1))
+        return torch.cat([*latents, x.flatten(1)], 1).view(-1, *self.img_size), log_det
+
+    def _decode(self, z, conditions):
+        log_det = z.new_zeros(len(z))
+        *latents, x = [_channels_last(part) for part in self.to_levels(z)]
+        for level in reversed(range(len(self.levels))):
+            c = conditions[level]
+            if level < len(self.splits):
+                part, change = self._run(self.splits[level], latents[level], [x, *c], rev=True)
+                x, log_det = torch.cat([x, part], 1), log_det + change
+            for block in reversed(self.levels[level]):
+                x, change = self._run(block, x, c, rev=True)
+                log_det = log_det + change
+        return x.contiguous(), log_det
+
+    def _run(self, block, x, c, rev):
+        def call(x, *c):
+            (out,), log_det = block((x,), c=list(c), rev=rev)
+            return out, log_det
+
+        if self.memory_efficient and torch.is_grad_enabled():
+            return checkpoint(call, x, *c, use_reentrant=False, preserve_rng_state=False)
+        return call(x, *c)
+
+    def to_levels(self, z: Tensor) -> list[Tensor]:
+        """
+        The latents of each level, from the finest details to the coarsest structure; all are views of z.
+
+        :param torch.Tensor z: latents (N, C, H, W).
+        :return: tensors (N, C_l, H_l, W_l); of a 3 x 64 x 64 flow of three levels (N, 6, 32, 32), (N, 12, 16, 16), (N, 48, 8, 8).
+        """
+        self._check(z, self.img_size)
+        shapes = self._level_shapes()
+        parts = z.flatten(1).split([c * h * w for c, h, w in shapes], 1)
+        return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes)]
+
+    def from_levels(self, levels: Sequence[Tensor]) -> Tensor:
+        """
+        Inverse of :meth:`to_levels`; mixing the levels of several images mixes their styles.
+
+        :param list levels: as :meth:`to_levels` returns them.
+        :return: latents (N, C, H, W).
+        """
+        levels, shapes = list(levels), self._level_shapes()
+        if [tuple(level.shape[1:]) for level in levels] != shapes:
+            found = [tuple(level.shape) for level in levels]
+            raise ValueError(f"expected latents of {len(shapes)} levels, N x {shapes}; got {found}")
+        return torch.cat([level.flatten(1) for level in levels], 1).view(-1, *self.img_size)
+
+    def _level_shapes(self) -> list[tuple[int, int, int]]:
+        """Of what leaves after each level, and of what stays to the end."""
+        channels, height, width = self.img_size
+        shapes = []
+        for level in range(len(self.levels)):
+            channels, height, width = 4 * channels, height // 2, width // 2
+            if level < len(self.splits):
+                channels //= 2
+            shapes.append((channels, height, width))
+        return shapes
+
+    def _warn_of_few(self, images: int) -> None:
+        """Where the images hold fewer than ten samples for each channel of a level."""
+        from .freia import shrinkage
+
+        for level, (channels, height, width) in enumerate(self._level_shapes(), 1):
+            channels *= 2 if level <= len(self.splits) else 1
+            if shrinkage(images * height * width, channels) > 0:
+                warnings.warn(
+                    f"level {level} has {channels} channels of {height} x {width} pixels, and {images} images to set its scales "
+                    "by, which are shrunk towards their mean: initialise with more images, or take fewer levels",
+                    stacklevel=4,
+                )
+                return
+
+    def _conditions(self, c: Tensor | Sequence[Tensor] | None, n: int) -> list[list[Tensor]]:
+        """At each level the conditions, squeezed to its size."""
+        c = [] if c is None else [c] if torch.is_tensor(c) else list(c)
+        if len(c) != len(self.dims_c):
+            raise ValueError(f"expected {len(self.dims_c)} conditions, of dims_c = {self.dims_c}; got {len(c)}")
+        like = next(self.parameters())
+        for condition, dims in zip(c, self.dims_c):
+            self._check(condition, dims, n)
+            if condition.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+                raise TypeError(f"expected a condition of {like.dtype}, as the flow's weights; got {condition.dtype}")
+        return [[F.pixel_unshuffle(part, 2 ** (level + 1)) for part in c] for level in range(len(self.levels))]
+
+    @staticmethod
+    def _check(x: Tensor, size: tuple[int, int, int], n: int | str = "N") -> None:
+        if x.ndim != 4 or tuple(x.shape[1:]) != size or n not in ("N", len(x)):
+            raise ValueError(f"expected a tensor of shape {(n, *size)}; got {tuple(x.shape)}".replace("'", ""))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """In the layout in which convolutions are fastest."""
+    return x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,74 @@
+r"""
+The directions in which an objective bends most, as the covariance of momenta.
+
+.. math::
+
+    M = \delta I + V E V^\top
+
+with the largest positive eigenvalues E of the Hessian, less :math:`\delta`, and their eigenvectors V, by subspace iteration on
+differences of gradients (Halko, Martinsson & Tropp 2011, arXiv 0909.4061). Each sample of a batch has its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..solvers import Objective, norm, per_sample
+
+ROUNDS = 3
+
+
+@dataclass
+class Metric:
+    """M, by its floor, the eigenvectors (B, D, k) and what they add to it, (B, k)."""
+
+    floor: float
+    vectors: Tensor
+    added: Tensor
+
+    def root(self, p: Tensor) -> Tensor:
+        """M^(1/2) p, of covariance M for a normal p, (B, ...)."""
+        return self._apply(p, lambda eigenvalues: eigenvalues.sqrt())
+
+    def inverse(self, p: Tensor) -> Tensor:
+        """M^-1 p, (B, ...)."""
+        return self._apply(p, lambda eigenvalues: 1 / eigenvalues)
+
+    def _apply(self, p: Tensor, function) -> Tensor:
+        floor = function(torch.as_tensor(self.floor, dtype=p.dtype, device=p.device))
+        inside = torch.einsum("bdk,bd->bk", self.vectors, p.flatten(1))
+        change = (function(self.floor + self.added) - floor) * inside
+        return floor * p + torch.einsum("bdk,bk->bd", self.vectors, change).view_as(p)
+
+
+def curvature(value_and_grad: Objective, z: Tensor, rank: int, floor: float, generator: torch.Generator) -> Metric:
+    """
+    The metric of an objective at z.
+
+    :param Callable value_and_grad: latents (B, ...) to values (B,) and gradients (B, ...).
+    :param torch.Tensor z: latents (B, ...).
+    :param int rank: number of eigenvectors k.
+    :param float floor: the curvature that every direction has.
+    :param torch.Generator generator: source of the first subspace.
+    """
+    shape = (len(z), z[0].numel(), min(rank, z[0].numel()))
+    vectors = torch.randn(shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
+    # central differences, whose error is least for steps near the cube root of the rounding error
+    length = torch.finfo(z.dtype).eps ** (1 / 3) * norm(z).clamp_min(shape[1] ** 0.5)
+
+    def hessian(vectors: Tensor) -> Tensor:
+        columns = []
+        for v in vectors.unbind(2):
+            move = per_sample(length / v.norm(dim=1), z) * v.view_as(z)
+            difference = value_and_grad(z + move)[1] - value_and_grad(z - move)[1]
+            columns.append(difference.flatten(1) * (v.norm(dim=1) / (2 * length))[:, None])
+        return torch.stack(columns, 2)
+
+    if shape[2] == 0:
+        return Metric(floor, vectors, vectors.new_zeros(len(z), 0))
+    for _ in range(ROUNDS - 1):
+        vectors = torch.linalg.qr(hessian(torch.linalg.qr(vectors)[0]))[0]
+    projected = vectors.mT @ hessian(vectors)
+    eigenvalues, rotation = torch.linalg.eigh(0.5 * (projected + projected.mT))
+    return Metric(floor, vectors @ rotation, (eigenvalues - floor).clamp_min(0))

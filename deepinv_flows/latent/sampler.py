@@ -1,0 +1,158 @@
+"""Samples from the posterior of images, by Hamiltonian Monte Carlo in latent space."""
+
+from collections.abc import Callable
+
+import torch
+from deepinv.models.base import Reconstructor
+from deepinv.optim import L2
+from deepinv.physics import Physics
+from deepinv.utils import TensorList
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..checks import check_positive, positive_int
+from ..flows import Conditions
+from .hamiltonian import Kernel
+from .map import LatentMAP
+from .preconditioner import curvature
+
+
+class LatentSampler(Reconstructor):
+    r"""
+    The posterior of an image, sampled in the latent space of a flow.
+
+    .. math::
+
+        x = G(z), \qquad z \sim \exp\big( -f(G(z), y, A) - \tfrac12 \|z\|^2 / \tau^2 \big)
+
+    With :math:`\tau = 1` and f the negative log-likelihood of y, x has the posterior of the flow's density and y: the determinant
+    of G is that of the density. The chain is Hamiltonian Monte Carlo with a Metropolis test, started at the most likely z. Every
+    image has a chain of its own, whose step size is adapted during the warm-up. Momenta have the covariance
+    :math:`I / \tau^2 + V E V^\top` of the ``rank`` directions in which f bends most at the start, so that a step does not have to
+    be as short as the best measured direction asks.
+
+    ``sampler(y, physics)`` returns the posterior mean, and ``sampler.sample(y, physics)`` mean and variance, as the samplers of
+    :mod:`deepinv.sampling` do.
+
+    :param torch.nn.Module flow: a flow, run in reverse as G, or a :class:`deepinv_flows.FlowPrior`.
+    :param deepinv.optim.DataFidelity data_fidelity: f, with a value for each image; ``None`` is ``L2()``. For Gaussian noise of
+        standard deviation s the posterior has ``L2(sigma=s)``.
+    :param float temperature: :math:`\tau`, the standard deviation of the latents a priori; above 1 for a flow that is too
+        sure of itself.
+    :param int max_iter: number of samples of each chain.
+    :param int warm_up: iterations before these, in which the step size is adapted.
+    :param int num_steps: leapfrog steps of an iteration; 1 is Langevin's algorithm with a Metropolis test. Their number is drawn
+        between half of this and this, so that no direction is in resonance.
+    :param float acceptance: share of accepted iterations to which the step size is adapted.
+    :param int rank: number of directions in the covariance of momenta; 0 for none.
+    :param int map_iter: iterations of the :class:`deepinv_flows.LatentMAP` that finds the start; 0 starts at z = 0.
+    :param torch.Tensor, list, Callable c: conditions of a conditional flow, as in :class:`deepinv_flows.LatentMAP`.
+    :param tuple latent_shape: shape of a latent, where the flow does not tell.
+    :param torch.Generator generator: source of the chain; ``None`` is one of its own, with a fixed seed.
+    :param bool verbose: show the iterations.
+    :raises ValueError: for numbers out of range.
+
+    Sources: Neal, "MCMC using Hamiltonian dynamics", 2011, arXiv 1206.1901; Hoffman & Gelman, "The No-U-Turn Sampler", JMLR 2014,
+    arXiv 1111.4246, for the adaptation; flows as priors as in Asim et al. 2020, arXiv 1905.11672.
+
+    >>> import torch, deepinv as dinv
+    >>> from deepinv_flows import image_flow
+    >>> from deepinv_flows.latent import LatentSampler
+    >>> flow = image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4)
+    >>> physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5)
+    >>> sampler = LatentSampler(flow, dinv.optim.L2(sigma=0.1), max_iter=20, warm_up=10)
+    >>> mean, variance = sampler.sample(physics(torch.rand(2, 1, 8, 8)), physics)
+    >>> mean.shape, variance.shape
+    (torch.Size([2, 1, 8, 8]), torch.Size([2, 1, 8, 8]))
+    """
+
+    def __init__(
+        self,
+        flow: nn.Module,
+        data_fidelity: nn.Module | None = None,
+        temperature: float = 1.0,
+        max_iter: int = 200,
+        warm_up: int = 100,
+        num_steps: int = 10,
+        acceptance: float = 0.8,
+        *,
+        rank: int = 10,
+        map_iter: int = 50,
+        c: Conditions | Callable = None,
+        latent_shape: tuple[int, ...] | None = None,
+        generator: torch.Generator | None = None,
+        verbose: bool = False,
+    ):
+        super().__init__()
+        positive_int(max_iter=max_iter, warm_up=warm_up, num_steps=num_steps)
+        for name, number in dict(rank=rank, map_iter=map_iter).items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ValueError(f"expected {name} to be an integer >= 0; got {number!r}")
+        check_positive(temperature=temperature)
+        if not 0 < acceptance < 1:
+            raise ValueError(f"expected 0 < acceptance < 1; got {acceptance}")
+        fidelity = L2() if data_fidelity is None else data_fidelity
+        self.map = LatentMAP(
+            flow, fidelity, temperature**-2, "squared", max_iter=max(1, map_iter), c=c, latent_shape=latent_shape
+        )
+        self.temperature, self.max_iter, self.warm_up, self.num_steps = temperature, max_iter, warm_up, num_steps
+        self.acceptance, self.rank, self.map_iter = acceptance, rank, map_iter
+        self.generator = torch.Generator() if generator is None else generator
+        self.verbose = verbose
+        self.accepted: Tensor | None = None
+
+    def extra_repr(self) -> str:
+        names = ("temperature", "max_iter", "warm_up", "num_steps", "acceptance", "rank", "map_iter")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def forward(self, y: Tensor | TensorList, physics: Physics, **kwargs) -> Tensor:
+        """
+        The posterior mean.
+
+        :param torch.Tensor y: measurements (B, ...).
+        :param deepinv.physics.Physics physics: of the measurements.
+        :return: images (B, C, H, W).
+        """
+        return self.sample(y, physics, **kwargs)[0]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        y: Tensor | TensorList,
+        physics: Physics,
+        init: str | Tensor | Callable | None = None,
+        g_statistics: Callable[[Tensor], Tensor] = lambda x: x,
+        c: Conditions | Callable = None,
+        callback: Callable[[Tensor, Tensor], None] = lambda x, z: None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Mean and variance of a statistic of the posterior, by default of the image itself.
+
+        :param torch.Tensor y: measurements (B, ...), or a list of them from stacked physics.
+        :param deepinv.physics.Physics physics: of the measurements.
+        :param init: where the search for the start begins, as in :class:`deepinv_flows.LatentMAP`.
+        :param Callable g_statistics: images (B, C, H, W) to the statistic, (B, ...).
+        :param c: conditions in place of those of the constructor.
+        :param Callable callback: is shown each sample x and its latent z.
+        :return: the two, shaped as the statistic. The share of accepted iterations of each image is in ``accepted``.
+        :raises ValueError: as :class:`deepinv_flows.LatentMAP` raises.
+        """
+        value_and_grad, z, generate = self.map.problem(y, physics, init, c)
+        if self.map_iter:
+            z = self.map.minimise(value_and_grad, z)
+        metric = curvature(value_and_grad, z, self.rank, self.temperature**-2, self.generator)
+        kernel = Kernel(value_and_grad, z, metric, self.num_steps, self.acceptance, self.generator)
+        mean = squares = accepted = torch.zeros(())
+        for it in tqdm(range(self.warm_up + self.max_iter), disable=not self.verbose, desc="LatentSampler"):
+            rate = kernel.step(adapt=it < self.warm_up)
+            if (n := it - self.warm_up + 1) < 1:
+                continue
+            x = generate(kernel.z)
+            callback(x, kernel.z)
+            g = g_statistics(x)
+            delta = g - mean
+            mean = mean + delta / n
+            squares = squares + delta * (g - mean)
+            accepted = accepted + (rate - accepted) / n
+        self.accepted = accepted
+        return mean, squares / max(1, self.max_iter - 1)

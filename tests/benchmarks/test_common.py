@@ -1,0 +1,27 @@
+"""What keeps test images out of the training, and strengths off the ends of their grids."""
+
+import pytest
+import torch
+from common import check_disjoint
+from faces_recovery import best_strength
+
+
+def test_images_seen_in_training_are_named():
+    images = {part: torch.rand(5, 3, 8, 8) for part in ("train", "val", "test")}
+    images["other size"] = torch.rand(2, 3, 4, 4)
+    check_disjoint(images)
+    images["test"][3] = images["train"][2] + 0.01
+    with pytest.raises(ValueError, match=r"within 0.05 RMSE .*; got test\[3\] and train\[2\] \(0.010\)"):
+        check_disjoint(images)
+
+
+def test_a_strength_is_not_chosen_at_an_end():
+    def peak(at):
+        return lambda strength: -((torch.tensor(strength).log() - torch.tensor(at).log()) ** 2)
+
+    for at in (1e-3, 1.0, 1e3):
+        chosen, tried, at_end = best_strength(peak(at), [0.3, 1.0, 3.0], 10)
+        assert not at_end and min(tried) < chosen < max(tried)
+    assert best_strength(peak(1e6), [0.3, 1.0, 3.0], 2)[2]
+    chosen, tried, at_end = best_strength(lambda strength: -strength, [0.0, 1.0, 10.0], 5)
+    assert chosen == 0 and not at_end and len(tried) == 3

@@ -1,0 +1,116 @@
+"""LatentSampler: exact posteriors of Gaussians, invariances of the kernel, calibration."""
+
+import math
+
+import deepinv as dinv
+import pytest
+import torch
+from latent_cases import SIZE, Gaussian, image_prior
+
+from deepinv_flows.latent import LatentSampler
+from deepinv_flows.latent.preconditioner import curvature
+
+
+def linear_physics(m, seed=0):
+    A = torch.randn(m, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return A, dinv.physics.LinearPhysics(
+        A=lambda x, **kwargs: x.flatten(1) @ A.T, A_adjoint=lambda y, **kwargs: (y @ A).view(-1, *SIZE)
+    )
+
+
+@pytest.mark.parametrize("num_steps, rank, max_iter", [(10, 0, 1200), (10, 8, 800), (1, 8, 4000)])
+def test_posterior_of_a_gaussian(num_steps, rank, max_iter):
+    """Mean and variance of each pixel, for measurements whose directions differ a hundredfold in precision."""
+    sigma, prior_std = 0.3, 0.3
+    A, physics = linear_physics(8)
+    x = 0.4 + prior_std * torch.randn(2, *SIZE, dtype=torch.float64)
+    y = physics(x) + sigma * torch.randn(2, 8, dtype=torch.float64)
+    precision = torch.eye(32).double() / prior_std**2 + A.T @ A / sigma**2
+    covariance = torch.linalg.inv(precision)
+    mean = (covariance @ (A.T @ y.T / sigma**2 + 0.4 / prior_std**2)).T
+    options = dict(max_iter=max_iter, warm_up=200, num_steps=num_steps, rank=rank, latent_shape=SIZE)
+    sampler = LatentSampler(Gaussian(0.4, prior_std), dinv.optim.L2(sigma=sigma), **options)
+    state = torch.get_rng_state()
+    found, variance = sampler.sample(y, physics)
+    assert torch.equal(state, torch.get_rng_state())
+    error = (found.flatten(1) - mean) / covariance.diagonal().sqrt()
+    assert error.pow(2).mean().sqrt() < 0.2, error
+    ratio = variance.flatten(1) / covariance.diagonal()
+    assert 0.85 < ratio.mean() < 1.15 and ratio.std() < 0.25, ratio
+    assert (sampler.accepted > 0.6).all()
+
+
+def test_temperature_scales_the_prior():
+    """With next to nothing measured, the standard deviation of the images is the temperature times the flow's."""
+    physics, y = dinv.physics.Denoising(), torch.full((1, *SIZE), 0.4, dtype=torch.float64)
+    options = dict(max_iter=400, warm_up=60, latent_shape=SIZE)
+    for temperature in (0.5, 2.0):
+        sampler = LatentSampler(Gaussian(0.4, 0.3), dinv.optim.L2(sigma=100.0), temperature, **options)
+        _, variance = sampler.sample(y, physics)
+        assert abs(float(variance.mean().sqrt()) / (0.3 * temperature) - 1) < 0.1
+
+
+def test_calibration_on_the_flows_own_images():
+    """Images drawn from the flow lie in the central 80% of their posterior as often as they should."""
+    prior = image_prior(0.1)
+    sigma, x = 0.3, prior.sample(12)
+    physics = dinv.physics.Denoising()
+    y = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=x.dtype)
+    below, count = torch.zeros_like(x), 0
+
+    def compare(sample, z):
+        nonlocal below, count
+        below, count = below + (sample < x), count + 1
+
+    mean, variance = LatentSampler(prior, dinv.optim.L2(sigma=sigma), max_iter=150, warm_up=60, rank=4).sample(
+        y, physics, callback=compare
+    )
+    rank = below / count
+    assert abs(float(((rank > 0.1) & (rank < 0.9)).double().mean()) - 0.8) < 0.08
+    assert 0.8 < float(((mean - x) ** 2 / variance).mean()) < 1.25
+    assert float(((mean - x) ** 2).mean()) < float(((y - x) ** 2).mean())
+
+
+def test_each_image_as_if_alone_and_seeded():
+    prior, physics = image_prior(0.05), dinv.physics.Denoising()
+    y = torch.rand(1, *SIZE).double()
+    options = dict(max_iter=20, warm_up=20, rank=2)
+    sampled = [LatentSampler(prior, dinv.optim.L2(sigma=0.2), **options)(y, physics) for _ in range(2)]
+    assert torch.equal(*sampled)
+    wall = torch.cat([y, 50 * y])
+    assert LatentSampler(prior, dinv.optim.L2(sigma=0.2), **options)(wall, physics).isfinite().all()
+
+
+def test_curvature_finds_the_largest_eigenvalues():
+    eigenvalues = torch.tensor([1e5, 1e4, 1e3, 1.0, 1.0, 1.0]).double()
+    Q = torch.linalg.qr(torch.randn(6, 6).double())[0]
+    H = Q @ torch.diag(eigenvalues) @ Q.T
+
+    def value_and_grad(z):
+        return 0.5 * (z @ H * z).sum(1), z @ H
+
+    z = torch.randn(2, 6).double()
+    metric = curvature(value_and_grad, z, 3, 1.0, torch.Generator())
+    torch.testing.assert_close(metric.inverse(z), z @ torch.linalg.inv(H), rtol=1e-3, atol=1e-3)
+    assert (metric.root(metric.root(z)) - z @ H).norm() < 1e-3 * (z @ H).norm()
+    none = curvature(value_and_grad, z, 0, 4.0, torch.Generator())
+    torch.testing.assert_close(none.inverse(z), z / 4)
+
+
+def test_statistics_and_refusals():
+    prior, physics, y = image_prior(0.05), dinv.physics.Denoising(), torch.rand(2, *SIZE).double()
+    sampler = LatentSampler(prior, dinv.optim.L2(sigma=0.2), max_iter=10, warm_up=5, rank=0, map_iter=0)
+    mean, variance = sampler.sample(y, physics, g_statistics=lambda x: x.amax((1, 2, 3)))
+    assert mean.shape == variance.shape == (2,)
+    assert "temperature=1.0, max_iter=10" in repr(sampler)
+    for options, message in (
+        (dict(temperature=0.0), "expected temperature > 0"),
+        (dict(temperature=math.nan), "expected temperature > 0"),
+        (dict(acceptance=1.0), "expected 0 < acceptance < 1; got 1.0"),
+        (dict(max_iter=0), "expected max_iter to be an integer >= 1"),
+        (dict(rank=-1), "expected rank to be an integer >= 0; got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LatentSampler(prior, **options)
+    with pytest.raises(TypeError, match="measurements of torch.float64"):
+        sampler(y.float(), physics)
