@@ -150,9 +150,11 @@ def by_adam(objective: Objective, x: Tensor, progress: Progress) -> None:
     if thinned := count > LARGE and objective.term.prior.n_patches == -1:
         terms = [objective.data, _on_a_grid(objective.term, count // GRID)]
     x, spread, looks = x.clone(), x.flatten(1).std(1), max(1, steps // 10)
-    optimizer = torch.optim.Adam([x], lr=1.0)
+    optimizer, progress.tol = torch.optim.Adam([x], lr=1.0), 0.0  # the step has to fall to its end
+    unit = per_sample(size(objective.value_and_grad(x)[1]) / x[0].numel() ** 0.5, x)
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     for it in range(steps):
-        x.grad = torch.stack([term.value_and_grad(x)[1] for term in terms]).sum(0)
+        x.grad = torch.stack([term.value_and_grad(x)[1] for term in terms]).sum(0) / unit
         before = x.clone()
         optimizer.step()
         step = ADAM_STEP * (0.01 + 0.99 * math.cos(math.pi * it / steps / 2) ** 2) * spread

@@ -23,7 +23,7 @@ def candidates(y, physics, init: Tensor | None = None) -> dict[str, Tensor]:
     if isinstance(physics, LinearPhysics):
         found["A^T y"] = _scaled_adjoint(y, physics)
     try:
-        found["A_dagger(y)"] = physics.A_dagger(y).detach()
+        found["A_dagger(y)"] = _pseudoinverse(y, physics)
     except Exception as error:  # a guess that any physics may fail to give
         reasons.append(f"A_dagger: {error}")
     batch = len(parts(y)[0])
@@ -37,6 +37,16 @@ def candidates(y, physics, init: Tensor | None = None) -> dict[str, Tensor]:
     if not found:
         raise ValueError(f"this physics has neither A_adjoint nor A_dagger ({'; '.join(reasons)}): pass init=...")
     return found
+
+
+def _pseudoinverse(y, physics) -> Tensor:
+    """``A_dagger(y)``; of measurements of size 1 where that is the same, as deepinv's solvers have absolute tolerances."""
+    if not isinstance(physics, LinearPhysics) or not torch.is_tensor(y):
+        return physics.A_dagger(y).detach()
+    scale = y.abs().flatten(1).amax(1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    x = physics.A_dagger(y / per_sample(scale, y)).detach()
+    return per_sample(scale, x) * x
 
 
 def _scaled_adjoint(y, physics) -> Tensor:

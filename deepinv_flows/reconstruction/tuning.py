@@ -108,19 +108,22 @@ def _stop(histories: list[list[float]], sign: float) -> tuple[int, float]:
 
 def simulated(x: Tensor, physics, generator: torch.Generator | None):
     """Measurements of images; neither torch's random state nor that of the physics moves."""
-    sources = [v for module in physics.modules() for v in vars(module).values() if isinstance(v, torch.Generator)]
-    with _kept(sources), randomness(torch.Generator() if generator is None else generator):
+    with _kept(physics), randomness(torch.Generator() if generator is None else generator):
         return physics(x)
 
 
 @contextlib.contextmanager
-def _kept(generators: list[torch.Generator]) -> Iterator[None]:
-    states = [generator.get_state() for generator in generators]
+def _kept(physics: nn.Module) -> Iterator[None]:
+    """The random generators inside are as before; deepinv's noise replaces its own when it is called."""
+    held = [(vars(module), name, value) for module in physics.modules() for name, value in vars(module).items()]
+    held = [(owner, name, value) for owner, name, value in held if isinstance(value, torch.Generator)]
+    states = [value.get_state() for *_, value in held]
     try:
         yield
     finally:
-        for generator, state in zip(generators, states):
-            generator.set_state(state)
+        for (owner, name, value), state in zip(held, states):
+            owner[name] = value
+            value.set_state(state)
 
 
 def _images(images: Tensor | Iterable[Tensor], n: int) -> Tensor:
