@@ -149,7 +149,7 @@ def by_adam(objective: Objective, x: Tensor, progress: Progress) -> None:
     count = _patches(objective.term.prior, x)
     if thinned := count > LARGE and objective.term.prior.n_patches == -1:
         terms = [objective.data, _on_a_grid(objective.term, count // GRID)]
-    x, spread, looks = x.clone(), x.flatten(1).std(1), max(1, steps // 10)
+    x, spread, looks = x.clone(), _spread(x), max(1, steps // 10)
     optimizer, progress.tol = torch.optim.Adam([x], lr=1.0), 0.0  # the step has to fall to its end
     unit = per_sample(size(objective.value_and_grad(x)[1]) / x[0].numel() ** 0.5, x)
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
@@ -163,6 +163,14 @@ def by_adam(objective: Objective, x: Tensor, progress: Progress) -> None:
             x.copy_(constraint.prox(x, x.new_ones(())))
         unknown = thinned and (it + 1) % looks and it + 1 < steps
         progress(x.clone(), torch.full_like(progress.value, torch.inf) if unknown else objective.value(x))
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Standard deviation of each image; the size of its entries where it is constant."""
+    rms = size(x) / x[0].numel() ** 0.5
+    spread = x.flatten(1).std(1)
+    spread = torch.where(spread > 1e-3 * rms, spread, rms)
+    return torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
 def _on_a_grid(term: PriorTerm, n_patches: int) -> PriorTerm:
@@ -208,5 +216,7 @@ def minimise(algorithm: str, objective: Objective, x: Tensor, progress: Progress
         pass
     finally:
         progress.close()
-    worse = ~(objective.value(progress.x) <= progress.first)
-    return torch.where(per_sample(worse, x), x, progress.x)
+    value = objective.value(progress.x)  # in their own units, where rounding may differ
+    better = value <= progress.first
+    progress.value = torch.where(better, value, progress.first)
+    return torch.where(per_sample(better, x), progress.x, x)

@@ -10,7 +10,7 @@ from deepinv.optim import DataFidelity, Prior
 from deepinv.optim.data_fidelity import L2
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_positive, positive_int
+from ..checks import check_autograd, check_choice, check_positive, positive_int
 from . import files, tuning
 from .algorithms import ALGORITHMS, NEEDS_GRADIENT, automatic, minimise
 from .choices import as_constraint, check_fits, checked_weight
@@ -117,7 +117,6 @@ class MAP(Reconstructor):
         init: Tensor | None = None,
         x_gt: Tensor | None = None,
         compute_metrics: bool = False,
-        **kwargs,
     ) -> Tensor | tuple[Tensor, dict[str, list[list[float]]]]:
         """
         Reconstruct images.
@@ -131,13 +130,14 @@ class MAP(Reconstructor):
         :return: images (B, C, H, W), without a graph; with ``compute_metrics`` a tuple of images and metrics.
         :raises ValueError: when y is not finite; when the objective is not finite at any start, or falls without bound; when
             ``lambda_reg`` cannot be found, with the reason.
+        :raises RuntimeError: under :func:`torch.inference_mode`.
         """
+        check_autograd("the objective of MAP")
         for part in parts(y):
             if not bool(torch.isfinite(part).all()):
                 raise ValueError(f"the measurements of shape {tuple(part.shape)} hold NaN or infinite entries")
         with torch.no_grad():
             found = candidates(y, physics, init)
-            like = next(iter(found.values()))
             weight, reason = tuning.weight(self, y, physics, found)
             x, progress, name, start = self.solve(
                 y, physics, weight, found, x_gt=x_gt if compute_metrics else None, verbose=self.verbose
@@ -155,7 +155,6 @@ class MAP(Reconstructor):
                 f"objective {float(progress.first.mean()):.5g} to {float(progress.value.mean()):.5g} in "
                 f"{progress.iterations} iterations and {progress.seconds:.1f} s"
             )
-        x = x.to(like.dtype)
         return (x, progress.metrics) if compute_metrics else x
 
     def solve(

@@ -103,7 +103,7 @@ def discrepancy(physics, y, x: Tensor) -> Tensor:
         raise ValueError('lambda_reg="discrepancy" is for one physics; got a stack of them')
     clean = physics.A(x)
     level = variance(physics, clean)
-    level = level.clamp_min(1e-3 * level.flatten(1).mean(1).min())
+    level = torch.maximum(level, 1e-3 * per_sample(level.flatten(1).mean(1), level))
     measured = (y != 0) | (clean != 0)  # a mask leaves zeros, which are not measurements
     square = ((clean - y).abs() ** 2 / level * measured).flatten(1).sum(1)
     return (square / measured.flatten(1).sum(1)).log()

@@ -18,6 +18,8 @@ from .strength import balance, by_rule, check_sure, dimension, discrepancy, sure
 if TYPE_CHECKING:
     from .map import MAP
 
+WORSE = 2e-3  # relative, of a metric from which on stopping early is better
+
 
 def weight(model: "MAP", y, physics, found: dict[str, Tensor]) -> tuple[Tensor, str]:
     """The weight (B,) for some measurements, and how it was found."""
@@ -100,9 +102,11 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
 
 
 def _stop(histories: list[list[float]], sign: float) -> tuple[int, float]:
-    """After how many iterations the mean metric is best, and its value there; images that end early keep theirs."""
+    """After how many iterations the mean metric is best, and its value there; the last, unless it is clearly worse."""
     means = [sum(values) / len(values) for values in zip(*histories)]
     best = max(range(len(means)), key=lambda k: sign * means[k])
+    if sign * (means[best] - means[-1]) <= WORSE * abs(means[best]):
+        best = len(means) - 1
     return max(best, 1), means[best]
 
 

@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from ..checks import check_choice, positive_int
 from ..flows import nll
@@ -172,45 +171,14 @@ def store(found: Plan, save_path: str | Path | None) -> None:
 
 
 @contextlib.contextmanager
-def carried_out(found: Plan, model: nn.Module, dim: int, verbose: bool) -> Iterator[None]:
-    """
-    The number of threads is the plan's, and one bar counts all of the training, with the loss and its best.
-
-    :param Plan found: the plan.
-    :param torch.nn.Module model: maps a batch to its negative log-likelihoods, in training mode where it learns.
-    :param int dim: dimension of a sample.
-    :param bool verbose: whether to say and show anything.
-    """
+def carried_out(found: Plan, dim: int, verbose: bool) -> Iterator[None]:
+    """Say the plan; inside, the number of torch's threads is the plan's."""
     if verbose:
-        print(describe(found, dim))
+        print(describe(found, dim), flush=True)
     before = torch.get_num_threads()
     if found.threads:
         torch.set_num_threads(found.threads)
-    bar = tqdm(total=found.epochs * found.steps_per_epoch, disable=not verbose, desc="fit_patchnr", unit="step")
-    handle = model.register_forward_hook(_Losses(bar, dim))
     try:
         yield
     finally:
-        handle.remove()
-        bar.close()
         torch.set_num_threads(before)
-
-
-class _Losses:
-    """What the bar shows: nats a dimension, a moving mean in training, and the best of the means over held-out patches."""
-
-    def __init__(self, bar: tqdm, dim: int):
-        self.bar, self.dim = bar, dim
-        self.moving, self.sum, self.count, self.best = math.nan, 0.0, 0, math.inf
-
-    def __call__(self, model: nn.Module, args: tuple, losses: Tensor) -> None:
-        value = float(losses.detach().mean()) / self.dim
-        if not model.training:
-            self.sum, self.count = self.sum + value * len(losses), self.count + len(losses)
-            return
-        if self.count:
-            self.best, self.sum, self.count = min(self.best, self.sum / self.count), 0.0, 0
-        self.moving = value if math.isnan(self.moving) else 0.98 * self.moving + 0.02 * value
-        best = "" if math.isinf(self.best) else f", best evaluated {self.best:.4f}"
-        self.bar.set_postfix_str(f"{self.moving:.4f} nats a dimension{best}", refresh=False)
-        self.bar.update()

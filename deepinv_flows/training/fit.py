@@ -46,7 +46,6 @@ def fit_patchnr(
     device: str | torch.device = "cpu",
     generator: torch.Generator | None = None,
     verbose: bool = True,
-    **trainer_options,
 ) -> PatchNR:
     r"""
     Train a :class:`PatchNR` on the patches of a few images, by :class:`deepinv.Trainer`.
@@ -84,8 +83,7 @@ def fit_patchnr(
         quarter more patches a second.
     :param str device: where to train.
     :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is one with a fixed seed.
-    :param bool verbose: say what is trained and how long it will take, and show one bar for all of the training.
-    :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis``, ``mlflow_vis`` or ``metrics``.
+    :param bool verbose: say what is trained and how long it will take; progress bars and losses.
     :return: the trained prior.
     :raises ValueError: for images that are no finite floating-point tensors of a patch's size or more.
 
@@ -124,13 +122,13 @@ def fit_patchnr(
         early_stop=early_stop,
         mixed_precision=mixed_precision,
         device=device,
-        verbose=False,  # one bar for the whole training instead
+        verbose=verbose,
         grad_clip=100.0,
     )
-    with carried_out(planned, model, prior.dim, verbose):
+    with carried_out(planned, prior.dim, verbose):
         fit(
             model, _largest(images), FlowNLL(), lr, save_path, resume, keep_best=eval_images is not None,
-            physics=Denoising(), **loaders, **options, **trainer_options,
+            physics=Denoising(), **loaders, **options,
         )  # fmt: skip
     prior.effort = planned
     return prior.to(device)

@@ -39,9 +39,7 @@ def fit(
         raise ValueError(f"the training diverged: weights are not finite (lr {lr}, images up to {largest:.3g})")
 
 
-def _train(
-    model: nn.Module, losses: Loss, lr: float, folder: Path, resume: bool, metrics=None, **options
-) -> list[Path]:
+def _train(model: nn.Module, losses: Loss, lr: float, folder: Path, resume: bool, **options) -> list[Path]:
     """Train by deepinv's Trainer in a new run folder; returns that folder and those of the runs it continues."""
     runs = sorted(folder.glob("run_*"), key=lambda path: int(path.name[4:]))
     run = folder / f"run_{len(runs)}"
@@ -57,7 +55,7 @@ def _train(
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmCosine(options["epochs"])),
         losses=losses,
-        metrics=metrics,
+        metrics=None,
         compute_train_metrics=False,
         compute_eval_losses=True,
         early_stop_on_losses=True,

@@ -287,3 +287,14 @@ def test_what_is_refused():
         MAP(prior, lambda_reg=1.0, verbose=False)(y, physics, init=y[:2])
     with pytest.raises(ValueError, match="solver='lbfgs' takes at most 0 terms known by their proximity operators"):
         MAP(prior, lambda_reg=1.0, solver="lbfgs", constraint=(0, 1), verbose=False)(y, physics)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad"):
+        MAP(prior, lambda_reg=1.0, verbose=False)(y, physics)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'x_true'"):
+        MAP(prior, lambda_reg=1.0, verbose=False)(y, physics, x_true=y)
+
+
+def test_a_start_of_zero():
+    y, physics = torch.zeros(2, 1, 8, 8, dtype=torch.float64), dinv.physics.Denoising()
+    for solver in SMOOTH:
+        model = MAP(Bare(lambda x: (x - 1).square().flatten(1).sum(1)), lambda_reg=1.0, solver=solver, verbose=False)
+        torch.testing.assert_close(model(y, physics), torch.full_like(y, 2 / 3), rtol=0, atol=2e-2)
