@@ -164,8 +164,8 @@ def describe(found: Plan, dim: int) -> str:
 
 
 def store(found: Plan, save_path: str | Path | None) -> None:
-    """Keep the plan beside the checkpoints, for a training that is resumed."""
-    if save_path is not None:
+    """Keep a plan that came from timing beside the checkpoints, for a training that is resumed."""
+    if save_path is not None and found.seconds_per_step:
         Path(save_path).mkdir(parents=True, exist_ok=True)
         (Path(save_path) / FILE).write_text(json.dumps(asdict(found), indent=1))
 
