@@ -132,14 +132,15 @@ def check_sure(data_fidelity: DataFidelity, y, physics, x: Tensor, generator: to
 
 
 def _seen(physics, y: Tensor, x: Tensor, generator: torch.Generator) -> float:
-    """Share of the directions of an image that A scales by more than about a thirtieth of its norm."""
-    probe = _signs(x[:1], generator)
-    v = probe
+    """Share of the directions of an image that A scales by more than about a thirtieth of its norm; the least in the batch."""
+    probe = _signs(x, generator)
+    v, length = probe, float(probe[0].norm())
     for _ in range(10):
-        v = physics.A_adjoint_A(v / v.norm())
-    gamma = 1e3 / float(v.norm())
-    hidden = physics.prox_l2(probe, torch.zeros_like(y[:1]), gamma)
-    return 1 - float((probe * hidden).sum() / probe.square().sum())
+        v = physics.A_adjoint_A(v / length)
+        length = max(float(v.flatten(1).norm(dim=1).max()), torch.finfo(v.dtype).tiny)
+    gamma = 1e3 / length
+    hidden = physics.prox_l2(probe, torch.zeros_like(y), gamma)
+    return float((1 - (probe * hidden).flatten(1).mean(1)).min())
 
 
 def _signs(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -174,6 +175,6 @@ def sure(data_fidelity: DataFidelity, grad, weight: Tensor, y: Tensor, physics, 
         return physics.A_adjoint_A(v) + scale * curved
 
     with torch.no_grad():
-        moved = minres(hessian, physics.A_adjoint(probe), max_iter=100, tol=1e-4)
+        moved = minres(hessian, physics.A_adjoint(probe), max_iter=30, tol=1e-3)
         divergence = (probe * physics.A(moved)).flatten(1).sum(1)
         return (physics.A(x) - y).flatten(1).square().mean(1) - level + 2 * level * divergence / m

@@ -41,7 +41,7 @@ class Plan:
     What is trained, and for how long.
 
     :param str effort: ``"quick"``, ``"standard"`` or ``"thorough"``.
-    :param int num_layers: coupling blocks.
+    :param int num_layers: coupling blocks of a new flow.
     :param int sub_net_size: width of their networks.
     :param int batch_size: patches in a batch.
     :param int epochs: number of epochs.
@@ -65,7 +65,14 @@ class Plan:
         return self.epochs * self.steps_per_epoch * self.seconds_per_step / 60
 
 
-def plan(effort: str, dim: int, save_path: str | Path | None = None, resume: bool = False, **given: int | None) -> Plan:
+def plan(
+    effort: str,
+    dim: int,
+    save_path: str | Path | None = None,
+    resume: bool = False,
+    new: bool = True,
+    **given: int | None,
+) -> Plan:
     """
     Sizes for patches of a dimension; those given win, and a training that is resumed keeps its own.
 
@@ -73,6 +80,7 @@ def plan(effort: str, dim: int, save_path: str | Path | None = None, resume: boo
     :param int dim: dimension of a patch.
     :param str save_path: folder of the training.
     :param bool resume: whether it continues one that is there.
+    :param bool new: whether a flow is made; one that is given has its own sizes, which the plan calls 0.
     :param given: fields of a :class:`Plan`, ``None`` for those that the user leaves to us.
     """
     check_choice("effort", effort, MINUTES)
@@ -86,6 +94,8 @@ def plan(effort: str, dim: int, save_path: str | Path | None = None, resume: boo
     for name, value in given.items():
         if value is not None:
             setattr(found, name, positive_int(**{name: value}))
+    if not new:
+        found.num_layers = found.sub_net_size = 0
     return found
 
 
@@ -153,10 +163,8 @@ def _seconds(step: Callable[[], None], device, repeats: int = 7, limit: float = 
 def describe(found: Plan, dim: int) -> str:
     """What will be trained and how long it will take, in a line."""
     steps = found.epochs * found.steps_per_epoch
-    text = (
-        f"fit_patchnr: {found.num_layers} blocks of width {found.sub_net_size} on patches of dimension {dim}, "
-        f"{steps} steps of {found.batch_size} patches"
-    )
+    flow = f"{found.num_layers} blocks of width {found.sub_net_size}" if found.num_layers else "the prior given,"
+    text = f"fit_patchnr: {flow} on patches of dimension {dim}, {steps} steps of {found.batch_size} patches"
     if found.seconds_per_step:
         text += f": about {found.minutes / 0.9:.1f} minutes ({1000 * found.seconds_per_step:.0f} ms a step"
         text += f", {found.threads} of {max(found.timed)} threads)" if found.threads else ")"

@@ -71,8 +71,7 @@ def fit_patchnr(
     :param int steps_per_epoch: batches in an epoch.
     :param int batch_size: patches in a batch.
     :param float lr: largest learning rate.
-    :param float dequantise: width of the uniform noise added to the patches. Where noise or blur hides fine grey levels, 4/255
-        trains a smoother density, in colour too.
+    :param float dequantise: width of the uniform noise added to the patches, in colour to each channel.
     :param bool augment: also show the patches flipped and rotated.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch; ``None`` keeps none.
@@ -99,10 +98,10 @@ def fit_patchnr(
     sizes = dict(num_layers=num_layers, sub_net_size=sub_net_size, batch_size=batch_size)
     sizes |= dict(epochs=epochs, steps_per_epoch=steps_per_epoch)
     channels = images[0].shape[0]
-    planned = plan(effort, channels * patch_size**2 if prior is None else prior.dim, save_path, resume, **sizes)
+    dim = channels * patch_size**2 if prior is None else prior.dim
+    planned = plan(effort, dim, save_path, resume, new=prior is None, **sizes)
     if prior is None:
-        width = planned.sub_net_size
-        flow = glow_flow(channels * patch_size**2, planned.num_layers, width, permute=True, generator=generator)
+        flow = glow_flow(dim, planned.num_layers, planned.sub_net_size, permute=True, generator=generator)
         prior = PatchNR(flow.to(images[0].dtype), patch_size=patch_size, channels=channels)
     held_out = images if eval_images is None else image_list(eval_images, prior.patch_size)
     _check_fit(prior, [*images, *held_out])

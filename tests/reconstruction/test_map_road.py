@@ -28,14 +28,15 @@ def test_the_road(tmp_path, monkeypatch, capsys):
     assert len([line for line in ROAD.splitlines() if line.strip()]) <= 12
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(effort.MINUTES, "quick", 0.02)
-    monkeypatch.setattr(effort, "LEAST_STEPS", 20)
+    monkeypatch.setattr(effort, "LEAST_STEPS", 5)
+    monkeypatch.setitem(effort.SIZES, "quick", (5, lambda dim: 32, 64, 1))
     short = ROAD.replace(":128, 128:256", ":24, 160:184").replace("150:246, -96:", "150:170, -20:")
-    short = short.replace("MAP(prior)", "MAP(prior, max_iter=10)")
+    short = short.replace("MAP(prior)", "MAP(prior, max_iter=4)")
     namespace = {}
     exec(compile(short, "road", "exec"), namespace)
     physics, y, x_net, model = (namespace[name] for name in ("physics", "y", "x_net", "model"))
     said = capsys.readouterr().out
-    assert "fit_patchnr: 5 blocks of width 128 on patches of dimension 48" in said
+    assert "fit_patchnr: 5 blocks of width 32 on patches of dimension 48" in said
     assert "MAP: lambda_reg" in said and "(tuned)" in said
     assert x_net.shape == y.shape and torch.isfinite(x_net).all()
     again = namespace["MAP"].from_checkpoint("map.safetensors", verbose=False)

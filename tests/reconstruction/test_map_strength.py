@@ -144,6 +144,18 @@ def test_sure_finds_the_best_weight():
     torch.testing.assert_close(model.chosen["lambda_reg"], exact, rtol=0.2, atol=0)
 
 
+def test_sure_of_physics_that_differ_from_image_to_image():
+    levels = dinv.physics.GaussianNoise(torch.tensor([0.1, 0.3], dtype=torch.float64))
+    physics = dinv.physics.Inpainting(
+        (1, 12, 12), mask=torch.ones(2, 1, 12, 12, dtype=torch.float64), noise_model=levels
+    )
+    y = physics(gaussians(2, std=0.5))
+    model = MAP(Tikhonov(), lambda_reg="sure", tol=0, max_iter=30, verbose=False)
+    model(y, physics)
+    exact = torch.tensor([0.01, 0.09]) / (y.square().flatten(1).mean(1) - torch.tensor([0.01, 0.09]))
+    torch.testing.assert_close(model.chosen["lambda_reg"], exact, rtol=0.3, atol=0)
+
+
 def test_sure_by_a_curved_prior():
     """Against the divergence by finite differences of the whole reconstruction."""
     prior, physics = patchnr(), denoising()
@@ -156,7 +168,7 @@ def test_sure_by_a_curved_prior():
     x = model(y, physics)
     found = sure(L2(), prior.grad, torch.tensor([0.5], dtype=torch.float64), y, physics, x, probe)
     expected = (x - y).square().mean() - SIGMA**2 + 2 * SIGMA**2 * divergence / 36
-    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[0], expected, rtol=3e-3, atol=1e-5)
 
 
 def test_sure_is_refused_where_it_is_blind():

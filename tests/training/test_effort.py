@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from deepinv_flows import fit_patchnr, glow_flow
+from deepinv_flows import PatchNR, fit_patchnr, glow_flow
 from deepinv_flows.training import effort
 from deepinv_flows.training.effort import MINUTES, carried_out, describe, measured, plan
 from deepinv_flows.training.samples import PatchSamples
@@ -99,3 +99,10 @@ def test_stored_and_resumed(tmp_path, capsys, monkeypatch):
     found = again.effort
     assert (found.num_layers, found.epochs, found.steps_per_epoch, found.batch_size) == (1, 3, 3, 16)
     assert capsys.readouterr().out == ""
+
+
+def test_a_given_prior_keeps_its_sizes(capsys):
+    options = dict(epochs=1, steps_per_epoch=2, batch_size=16)
+    prior = fit_patchnr(torch.rand(1, 1, 12, 12), prior=PatchNR(glow_flow(9, 1, 8), patch_size=3), **options)
+    assert "the prior given, on patches of dimension 9, 2 steps" in capsys.readouterr().out
+    assert prior.effort.num_layers == prior.effort.sub_net_size == 0
