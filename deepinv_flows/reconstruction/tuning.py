@@ -92,7 +92,7 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
         "iterations": iterations,
         "images": len(x),
         "seconds": round(time.monotonic() - began, 1),
-        "tried": sorted([round(float(value), 10), round(sign * float(quality), 4)] for value, quality in tried),
+        "tried": sorted([float(f"{float(value):.6g}"), round(sign * float(quality), 6)] for value, quality in tried),
     }
     if model.verbose:
         print(
