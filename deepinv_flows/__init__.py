@@ -21,7 +21,7 @@ from .iterators import (
 )
 from .latent import FlowPrior, LatentMAP
 from .patchnr import DistributedPatchNR, PatchNR
-from .reconstruction import FlowDenoiser
+from .reconstruction import MAP, FlowDenoiser
 from .registry import register, registered, unregister
 from .splitting import EquivariantSplittingLoss, LineSplittingMaskGenerator
 from .training import BitsPerDim, DistributedTrainer, FlowModel, FlowNLL, fit_flow, fit_patchnr
@@ -29,6 +29,7 @@ from .weights import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = [
+    "MAP",
     "NMAPG",
     "BitsPerDim",
     "CheckpointError",

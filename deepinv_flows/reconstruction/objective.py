@@ -1,0 +1,185 @@
+r"""
+The objective of a reconstruction, :math:`F(x) = f(x) + \lambda\, g(x) + c(x)`, split by what its terms allow.
+
+f is the data fidelity, g the prior, and c a constraint or a second prior known by its proximity operator. Every term has one
+value for each image, and so has :math:`\lambda`.
+"""
+
+import copy
+
+import torch
+from deepinv.optim import DataFidelity, Prior
+from deepinv.optim.data_fidelity import L2
+from deepinv.optim.potential import Potential
+from deepinv.optim.prior import SmoothedTVPrior, TVPrior
+from deepinv.utils import TensorList
+from torch import Tensor
+
+from ..latent import FlowPrior
+from ..patchnr import PatchNR
+from ..solvers import finite, per_sample
+
+
+class Box(Prior):
+    """
+    The constraint that every entry lies between two bounds: 0 where it does, infinite elsewhere.
+
+    :param float low: lower bound.
+    :param float high: upper bound.
+
+    >>> import torch
+    >>> from deepinv_flows.reconstruction import Box
+    >>> Box(0, 1).prox(torch.tensor([[[[-1.0, 0.5, 2.0]]]])).flatten()
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+
+    def __init__(self, low: float = 0.0, high: float = float("inf")):
+        super().__init__()
+        if not low < high:
+            raise ValueError(f"expected bounds low < high; got {low} and {high}")
+        self.explicit_prior, self.low, self.high = True, low, high
+
+    def fn(self, x: Tensor, *args, **kwargs) -> Tensor:
+        inside = ((x >= self.low) & (x <= self.high)).flatten(1).all(1)
+        return torch.zeros_like(inside, dtype=x.dtype).masked_fill(~inside, torch.inf)
+
+    def prox(self, x: Tensor, *args, gamma: float | Tensor = 1.0, **kwargs) -> Tensor:
+        return x.clamp(self.low, self.high)
+
+    def extra_repr(self) -> str:
+        return f"{self.low}, {self.high}"
+
+
+def parts(y: Tensor | TensorList) -> list[Tensor]:
+    """Measurements of each operator of a stack, or of the only one."""
+    return list(y.x) if isinstance(y, TensorList) else [y]
+
+
+def frozen(prior: Prior) -> Prior:
+    """The prior with its weights as constants: they are shared, not copied, and the user's module is left as it is."""
+    shared: dict = {id(p): p.detach() for p in prior.parameters()} | {id(b): b for b in prior.buffers()}
+    for module in prior.modules():
+        shared |= {id(v): v for v in vars(module).values() if isinstance(v, torch.Generator)}
+    try:
+        return copy.deepcopy(prior, shared)
+    except Exception:  # not every module of a user's copies
+        return prior
+
+
+def is_smooth(prior: Prior) -> bool:
+    """Whether a prior is minimised by its gradient: not one that brings a proximity operator and nothing else."""
+    if isinstance(prior, TVPrior):
+        return isinstance(prior, SmoothedTVPrior)
+    return type(prior).grad is not Potential.grad or type(prior).prox is Potential.prox
+
+
+class Term:
+    """A term of the objective, with a value (B,) for images (B, ...); what it has of the other two depends on its kind."""
+
+    def value(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def prox(self, x: Tensor, gamma: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class DataTerm(Term):
+    """f with its measurements bound; A and its adjoint are applied once for value and gradient together."""
+
+    def __init__(self, data_fidelity: DataFidelity, y, physics):
+        self.data_fidelity, self.y, self.physics = data_fidelity, y, physics
+        kind = type(data_fidelity)
+        self.chained = kind.fn is DataFidelity.fn and kind.grad in (DataFidelity.grad, L2.grad)
+
+    def value(self, x: Tensor) -> Tensor:
+        return _each("data fidelity", self.data_fidelity(x, self.y, self.physics), x)
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.chained:
+            return self.value(x), self.data_fidelity.grad(x.clone(), self.y, self.physics).detach()
+        u = self.physics.A(x)
+        value = _each("data fidelity", self.data_fidelity.d(u, self.y), x)
+        return value, self.physics.A_vjp(x, self.data_fidelity.d.grad(u, self.y)).detach()
+
+
+class PriorTerm(Term):
+    """:math:`\\lambda g` with one weight for each image."""
+
+    def __init__(self, prior: Prior, weight: Tensor):
+        self.prior, self.weight = frozen(prior), weight
+        self.jointly = isinstance(prior, PatchNR | FlowPrior)
+
+    def value(self, x: Tensor) -> Tensor:
+        return self.weight * _each("prior", self.prior(x), x)
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.jointly:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                value = self.prior(leaf)
+                (grad,) = torch.autograd.grad(value.sum(), leaf)
+            return self.weight * value.detach(), per_sample(self.weight, x) * grad
+        return self.value(x), per_sample(self.weight, x) * self.prior.grad(x.clone()).detach()
+
+    def prox(self, x: Tensor, gamma: Tensor) -> Tensor:
+        return self.prior.prox(x, gamma=gamma * per_sample(self.weight, x))
+
+
+class Constraint(Term):
+    """c, whose weight is 1."""
+
+    def __init__(self, prior: Prior):
+        self.prior = prior
+
+    def value(self, x: Tensor) -> Tensor:
+        return _each("constraint", self.prior(x), x)
+
+    def prox(self, x: Tensor, gamma: Tensor) -> Tensor:
+        return self.prior.prox(x, gamma=gamma)
+
+
+class Objective:
+    """
+    F as a sum of terms that are known by their gradients (``smooth``) or by their proximity operators (``proximable``).
+
+    :param DataTerm data: f.
+    :param deepinv.optim.Prior prior: g.
+    :param torch.Tensor weight: :math:`\\lambda`, (B,).
+    :param deepinv.optim.Prior constraint: c, or ``None``.
+    :param bool by_gradient: whether g is known by its gradient.
+    """
+
+    def __init__(self, data: DataTerm, prior: Prior, weight: Tensor, constraint: Prior | None, by_gradient: bool):
+        self.data, self.term = data, PriorTerm(prior, weight)
+        self.constraint = None if constraint is None else Constraint(constraint)
+        self.smooth: list[Term] = [data, self.term] if by_gradient else [data]
+        self.proximable: list[Term] = [] if by_gradient else [self.term]
+        if self.constraint is not None:
+            self.proximable.append(self.constraint)
+
+    @torch.no_grad()
+    def value(self, x: Tensor) -> Tensor:
+        """F(x), (B,)."""
+        return torch.stack([term.value(x) for term in [*self.smooth, *self.proximable]]).sum(0)
+
+    @torch.no_grad()
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the smooth terms: (B,), and a tensor like x."""
+        pairs = [term.value_and_grad(x) for term in self.smooth]
+        return torch.stack([value for value, _ in pairs]).sum(0), torch.stack([grad for _, grad in pairs]).sum(0)
+
+    @torch.no_grad()
+    def finite(self, x: Tensor) -> Tensor:
+        """Samples (B,) where F and the gradient of its smooth terms are finite."""
+        return finite(*self.value_and_grad(x)) & torch.isfinite(self.value(x))
+
+
+def _each(who: str, value: Tensor, x: Tensor) -> Tensor:
+    if value.ndim == 0 and len(x) == 1:
+        return value.reshape(1)
+    if value.shape[:1] != x.shape[:1]:
+        raise ValueError(f"expected a {who} with one value for each of {len(x)} images; got shape {tuple(value.shape)}")
+    return value if value.ndim == 1 else value.flatten(1).sum(1)

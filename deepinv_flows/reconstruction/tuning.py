@@ -1,0 +1,143 @@
+"""Finding the weight of a prior by reconstructing: for an image to come by its measurements, or beforehand by clean images."""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from deepinv.loss.metric import PSNR
+from torch import Tensor, nn
+
+from ..checks import check_positive, randomness
+from .objective import DataTerm, frozen
+from .search import highest, root
+from .starts import candidates
+from .strength import balance, by_rule, check_sure, dimension, discrepancy, sure
+
+if TYPE_CHECKING:
+    from .map import MAP
+
+WORSE = 2e-3  # relative, of a metric from which on stopping early is better
+
+
+def weight(model: "MAP", y, physics, found: dict[str, Tensor]) -> tuple[Tensor, str]:
+    """The weight (B,) for some measurements, and how it was found."""
+    x = next(iter(found.values()))
+    if not isinstance(model.lambda_reg, str):
+        return model.weight_for(x), "tuned" if model.tuned else "given"
+    if model.lambda_reg == "rule":
+        return by_rule(model.prior, model.data_fidelity, y, physics, x), "rule"
+    reconstruct = _warm(model, y, physics, found)
+    start = first_guess(model, y, physics, x)
+    if model.lambda_reg == "discrepancy":
+        discrepancy(physics, y, x)  # is the noise known?
+        return root(lambda value: discrepancy(physics, y, reconstruct(value)), start), "discrepancy"
+    generator = torch.Generator().manual_seed(0)
+    check_sure(model.data_fidelity, y, physics, x, generator)
+    probe = torch.randint(2, y.shape, generator=generator).to(y) * 2 - 1
+    grad = frozen(model.prior).grad
+
+    def quality(value: Tensor) -> Tensor:
+        return -sure(model.data_fidelity, grad, value, y, physics, reconstruct(value), probe)
+
+    return highest(quality, start)[0], "sure"
+
+
+def first_guess(model: "MAP", y, physics, x: Tensor) -> Tensor:
+    """Where a search for the weight begins, (B,)."""
+    try:
+        return by_rule(model.prior, model.data_fidelity, y, physics, x)
+    except ValueError:  # none for this prior, or this noise
+        return balance(frozen(model.prior).grad, DataTerm(model.data_fidelity, y, physics), x)
+
+
+def _warm(model: "MAP", y, physics, found: dict[str, Tensor]):
+    """Reconstruction by weight, each from where the last ended if that is better than the other starts."""
+    last: dict[str, Tensor] = {}
+
+    def reconstruct(value: Tensor) -> Tensor:
+        last["the last weight's"], *_ = model.solve(y, physics, value, {**found, **last})
+        return last["the last weight's"]
+
+    return reconstruct
+
+
+def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_seconds, generator) -> None:
+    """See :meth:`deepinv_flows.MAP.tune`."""
+    if max_seconds is not None:
+        check_positive(max_seconds=max_seconds)
+    x, metric, began = _images(images, n), PSNR() if metric is None else metric, time.monotonic()
+    sign = -1.0 if metric.lower_better else 1.0
+    with torch.no_grad():
+        y = simulated(x, physics, generator)
+        found = candidates(y, physics)
+        reconstruct = _warm(model, y, physics, found)
+        start = first_guess(model, y, physics, x).log().mean().exp().reshape(1)
+
+        def quality(value: Tensor) -> Tensor:
+            return sign * metric(reconstruct(value.expand(len(x))), x).mean().reshape(1)
+
+        best, tried = highest(quality, start, lambda: max_seconds is None or time.monotonic() - began < max_seconds)
+        *_, progress, _, _ = model.solve(y, physics, best.expand(len(x)), found, x_gt=x, metric=metric)
+    iterations, score = _stop(progress.metrics["psnr"], sign)
+    if iterations < progress.iterations:
+        model.max_iter = iterations
+    model.lambda_reg = float(best)
+    model.tuned = {
+        "lambda_reg": float(best),
+        "dimension": dimension(model.prior, x),
+        "metric": type(metric).__name__,
+        "score": score,
+        "iterations": iterations,
+        "images": len(x),
+        "seconds": round(time.monotonic() - began, 1),
+        "tried": sorted([float(f"{float(value):.6g}"), round(sign * float(quality), 6)] for value, quality in tried),
+    }
+    if model.verbose:
+        print(
+            f"MAP: lambda_reg {model.lambda_reg:.4g} of {len(tried)} tried on {len(x)} images, {model.tuned['metric']} "
+            f"{score:.4g}, {iterations} iterations; {model.tuned['seconds']} s"
+        )
+
+
+def _stop(histories: list[list[float]], sign: float) -> tuple[int, float]:
+    """After how many iterations the mean metric is best, and its value there; the last, unless it is clearly worse."""
+    means = [sum(values) / len(values) for values in zip(*histories)]
+    best = max(range(len(means)), key=lambda k: sign * means[k])
+    if sign * (means[best] - means[-1]) <= WORSE * abs(means[best]):
+        best = len(means) - 1
+    return max(best, 1), means[best]
+
+
+def simulated(x: Tensor, physics, generator: torch.Generator | None):
+    """Measurements of images; neither torch's random state nor that of the physics moves."""
+    with _kept(physics), randomness(torch.Generator() if generator is None else generator):
+        return physics(x)
+
+
+@contextlib.contextmanager
+def _kept(physics: nn.Module) -> Iterator[None]:
+    """The random generators inside are as before; deepinv's noise replaces its own when it is called."""
+    held = [(vars(module), name, value) for module in physics.modules() for name, value in vars(module).items()]
+    held = [(owner, name, value) for owner, name, value in held if isinstance(value, torch.Generator)]
+    states = [value.get_state() for *_, value in held]
+    try:
+        yield
+    finally:
+        for (owner, name, value), state in zip(held, states):
+            owner[name] = value
+            value.set_state(state)
+
+
+def _images(images: Tensor | Iterable[Tensor], n: int) -> Tensor:
+    found = list(images)
+    shapes = {tuple(getattr(image, "shape", ())) for image in found}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 3:
+        raise ValueError(
+            f"expected clean images (B, C, H, W), or a list of (C, H, W) of one size; got {sorted(shapes)}"
+        )
+    x = torch.stack([found[k] for k in torch.linspace(0, len(found) - 1, min(n, len(found))).long().tolist()])
+    if not x.is_floating_point() or not bool(torch.isfinite(x).all()):
+        raise ValueError(f"expected finite floating-point images; got {x.dtype} of shape {tuple(x.shape)}")
+    return x.detach()

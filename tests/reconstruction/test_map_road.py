@@ -1,0 +1,44 @@
+"""The whole road in a dozen lines, as a user writes it, with seconds for minutes."""
+
+import deepinv as dinv
+import pytest
+import torch
+
+from deepinv_flows.training import effort
+
+ROAD = """
+import deepinv as dinv
+from deepinv_flows import MAP, fit_patchnr
+from deepinv_flows.images import load_images
+
+coffee, cat, rocket = load_images(["coffee", "chelsea", "rocket"], channels=3)  # yours: (C, H, W), in [0, 1]
+kernel = dinv.physics.functional.gaussian_blur(sigma=(2.0, 2.0))
+physics = dinv.physics.Blur(filter=kernel, padding="circular", noise_model=dinv.physics.GaussianNoise(0.02))
+y = physics(load_images("astronaut", channels=3)[0][None, :, :128, 128:256])
+
+prior = fit_patchnr([cat, rocket], effort="quick", patch_size=4)  # two minutes
+model = MAP(prior).tune(coffee[None, :, 150:246, -96:], physics)  # lambda, on simulated measurements
+x_net = model(y, physics)
+model.save("map.safetensors")  # MAP.from_checkpoint brings all of it back
+"""
+
+
+def test_the_road(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("skimage")
+    assert len([line for line in ROAD.splitlines() if line.strip()]) <= 12
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effort.MINUTES, "quick", 0.02)
+    monkeypatch.setattr(effort, "LEAST_STEPS", 5)
+    monkeypatch.setitem(effort.SIZES, "quick", (5, lambda dim: 32, 64, 1))
+    short = ROAD.replace(":128, 128:256", ":24, 160:184").replace("150:246, -96:", "150:170, -20:")
+    short = short.replace("MAP(prior)", "MAP(prior, max_iter=4)")
+    namespace = {}
+    exec(compile(short, "road", "exec"), namespace)
+    physics, y, x_net, model = (namespace[name] for name in ("physics", "y", "x_net", "model"))
+    said = capsys.readouterr().out
+    assert "fit_patchnr: 5 blocks of width 32 on patches of dimension 48" in said
+    assert "MAP: lambda_reg" in said and "(tuned)" in said
+    assert x_net.shape == y.shape and torch.isfinite(x_net).all()
+    again = namespace["MAP"].from_checkpoint("map.safetensors", verbose=False)
+    assert torch.equal(again(y, physics), x_net) and again.lambda_reg == model.lambda_reg
+    assert isinstance(physics, dinv.physics.Blur)
