@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from ..checks import check_input, positive_int
-from ..flows import glow_flow, like_weights
+from ..flows import like_weights
 from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..reconstruction import FlowDenoiser
 from .boundary import check_level, check_options, check_range, check_trainable
 from .conditioning import Conditioned, condition_list
-from .effort import Plan, carried_out, measured, plan, store
+from .effort import carried_out, measured, store
 from .likelihood import FlowModel, FlowNLL
 from .runs import fit
 from .samples import ImageSamples, PatchSamples, image_list, noisy, same, stacked, subset
 from .score_matching import ScoreMatching, ScoreModel
+from .start import start
 
 
 def fit_patchnr(
@@ -104,7 +105,7 @@ def fit_patchnr(
     sizes = dict(num_layers=num_layers, sub_net_size=sub_net_size)
     steps = dict(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
     resumed = dict(save_path=save_path, resume=resume)
-    prior, images, planned = _prior_for(images, prior, patch_size, effort, generator, sizes, steps, resumed)
+    prior, images, planned = start(images, prior, patch_size, effort, generator, sizes, steps, resumed)
     held_out = images if eval_images is None else image_list(eval_images, prior.patch_size)
     check_trainable(prior, "prior")
     for image in [*images, *held_out]:
@@ -262,32 +263,6 @@ def initialised(
         conditions = [condition[chosen].to(device) for condition in c]
         flow.initialise(first.to(device), conditions)  # type: ignore[operator]
     return flow
-
-
-def _prior_for(
-    images: Tensor | Iterable[Tensor],
-    prior: PatchNR | None,
-    patch_size: int | None,
-    effort: str,
-    generator: torch.Generator,
-    sizes: dict[str, int | None],
-    steps: dict[str, int | None],
-    resumed: dict[str, Any],
-) -> tuple[PatchNR, list[Tensor], Plan]:
-    """The prior to train, a new one unless it is given, the images as a list, and the plan of the training."""
-    if prior is not None:
-        given = {name: size for name, size in dict(patch_size=patch_size, **sizes).items() if size is not None}
-        if given:
-            raise ValueError(f"expected no sizes of a new prior beside prior, which has its own; got {given}")
-        planned = plan(effort, prior.dim, new=False, **resumed, **steps)
-        return prior, image_list(images, prior.patch_size), planned
-    side = positive_int(patch_size=6 if patch_size is None else patch_size)
-    images = image_list(images, side)
-    channels = images[0].shape[0]
-    planned = plan(effort, channels * side**2, **resumed, **sizes, **steps)
-    shape = planned.num_layers, planned.sub_net_size
-    flow = glow_flow(channels * side**2, *shape, permute=True, generator=generator)
-    return PatchNR(flow.to(images[0].dtype), patch_size=side, channels=channels), images, planned
 
 
 def _batches(
