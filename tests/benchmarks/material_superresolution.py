@@ -78,7 +78,13 @@ def train(folder: Path, args) -> tuple[PatchNR, float]:
     start = time.perf_counter()
     learn, val = load(folder / "learn.png"), load(folder / "val.png")
     check_disjoint({"learn.png": learn, "val.png": val, "test.png": load(folder / "test.png")}, learned="learn.png")
-    sizes = dict(num_layers=args.layers, sub_net_size=args.width, epochs=args.epochs, dequantise=args.dequantise)
+    sizes = dict(
+        num_layers=args.layers,
+        sub_net_size=args.width,
+        epochs=args.epochs,
+        steps_per_epoch=250,
+        dequantise=args.dequantise,
+    )
     prior = fit_patchnr(learn, val, **sizes, save_path=args.save_path, resume=args.save_path is not None)
     if args.out:
         prior.save(args.out)

@@ -94,7 +94,7 @@ def flows(args, folder):
         return (
             PatchNR.from_checkpoint(path)
             if path
-            else fit_patchnr(learn, val, epochs=args.epochs, dequantise=4 / 255, **sizes)
+            else fit_patchnr(learn, val, epochs=args.epochs, steps_per_epoch=250, dequantise=4 / 255, **sizes)
         )
 
     same = trained(args.same, prior=PatchNR())
