@@ -110,7 +110,8 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
         prior = PatchNR.from_checkpoint(args.patch)
     else:
         prior = fit_patchnr(
-            images["train"], images["val"], patch_size=args.patch_size, epochs=args.patch_epochs, steps_per_epoch=250, augment=False,
+            images["train"], images["val"], patch_size=args.patch_size, epochs=args.patch_epochs, steps_per_epoch=250,
+            augment=False,
             save_path=runs / f"patch{args.side}", resume=True, device=args.device,
         )  # fmt: skip
         prior.save(runs / f"patch{args.side}.safetensors")
