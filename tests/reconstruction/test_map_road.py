@@ -1,26 +1,15 @@
 """The whole road in a dozen lines, as a user writes it, with seconds for minutes."""
 
+from pathlib import Path
+
 import deepinv as dinv
 import pytest
 import torch
 
 from deepinv_flows.training import effort
 
-ROAD = """
-import deepinv as dinv
-from deepinv_flows import MAP, fit_patchnr
-from deepinv_flows.images import load_images
-
-coffee, cat, rocket = load_images(["coffee", "chelsea", "rocket"], channels=3)  # yours: (C, H, W), in [0, 1]
-kernel = dinv.physics.functional.gaussian_blur(sigma=(2.0, 2.0))
-physics = dinv.physics.Blur(filter=kernel, padding="circular", noise_model=dinv.physics.GaussianNoise(0.02))
-y = physics(load_images("astronaut", channels=3)[0][None, :, :128, 128:256])
-
-prior = fit_patchnr([cat, rocket], effort="quick", patch_size=4)  # two minutes
-model = MAP(prior).tune(coffee[None, :, 150:246, -96:], physics)  # lambda, on simulated measurements
-x_net = model(y, physics)
-model.save("map.safetensors")  # MAP.from_checkpoint brings all of it back
-"""
+README = Path(__file__).parents[2] / "README.md"
+ROAD = README.read_text().split("```python\n")[2].split("```")[0]
 
 
 def test_the_road(tmp_path, monkeypatch, capsys):
