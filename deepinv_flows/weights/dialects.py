@@ -127,9 +127,9 @@ def _of_the_flow(state: dict) -> dict:
         prefix = min(said, key=len)
         inside = all(key.startswith(prefix) for key in state) and prefix.split(".")[-2:][0] in ("", *WRAPPERS)
         return _below(state, prefix) if inside else state
-    for wrapper in ("module.", "_orig_mod.", "flow.", "normalizing_flow."):
-        if all(key.startswith(wrapper) for key in state):
-            state = _below(state, wrapper)
+    for wrapper in WRAPPERS:
+        if all(key.startswith(f"{wrapper}.") for key in state):
+            state = _below(state, f"{wrapper}.")
     return state
 
 

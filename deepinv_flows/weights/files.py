@@ -66,7 +66,7 @@ def write(
     config = getattr(flow, "config", None)
     if config is None:
         raise ValueError(f"only flows of deepinv_flows' builders know their architecture; got {type(flow).__name__}")
-    state = {k: v.detach().cpu().contiguous() for k, v in flow.state_dict().items()}
+    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in flow.state_dict().items()}
     said = {"config": config, "patch": patch, **({"image_range": image_range} if image_range else {})}
     place = Path(path).resolve()
     if place.is_dir():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from deepinv_flows import CheckpointError, FlowPrior, PatchNR, glow_flow, image_flow
+from deepinv_flows import CheckpointError, FlowPrior, PatchNR, allinone_flow, glow_flow, image_flow
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -284,3 +284,13 @@ def test_the_range_of_the_images_is_kept(tmp_path):
     prior.save(tmp_path / "weights")
     assert PatchNR.from_checkpoint(tmp_path / "weights").image_range == (-0.25, 1.5)
     assert PatchNR(pretrained=tmp_path / "weights", patch_size=3).image_range == (-0.25, 1.5)
+
+
+@pytest.mark.parametrize("build", [glow_flow, allinone_flow])
+def test_a_flow_of_shared_blocks_is_saved(build, tmp_path):
+    flow = build(9, 2, 8)
+    flow.module_list[1 + (build is glow_flow)] = flow.module_list[int(build is glow_flow)]
+    prior = PatchNR(flow, patch_size=3)
+    prior.save(tmp_path / "weights.safetensors")
+    x = torch.rand(1, 1, 8, 8)
+    torch.testing.assert_close(PatchNR.from_checkpoint(tmp_path / "weights.safetensors")(x), prior(x))
