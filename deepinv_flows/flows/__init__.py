@@ -10,8 +10,8 @@ pickled and copied in :mod:`~deepinv_flows.flows.freia`.
 
 from .building import build_flow
 from .conditional import Given
-from .contract import Reversed, as_flow, evaluate, like_weights, nll
-from .generator import Conditions, ImageGenerator, unwrapped
+from .contract import Reversed, as_flow, evaluate, like_weights, nll, unwrapped
+from .generator import Conditions, ImageGenerator
 from .image import image_flow
 from .state import (
     CONFIG,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .contract import evaluate, takes
+from .contract import evaluate, takes, unwrapped
 
 
 class Given(nn.Module):
@@ -35,8 +35,8 @@ class Given(nn.Module):
             if not torch.is_tensor(condition):
                 raise TypeError(f"expected conditions as tensors; got {type(condition).__name__}")
             self.register_buffer(f"c{k}", condition, persistent=False)
-        if hasattr(flow, "img_size"):
-            self.img_size = flow.img_size
+        if (img_size := getattr(unwrapped(flow), "img_size", None)) is not None:
+            self.img_size = img_size
 
     def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         conditions = [getattr(self, f"c{k}") for k in range(self.count)]

@@ -9,12 +9,15 @@ it changes sign with ``rev``. FrEIA's ``SequenceINN`` and ``GraphINN``, deepinv'
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .state import KnowsItsConfig
+
+PARALLEL = ("DataParallel", "DistributedDataParallel")
 
 
 class Reversed(KnowsItsConfig, nn.Module):
@@ -54,7 +57,7 @@ class _TupleFlow(nn.Module):
 
     def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         out, log_det = self.module((x,), rev=rev, jac=True)
-        return out[0], _per_sample(log_det, out[0])
+        return out[0], _log_dets(log_det, out[0])
 
 
 class _ZukoFlow(nn.Module):
@@ -125,12 +128,12 @@ def evaluate(
     z, log_det = out
     if z.numel() != x.numel():
         raise ValueError(f"expected a flow output of {x.numel()} numbers, as its input {tuple(x.shape)}; got {z.shape}")
-    return z, _per_sample(log_det, x)
+    return z, _log_dets(log_det, x)
 
 
 def _knows_rev(flow: nn.Module) -> bool:
     try:
-        parameters = inspect.signature(flow.forward).parameters
+        parameters = _parameters(flow)
     except (TypeError, ValueError):  # a forward that is not written in Python
         return True
     return "rev" in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -160,7 +163,7 @@ def nll(flow: nn.Module, x: Tensor, constant: bool = True, c: Tensor | Sequence[
     return value + 0.5 * x[0].numel() * math.log(2 * math.pi) if constant else value
 
 
-def _per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
+def _log_dets(log_det: Tensor | float, x: Tensor) -> Tensor:
     if not torch.is_tensor(log_det) or log_det.ndim == 0:
         return x.new_zeros(x.shape[0]) + log_det
     if log_det.shape == (len(x), 1):
@@ -170,9 +173,20 @@ def _per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
     return log_det
 
 
-def takes(module: nn.Module, name: str) -> bool:
-    """Whether the ``forward`` of a module has a parameter of this name."""
-    return name in inspect.signature(module.forward).parameters
+def unwrapped(module: Any) -> Any:
+    """The module inside the wrappers of :func:`torch.compile` and of data-parallel training; anything else as it is."""
+    inside = module.module if type(module).__name__ in PARALLEL else getattr(module, "_orig_mod", None)
+    return unwrapped(inside) if isinstance(inside, nn.Module) else module
+
+
+def takes(module: Callable, name: str) -> bool:
+    """Whether a module (the one inside its wrappers) or a function has a parameter of this name."""
+    return name in _parameters(module)
+
+
+def _parameters(module: Callable) -> Mapping[str, inspect.Parameter]:
+    inner = unwrapped(module)
+    return inspect.signature(inner.forward if isinstance(inner, nn.Module) else inner).parameters
 
 
 def like_weights(module: nn.Module, default: Tensor | None = None) -> Tensor:

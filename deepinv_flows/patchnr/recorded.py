@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import transformed
+from ..solvers import per_sample
 from . import plain
 from .fused import recorded_nll
 
@@ -196,4 +197,4 @@ def _chunk_grads(potential: PatchPotential, steps: list, wanted: list, x: Tensor
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    return grad * scale.view(-1, *[1] * (grad.ndim - 1))
+    return grad * per_sample(scale, grad)

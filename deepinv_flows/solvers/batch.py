@@ -5,8 +5,9 @@ from torch import Tensor
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products (B,) of tensors (B, ...)."""
-    return (a * b).flatten(1).sum(1)
+    """Inner products (B,) of tensors (B, ...); of complex tensors the real parts."""
+    product = (a.conj() * b).real if a.is_complex() else a * b
+    return product.flatten(1).sum(1)
 
 
 def norm(a: Tensor) -> Tensor:
@@ -18,7 +19,7 @@ def norm(a: Tensor) -> Tensor:
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """Numbers (B,) in the shape in which they multiply ``like``, (B, ...)."""
-    return value.view(-1, *[1] * (like.ndim - 1))
+    return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def finite(value: Tensor, grad: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The flow contract, on every flow; the mathematics of the builders."""
 
 import copy
+import math
 import pickle
 
 import deepinv as dinv
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepinv_flows import Reversed, allinone_flow, as_flow, build_flow, glow_flow
-from deepinv_flows.flows.contract import evaluate
+from deepinv_flows.flows import Given, evaluate
 
 
 @pytest.mark.parametrize("dim", [2, 9, 12])
@@ -183,3 +184,18 @@ def test_broken_contract_is_named():
     flow.out = lambda x: (x, torch.zeros(3))
     with pytest.raises(ValueError, match=r"log_det of shape \(2,\)"):
         evaluate(flow, torch.rand(2, 4))
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda flow: torch.compile(flow, backend="eager")])
+def test_wrapped_flows_keep_the_contract(wrap):
+    flow, x, c = allinone_flow(8, 2, 16, dims_c=2), torch.rand(5, 8), torch.rand(5, 2)
+    assert torch.equal(Given(wrap(flow), c)(x)[0], flow(x, c=[c])[0])
+
+    class Density(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x, x.new_full((len(x), 1), 8 * math.log(2))
+
+    z, log_det = evaluate(wrap(Density()), x)
+    assert torch.equal(z, 2 * x) and log_det.shape == (5,)
+    with pytest.raises(TypeError, match="gives densities only"):
+        evaluate(wrap(Density()), x, rev=True)
