@@ -10,11 +10,12 @@ from .contract import evaluate, takes, unwrapped
 
 class Given(nn.Module):
     """
-    A conditional flow at fixed conditions, which is a flow as any other: ``Given(flow, c)(x) == flow(x, c=c)``.
+    A conditional flow at fixed conditions, which is a flow without conditions: ``Given(flow, c)(x) == flow(x, c=c)``.
 
     :param torch.nn.Module flow: a flow called as ``flow(x, c=[condition, ...], rev=False)``.
-    :param torch.Tensor, list c: its conditions, or the only one, each (N, ...) or, the same for all samples, (1, ...).
-    :raises TypeError: for a flow that takes no conditions.
+    :param torch.Tensor, list c: its conditions, or the only one, each of shape (N, ...), or (1, ...) if it is the same for all
+        samples.
+    :raises TypeError: for a flow that does not take conditions.
 
     >>> import torch
     >>> from deepinv_flows import image_flow

@@ -1,4 +1,4 @@
-"""Flows and other modules as generators, which map latents to images."""
+"""Flows, other modules and functions as generators, which map latents to images."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ class ImageGenerator:
     """
     A generator G of images: a flow run in reverse, or any module or function that maps latents (B, ...) to images.
 
-    FrEIA and zuko modules are adapted as :func:`deepinv_flows.as_flow` adapts them. A flow that :func:`torch.compile` compiled, or that
-    is wrapped for data-parallel use, is known by the module inside.
+    FrEIA and zuko modules are adapted as :func:`deepinv_flows.as_flow` adapts them. The name and sizes of a flow that is
+    compiled, or wrapped for data-parallel training, are those of the module inside.
 
     :param torch.nn.Module, Callable module: the flow or generator.
     :raises TypeError: for a flow of another calling convention, such as ``reverse=`` in place of ``rev=``.

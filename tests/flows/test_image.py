@@ -119,7 +119,9 @@ def test_initialisation_by_any_number_of_images(coupling, levels, size):
 
 def test_initialisation_with_few_images_for_a_level_warns():
     flow = image_flow((3, 8, 8), 3, 1, 4)
-    with pytest.warns(UserWarning, match="level 2 has 24 channels of 2 x 2 pixels, and 40 images to set its scales"):
+    with pytest.warns(
+        UserWarning, match="level 2 has 24 channels of 2 x 2 pixels, and 40 images are few to set its scales"
+    ):
         flow.initialise(smooth_images(40, (3, 8, 8)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -181,7 +181,7 @@ def test_names_of_deepinv_both_ways():
     other = NormalizingFlow(9, 2, subnet(6))
     other.load_state_dict(ours.to_deepinv_state_dict())
     assert torch.equal(other(x)[0], theirs(x)[0])
-    with pytest.raises(ValueError, match="deepinv's PatchNR has no flow like"):
+    with pytest.raises(ValueError, match="expected a flow that deepinv's PatchNR has too; got"):
         glow_flow(9, 2, 6, permute=True).to_deepinv_state_dict()
     with pytest.raises(RuntimeError, match="Unexpected key"):
         glow_flow(9, 2, 6, clamp_activation="ATAN").load_state_dict(theirs.state_dict())

@@ -47,9 +47,9 @@ def test_a_density_without_an_inverse():
     torch.testing.assert_close(prior.grad(x), PatchNR(flow, patch_size=3).grad(x))
     for density in (prior, PatchNR(Reversed(Reversed(flow).flow), patch_size=3)):
         assert density(x).isfinite().all()
-    with pytest.raises(TypeError, match=r"Brought.forward takes no rev: it gives densities only"):
+    with pytest.raises(TypeError, match=r"Brought.forward does not take rev: it gives densities only"):
         prior.sample(2)
-    with pytest.raises(ValueError, match=r"takes no rev"):
+    with pytest.raises(ValueError, match=r"does not take rev"):
         PatchNR(Reversed(Brought(flow)), patch_size=3)
 
 

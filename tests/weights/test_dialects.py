@@ -69,7 +69,7 @@ def test_to_deepinv_refuses_other_functions(name):
     if name == "glow":
         assert len(prior.to_deepinv_state_dict()) == 24
     else:
-        with pytest.raises(ValueError, match="deepinv's PatchNR has no flow like"):
+        with pytest.raises(ValueError, match="expected a flow that deepinv's PatchNR has too; got"):
             prior.to_deepinv_state_dict()
 
 
