@@ -1,4 +1,4 @@
-"""Random subsets of patches: drawn anew at each call, and drawn again as before when a call is recomputed."""
+"""Random subsets of patches: a new one at each call, and the same one when a call is recomputed."""
 
 import collections
 

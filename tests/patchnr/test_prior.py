@@ -358,7 +358,7 @@ def test_bad_inputs(fault, method):
         ({"patch_size": 0}, "expected patch_size to be an integer >= 1; got 0"),
         ({"channels": 1.5}, "expected channels to be an integer >= 1; got 1.5"),
         ({"chunk_size": 0}, "chunk_size"),
-        ({"stride": 7}, "expected stride <= patch_size = 6, else pixels are in no patch; got 7"),
+        ({"stride": 7}, "expected stride <= patch_size = 6, so that every pixel is in a patch; got 7"),
         (
             {"pad": "mirror"},
             "expected pad to be one of False, True, 'constant', 'reflect', 'replicate', 'circular'; got 'mirror'",

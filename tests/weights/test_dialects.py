@@ -250,7 +250,7 @@ def test_priors_load_what_arithmetic_left(name, tmp_path):
         made = PatchNR(make(name, 9, torch.float32, 0.1, 2), patch_size=3, pretrained=tmp_path / "arithmetic.pt")
         torch.testing.assert_close(made(x), prior(x), rtol=1e-4, atol=1e-4)
     if name.startswith("glow"):
-        with pytest.raises(CheckpointError, match="whose description was lost on the way"):
+        with pytest.raises(CheckpointError, match="whose config was lost on the way"):
             PatchNR.from_checkpoint(tmp_path / "arithmetic.pt")
 
 
