@@ -35,8 +35,8 @@ class DistributedPatchNR(PatchNR):
     class does what :class:`deepinv_flows.PatchNR` does.
 
     A random subset (``n_patches``) is drawn by the first process for all of them. :func:`deepinv.distributed.distribute` does not
-    replace this class: it splits maps from images to images into tiles, and the tiles of a prior's gradient would lack the
-    patches across their borders.
+    take priors: it splits maps from images to images into tiles, and the tiles of a prior's gradient would lack the patches
+    across their borders and would be averaged over their own patches alone.
 
     :param torch.distributed.ProcessGroup group: the processes; ``None`` is the default group, if there is one.
     :param args: as in :class:`deepinv_flows.PatchNR`, as are ``kwargs``. They are equal on all processes, as are the weights.

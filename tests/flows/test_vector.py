@@ -1,4 +1,4 @@
-"""The flow contract, on every flow; the mathematics of the builders."""
+"""The flow contract for every flow, and the mathematics of the builders."""
 
 import copy
 import json

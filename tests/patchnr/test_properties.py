@@ -1,4 +1,4 @@
-"""What holds for every flow, known or not, by both engines: as recognised, and with recognition switched off."""
+"""Properties of every flow, known or not, by both engines: as recognised, and with recognition switched off."""
 
 import sys
 import threading
@@ -40,7 +40,7 @@ def close(actual, expected, tolerance=1e-9):
 
 
 def belongings(flow):
-    """All that a user's module holds, object for object, and the values of its tensors."""
+    """Everything that a user's module holds, object by object, and the values of its tensors."""
     held = []
     for module in flow.modules():
         for kind in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_backward_hooks", "_forward_pre_hooks"):
@@ -56,7 +56,7 @@ def unchanged(before, flow):
 
 
 def reference(flow, x, scale, direction, weights):
-    """Values, and gradients of the first order (in the image and the weights) and of the second, by plain autograd."""
+    """Values, first derivatives (in the image and the weights) and second derivatives by plain autograd."""
     leaf = x.clone().requires_grad_()
     value = reference_nll(flow, leaf, 2)
     (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)

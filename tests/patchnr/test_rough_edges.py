@@ -1,4 +1,4 @@
-"""What strangers bring and do: flows that almost satisfy the contract, patched layers, other units; and what it costs."""
+"""Rough edges: flows that almost satisfy the contract, replaced methods, images in other units, and costs of evaluation."""
 
 import copy
 import types
@@ -29,7 +29,7 @@ def smooth(**options):
 
 
 class Brought(nn.Module):
-    """Of a flow: its density alone, in a list, and the log-determinants as a column."""
+    """A flow without its inverse, which returns a list, with the log-determinants as a column."""
 
     def __init__(self, flow):
         super().__init__()
@@ -160,7 +160,7 @@ def test_images_in_another_unit_are_told_once():
 
 @pytest.fixture
 def sweeps(monkeypatch):
-    """What each sweep over the patches computes: gradients in the image, in the weights."""
+    """For each sweep over the patches, whether it computes gradients in the image and in the weights."""
     found, plain = [], potential.patch_sums
 
     def counted(steps, x, index, chunk, dtype, image, weights, scale):

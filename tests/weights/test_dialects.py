@@ -1,4 +1,4 @@
-"""Four dialects in, two out; a state dict says which function it is for; misfits change nothing."""
+"""Four dialects are read and two are written; a state dict says which function it is for, and a misfit changes nothing."""
 
 import copy
 import math
@@ -202,7 +202,7 @@ def test_loading_draws_no_random_numbers(dialect, tmp_path):
 
 
 class Outer(torch.nn.Module):
-    """A user's module that holds one of our flows, and a weight of its own or none."""
+    """A user's module that holds one of our flows, with or without a weight of its own."""
 
     def __init__(self, name="glow_permuted", own=False, seed=0):
         super().__init__()
@@ -273,7 +273,7 @@ def test_rotations_are_checked_before_anything_is_loaded(name):
 
 
 def test_a_users_own_integers_stay_integers():
-    """Buffers of names that ours have, too."""
+    """A user's flow whose buffers have the names of ours."""
 
     class Own(Outer):
         def __init__(self, seed=0):

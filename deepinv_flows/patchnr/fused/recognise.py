@@ -3,8 +3,8 @@ The steps (:mod:`deepinv_flows.patchnr.fused.steps`) of a flow, if all its modul
 
 The following are known: chains, by FrEIA's ``SequenceINN`` and ``GraphINN``, of GLOW, RealNVP, NICE and GIN couplings,
 ``AllInOneBlock`` and fixed permutations, and deepinv's ``NormalizingFlow``. Their networks are linear layers with ReLU,
-LeakyReLU, SiLU or GELU between them. Classes have to match by their exact names, since a subclass may compute something else. Everything is
-read anew at each call, so that changed weights never give a stale result. Nothing is ever written to the modules.
+LeakyReLU, SiLU or GELU between them. Classes have to match by their exact names, since a subclass may compute something else.
+Everything is read anew at each call, so that changed weights never give a stale result. Nothing is ever written to the modules.
 """
 
 import math
