@@ -1,4 +1,4 @@
-"""What stands at the boundary: checks with both sides in the message, and draws from the generator that a caller gives."""
+"""Checks of what callers pass, with both sides in each message, and draws from the generator that a caller gives."""
 
 import contextlib
 import operator
@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _counting: ContextVar[int | None] = ContextVar("iteration", default=None)
-# deepinv's loops, which count in `it`, do not tell a prior which iteration it is
+# deepinv's loops count iterations in `it`, and do not tell a prior the number
 _DEEPINV_LOOPS = ("deepinv.optim.fixed_point", "deepinv.sampling.sampling")
 
 
 @contextlib.contextmanager
 def at_iteration(it: int) -> Iterator[None]:
-    """Error messages that are raised inside name this iteration."""
+    """Let the messages of errors that are raised inside name this iteration."""
     token = _counting.set(it)
     try:
         yield
@@ -41,7 +41,7 @@ def iteration() -> str:
 
 @contextlib.contextmanager
 def randomness(generator: torch.Generator | None) -> Iterator[None]:
-    """Draw what torch's layers draw from ``generator``; from torch's global one if ``None``."""
+    """Let torch's layers draw their weights from ``generator``, or from torch's global generator if it is ``None``."""
     if generator is None:
         yield
         return
@@ -52,18 +52,19 @@ def randomness(generator: torch.Generator | None) -> Iterator[None]:
 
 
 def transformed(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation or a transform of :mod:`torch.func` is under way: values cannot be looked at."""
+    """Whether tensors belong to forward-mode differentiation or to a transform of ``torch.func``, where checks of values fail."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return any(wrapped(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def check_finite(what: str, *tensors: Tensor) -> None:
+    """Refuse NaN and infinite entries, naming the iteration."""
     if not all(bool(torch.isfinite(t.detach()).all()) for t in tensors):
         raise ValueError(f"{what} holds NaN or infinite entries{iteration()}")
 
 
 def check_input(x: Tensor, like: Tensor, patch_size: int, channels: int, images_only: bool) -> None:
-    """Refuse what is not a finite batch of images (or, unless ``images_only``, patches) of the dtype and device of ``like``."""
+    """Refuse all but finite batches of images (and of patches, unless ``images_only``) of the dtype and device of ``like``."""
     if not torch.is_tensor(x):
         raise TypeError(f"expected a tensor; got {type(x).__name__}")
     _check_shape(x, patch_size, channels, images_only)
@@ -81,20 +82,21 @@ def check_input(x: Tensor, like: Tensor, patch_size: int, channels: int, images_
 
 
 def warn_outside(x: Tensor, image_range: tuple[float, float]) -> bool:
-    """Whether images are further outside the range of the training images than that range is long; then it is told."""
+    """Warn of images that are further outside the range of the training images than this range is long; return if they are."""
     low, high = image_range
     least, most = (float(end) for end in x.detach().aminmax())
     outside = least < 2 * low - high or most > 2 * high - low
     if outside:
         warnings.warn(
-            f"expected images in about [{low:.3g}, {high:.3g}], the range of those that this prior was trained on; got values "
-            f"in [{least:.3g}, {most:.3g}]: rescale the images, or train a prior in their unit",
+            f"expected images in about [{low:.3g}, {high:.3g}], the range of the images that this prior was trained on; got "
+            f"values in [{least:.3g}, {most:.3g}]: rescale the images, or train a prior in their unit",
             stacklevel=4,
         )
     return outside
 
 
 def check_autograd(who: str) -> None:
+    """Refuse to compute a gradient in inference mode."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"the gradient of {who} needs autograd, which torch.inference_mode rules out: use torch.no_grad"
@@ -102,7 +104,7 @@ def check_autograd(who: str) -> None:
 
 
 def positive_int(**named: Any) -> Any:
-    """The value of the one argument as an ``int``, or a tuple of those of several, in their order."""
+    """The argument as an ``int``, or a tuple of several arguments in their order; refused unless whole and at least 1."""
     for name, value in named.items():
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
             raise ValueError(f"expected {name} to be an integer >= 1; got {value!r}")
@@ -111,12 +113,14 @@ def positive_int(**named: Any) -> Any:
 
 
 def check_positive(**values: float) -> None:
+    """Refuse numbers that are not greater than 0."""
     for name, value in values.items():
         if isinstance(value, bool) or not value > 0:
             raise ValueError(f"expected {name} > 0; got {value}")
 
 
 def check_choice(name: str, value: Any, choices: Iterable) -> None:
+    """Refuse a value that is not among the choices."""
     if value not in (choices := list(choices)):
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}")
 

@@ -13,7 +13,9 @@ import deepinv_flows
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "deepinv_flows"
-# what the modules of a folder, or a module on top, may import beside one another: the faces of these
+# What the modules of a folder, or a module on top, may import beside one another: the faces of these folders. Iterators may use
+# the arithmetic of batches in `solvers` and the generators in `flows`, both of which know nothing of optimizers, so that
+# neither is written twice. They do not use the priors: an iteration takes any prior.
 MAY_IMPORT = {
     "checks": set(),
     "images": {"checks"},
@@ -23,7 +25,7 @@ MAY_IMPORT = {
     "patchnr": {"checks", "flows", "weights", "solvers"},
     "latent": {"checks", "flows", "weights", "solvers"},
     "splitting": {"checks"},
-    "iterators": {"checks"},
+    "iterators": {"checks", "flows", "solvers"},
     "reconstruction": {"checks", "flows", "weights", "solvers", "patchnr", "latent", "iterators"},
     "training": {"checks", "flows", "weights", "solvers", "patchnr", "latent", "reconstruction"},
     "registry": {"iterators", "patchnr", "splitting"},

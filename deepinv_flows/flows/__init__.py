@@ -1,17 +1,18 @@
 """
 Flows: the contract that every prior here relies on, and builders of flows that satisfy it.
 
-The contract and the negative log-likelihood are in :mod:`~deepinv_flows.flows.contract`; builders for vectors, for images and by
-``config`` in modules of these names, the flow that the second builds in :mod:`~deepinv_flows.flows.multiscale`; flows at fixed
-conditions in :mod:`~deepinv_flows.flows.conditional`; flows and other modules as generators of images in
-:mod:`~deepinv_flows.flows.generator`; what a state dict holds in :mod:`~deepinv_flows.flows.state`; what FrEIA needs to be
-pickled and copied in :mod:`~deepinv_flows.flows.freia`.
+The contract and the negative log-likelihood are in :mod:`~deepinv_flows.flows.contract`. Flows on vectors are built in
+:mod:`~deepinv_flows.flows.vector`, flows on images in :mod:`~deepinv_flows.flows.image` (their class is in
+:mod:`~deepinv_flows.flows.multiscale`), and flows by ``config`` in :mod:`~deepinv_flows.flows.building`. Flows at fixed
+conditions are in :mod:`~deepinv_flows.flows.conditional`, generators of images in :mod:`~deepinv_flows.flows.generator`. What a
+state dict holds is in :mod:`~deepinv_flows.flows.state`, and what FrEIA's blocks need to be pickled and copied in
+:mod:`~deepinv_flows.flows.freia`.
 """
 
 from .building import build_flow
 from .conditional import Given
-from .contract import Reversed, as_flow, evaluate, like_weights, nll
-from .generator import Conditions, ImageGenerator, unwrapped
+from .contract import Reversed, as_flow, evaluate, like_weights, nll, unwrapped
+from .generator import Conditions, ImageGenerator
 from .image import image_flow
 from .state import (
     CONFIG,

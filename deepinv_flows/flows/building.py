@@ -1,4 +1,4 @@
-"""A flow from the description that its builder left in it."""
+"""Flows by ``config``, the description that a builder leaves in the flow it builds."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from .vector import allinone_flow, glow_flow
 
 def build_flow(config: dict, generator: torch.Generator | None = None) -> nn.Module:
     """
-    Build the flow that a builder's ``config`` describes (weights are new, to be loaded).
+    Build the flow that a builder's ``config`` describes, with new weights.
 
-    :param dict config: as found in ``flow.config`` of a flow made by a builder.
-    :param torch.Generator generator: source of the new weights, as in the builders.
+    :param dict config: ``flow.config`` of a flow made by a builder.
+    :param torch.Generator generator: source of the new weights; ``None`` takes torch's global one.
     :return: flow of the same architecture.
-    :raises ValueError: for a description that is no builder's.
+    :raises ValueError: for a description that is not from one of our builders.
 
     >>> from deepinv_flows import build_flow, glow_flow
     >>> build_flow(glow_flow(4, num_layers=1).config).config["dim"]

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .contract import evaluate, takes
+from .contract import evaluate, takes, unwrapped
 
 
 class Given(nn.Module):
     """
-    A conditional flow at fixed conditions, which is a flow as any other: ``Given(flow, c)(x) == flow(x, c=c)``.
+    A conditional flow at fixed conditions, which is a flow without conditions: ``Given(flow, c)(x) == flow(x, c=c)``.
 
     :param torch.nn.Module flow: a flow called as ``flow(x, c=[condition, ...], rev=False)``.
-    :param torch.Tensor, list c: its conditions, or the only one, each (N, ...) or, the same for all samples, (1, ...).
-    :raises TypeError: for a flow that takes no conditions.
+    :param torch.Tensor, list c: its conditions, or the only one, each of shape (N, ...), or (1, ...) if it is the same for all
+        samples.
+    :raises TypeError: for a flow that does not take conditions.
 
     >>> import torch
     >>> from deepinv_flows import image_flow
@@ -35,8 +36,8 @@ class Given(nn.Module):
             if not torch.is_tensor(condition):
                 raise TypeError(f"expected conditions as tensors; got {type(condition).__name__}")
             self.register_buffer(f"c{k}", condition, persistent=False)
-        if hasattr(flow, "img_size"):
-            self.img_size = flow.img_size
+        if (img_size := getattr(unwrapped(flow), "img_size", None)) is not None:
+            self.img_size = img_size
 
     def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         conditions = [getattr(self, f"c{k}") for k in range(self.count)]

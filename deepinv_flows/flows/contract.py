@@ -1,27 +1,32 @@
 """
-What every prior of this package relies on: the flow contract, and adapters for modules that almost satisfy it.
+The flow contract, on which every prior of this package relies, and adapters for modules that almost satisfy it.
 
-A **flow** is a :class:`torch.nn.Module` called as ``flow(x, rev=False)`` that returns ``(z, log_det)``: ``x`` has shape (N, D) or
-(N, C, H, W), ``z`` holds as many numbers, and ``log_det`` of shape (N,) is :math:`\\log|\\det J|` of the direction evaluated, so
+A **flow** is a :class:`torch.nn.Module` called as ``flow(x, rev=False)`` that returns ``(z, log_det)``. ``x`` has shape (N, D) or
+(N, C, H, W), and ``z`` holds as many numbers. ``log_det`` of shape (N,) is :math:`\\log|\\det J|` of the direction evaluated, so
 it changes sign with ``rev``. FrEIA's ``SequenceINN`` and ``GraphINN``, deepinv's ``NormalizingFlow`` and every builder in
-:mod:`deepinv_flows.flows` satisfy it; :func:`as_flow` adapts bare FrEIA modules and zuko flows.
+:mod:`deepinv_flows.flows` satisfy it. :func:`deepinv_flows.as_flow` adapts bare FrEIA modules and zuko flows.
 """
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .state import KnowsItsConfig
 
+PARALLEL = ("DataParallel", "DistributedDataParallel")
+
 
 class Reversed(KnowsItsConfig, nn.Module):
     """
     The inverse of a flow as a flow: ``Reversed(flow)(x) == flow(x, rev=True)``.
 
-    :param torch.nn.Module flow: any flow.
+    :param torch.nn.Module flow: any flow but a reversed one.
+    :raises TypeError: when ``flow`` is not a :class:`torch.nn.Module`.
+    :raises ValueError: when ``flow`` is reversed already.
 
     >>> import torch
     >>> from deepinv_flows import Reversed, glow_flow
@@ -33,6 +38,8 @@ class Reversed(KnowsItsConfig, nn.Module):
 
     def __init__(self, flow: nn.Module):
         super().__init__()
+        if not isinstance(flow, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module as flow; got {type(flow).__name__}")
         if isinstance(flow, Reversed):
             raise ValueError("a flow reversed twice is the flow itself: use its .flow")
         self.flow = flow
@@ -46,7 +53,7 @@ class Reversed(KnowsItsConfig, nn.Module):
 
 
 class _TupleFlow(nn.Module):
-    """A bare FrEIA ``InvertibleModule``: tuples in and out."""
+    """A bare FrEIA ``InvertibleModule``, which takes and returns tuples, as a flow."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -54,11 +61,11 @@ class _TupleFlow(nn.Module):
 
     def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         out, log_det = self.module((x,), rev=rev, jac=True)
-        return out[0], _per_sample(log_det, out[0])
+        return out[0], _log_dets(log_det, out[0])
 
 
 class _ZukoFlow(nn.Module):
-    """A zuko flow over a standard normal base."""
+    """A zuko flow over a standard normal base as a flow."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -71,7 +78,7 @@ class _ZukoFlow(nn.Module):
 
 def as_flow(module: nn.Module) -> nn.Module:
     """
-    Make a module satisfy the flow contract: FrEIA and zuko modules are adapted, others returned as they are.
+    Make a module satisfy the flow contract: FrEIA and zuko modules are adapted, others are returned as they are.
 
     :param torch.nn.Module module: a flow, a bare FrEIA ``InvertibleModule`` (a block, or a network with
         ``force_tuple_output``), or a zuko flow over a standard normal base.
@@ -111,10 +118,14 @@ def evaluate(
     flow: nn.Module, x: Tensor, rev: bool = False, c: Tensor | Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """
-    ``flow(x, rev=rev)``, given conditions c where there are any, with the contract checked, and ``log_det`` as (N,).
+    Evaluate ``flow(x, rev=rev)``, with conditions c if there are any, and check that the result keeps the flow contract.
 
-    A ``log_det`` of shape (N, 1), a list instead of a tuple, and a ``forward`` without ``rev`` (a density that cannot be sampled)
-    are taken as well.
+    A ``log_det`` of shape (N, 1), a list in place of the tuple, and a ``forward`` without ``rev`` (a density that cannot be
+    sampled) are accepted as well.
+
+    :return: z, and ``log_det`` of shape (N,).
+    :raises TypeError: when the flow returns something else than two tensors, or does not have an inverse and ``rev`` is true.
+    :raises ValueError: when a shape is not that of the contract.
     """
     if c is not None:
         out = flow(x, c=[c] if torch.is_tensor(c) else list(c), rev=rev)
@@ -125,12 +136,12 @@ def evaluate(
     z, log_det = out
     if z.numel() != x.numel():
         raise ValueError(f"expected a flow output of {x.numel()} numbers, as its input {tuple(x.shape)}; got {z.shape}")
-    return z, _per_sample(log_det, x)
+    return z, _log_dets(log_det, x)
 
 
 def _knows_rev(flow: nn.Module) -> bool:
     try:
-        parameters = inspect.signature(flow.forward).parameters
+        parameters = _parameters(flow)
     except (TypeError, ValueError):  # a forward that is not written in Python
         return True
     return "rev" in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -140,7 +151,7 @@ def _one_way(flow: nn.Module, x: Tensor, rev: bool):
     if rev:
         raise TypeError(
             f"expected a flow that is called with rev=True for its inverse, to sample from it; "
-            f"{type(flow).__name__}.forward takes no rev: it gives densities only"
+            f"{type(flow).__name__}.forward does not take rev: it gives densities only"
         )
     return flow(x)
 
@@ -151,8 +162,8 @@ def nll(flow: nn.Module, x: Tensor, constant: bool = True, c: Tensor | Sequence[
 
     :param torch.nn.Module flow: flow.
     :param torch.Tensor x: samples (N, D) or (N, C, H, W).
-    :param bool constant: whether to add the term :math:`\tfrac D2 \log 2\pi`, which the potential of patches leaves out.
-    :param c: conditions, for a conditional flow.
+    :param bool constant: whether to add the term :math:`\tfrac D2 \log 2\pi`; the potential of patches does not have it.
+    :param torch.Tensor, list c: conditions of a conditional flow, or the only one.
     :return: (N,) in nats.
     """
     z, log_det = evaluate(flow, x, c=c)
@@ -160,7 +171,8 @@ def nll(flow: nn.Module, x: Tensor, constant: bool = True, c: Tensor | Sequence[
     return value + 0.5 * x[0].numel() * math.log(2 * math.pi) if constant else value
 
 
-def _per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
+def _log_dets(log_det: Tensor | float, x: Tensor) -> Tensor:
+    """The log-determinants that a flow returned, as one number for each sample (N,)."""
     if not torch.is_tensor(log_det) or log_det.ndim == 0:
         return x.new_zeros(x.shape[0]) + log_det
     if log_det.shape == (len(x), 1):
@@ -170,13 +182,24 @@ def _per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
     return log_det
 
 
-def takes(module: nn.Module, name: str) -> bool:
-    """Whether the ``forward`` of a module has a parameter of this name."""
-    return name in inspect.signature(module.forward).parameters
+def unwrapped(module: Any) -> Any:
+    """The module inside the wrappers of :func:`torch.compile` and of data-parallel training; anything else as it is."""
+    inside = module.module if type(module).__name__ in PARALLEL else getattr(module, "_orig_mod", None)
+    return unwrapped(inside) if isinstance(inside, nn.Module) else module
+
+
+def takes(module: Callable, name: str) -> bool:
+    """Whether a module (the one inside its wrappers) or a function has a parameter of this name."""
+    return name in _parameters(module)
+
+
+def _parameters(module: Callable) -> Mapping[str, inspect.Parameter]:
+    inner = unwrapped(module)
+    return inspect.signature(inner.forward if isinstance(inner, nn.Module) else inner).parameters
 
 
 def like_weights(module: nn.Module, default: Tensor | None = None) -> Tensor:
-    """An empty tensor of the weights' dtype and device; of ``default``'s for a module without weights."""
+    """An empty tensor with the dtype and device of a module's weights, or with those of ``default`` if it has no weights."""
     for p in module.parameters():
         if p.is_floating_point():
             return p.new_empty(0)

@@ -1,8 +1,9 @@
-"""FrEIA 0.2 with its rough edges taken off; imported only when a FrEIA flow is built.
+"""
+FrEIA 0.2 with its rough edges taken off; imported only when a FrEIA flow is built.
 
-FrEIA keeps lambdas inside its blocks (which do not pickle), caches a non-leaf matrix after each
-forward pass of a Householder block (which does not deep-copy), and returns the log-determinant of a
-volume-preserving flow as the number zero. It also draws rotations from numpy's global random state.
+FrEIA keeps lambdas inside its blocks, which do not pickle. A Householder block caches a non-leaf matrix in each forward pass,
+which does not deep-copy. The log-determinant of a volume-preserving flow is the number zero in place of a tensor. Rotations are
+drawn from numpy's global random state.
 """
 
 import copy
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from . import state
 
-SAMPLES_PER_CHANNEL = 10  # from which on the sample variances are taken as they are
+SAMPLES_PER_CHANNEL = 10  # with as many, or more, sample variances are taken as they are
 LEAST_VARIANCE = 1e-6  # of a channel, as a multiple of the mean over channels
 
 
@@ -29,7 +30,7 @@ class Clamp:
 
     def __call__(self, u: Tensor) -> Tensor:
         if u.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(u.device.type):
-            u = u.float()  # the log-determinant is a sum of many of these
+            u = u.float()  # the log-determinant sums up many of these, and half precision would lose it
         return self.outer * getattr(torch, self.function)(self.inner * u)
 
     @classmethod
@@ -44,7 +45,7 @@ class Clamp:
 
 
 class GlobalScale:
-    """Positive scale of ``AllInOneBlock``'s global affine map, for its pre-activation."""
+    """The positive scale of ``AllInOneBlock``'s global affine map as a function of its parameter."""
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -65,7 +66,7 @@ def _not_orthogonal(matrix: Tensor) -> Tensor:
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """A rotation that was rounded to a shorter dtype, orthogonal to the precision of its own again (Newton-Schulz steps)."""
+    """Make a rotation that a shorter dtype has rounded orthogonal again, to the precision of its dtype (Newton-Schulz steps)."""
     tolerance = _ROTATION_ROUNDING.get(matrix.dtype, 1.0)
     for _ in range(0 if matrix.is_meta else 3):
         error = _not_orthogonal(matrix)
@@ -81,15 +82,15 @@ def _check_rotation(name: str, matrix: Tensor, errors: list[str]) -> None:
 
 
 def shrinkage(samples: int, channels: int) -> float:
-    """Weight of the mean over channels in an estimate of their variances; 0 for ten samples or more for each channel."""
+    """The weight of the mean over channels in an estimate of their variances; 0 from ten samples for each channel on."""
     return max(0.0, 1 - samples / (SAMPLES_PER_CHANNEL * channels))
 
 
 def _standardising(x: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Logarithm of the scale, and the offset, that give each channel of ``x`` mean 0 and variance 1.
+    The logarithm of the scale, and the offset, that give each channel of ``x`` mean 0 and variance 1.
 
-    Variances from few samples are shrunk towards their mean over channels, and none counts as less than a millionth of it.
+    Variances from few samples are shrunk towards their mean over channels, and are taken as at least a millionth of this mean.
     """
     samples, channels = x[:, 0].numel(), x.shape[1]
     var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True, correction=min(1, samples - 1))
@@ -101,10 +102,10 @@ def _standardising(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class AllInOneBlock(Fm.AllInOneBlock):
-    """FrEIA's block; pickles and deep-copies at any time, also after a forward pass."""
+    """FrEIA's block, which can be pickled and deep-copied at any time, also after a forward pass."""
 
     def __init__(self, dims_in, dims_c=(), global_affine_type: str = "SOFTPLUS", **kwargs):
-        # FrEIA draws its rotation from numpy's global state: draw from torch's instead and leave numpy's as it was
+        # FrEIA draws its rotation from numpy's global state: seed that from torch's, and restore it afterwards
         kept = np.random.get_state()
         np.random.seed(int(torch.randint(2**31, ())))
         try:
@@ -112,7 +113,7 @@ class AllInOneBlock(Fm.AllInOneBlock):
         finally:
             np.random.set_state(kept)
         self.global_scale_activation = GlobalScale(global_affine_type)
-        # FrEIA's are frozen parameters, which requires_grad_(True) on the flow would set free
+        # In FrEIA these are frozen parameters, which requires_grad_(True) on the flow would make trainable
         for name in ("w_0",) if self.householder else ("w_perm", "w_perm_inv"):
             rotation = getattr(self, name).data
             delattr(self, name)
@@ -146,7 +147,7 @@ class AllInOneBlock(Fm.AllInOneBlock):
         self._orthogonalise()
 
     def forward(self, x, c=(), rev=False, jac=True):
-        # FrEIA leaves a product of reflections on the block that it is called on: on a copy, as other threads use this one
+        # FrEIA stores a product of reflections in the block it evaluates: evaluate a copy, as other threads may use this block
         block = copy.copy(self) if self.householder else self
         return Fm.AllInOneBlock.forward(block, x, c, rev, jac)
 
@@ -159,7 +160,7 @@ class Permutation(Fm.InvertibleModule):
         self.register_buffer("perm", perm)
 
     def forward(self, x, c=(), rev=False, jac=True):
-        perm = self.perm.long()  # numbers where a state dict stands in for the buffers
+        perm = self.perm.long()  # functional_call with a state dict puts floating-point numbers here
         perm = torch.argsort(perm) if rev else perm
         return (x[0].index_select(1, perm),), x[0].new_zeros(x[0].shape[0])
 
@@ -181,7 +182,7 @@ class Permutation(Fm.InvertibleModule):
 
 
 class ChannelAffine(Fm.InvertibleModule):
-    r"""Fixed rotation of the channels of an image, then a learned scale and offset of each: :math:`y = e^a \odot Rx + b`."""
+    r"""A fixed rotation of the channels of an image, then a learned scale and offset for each: :math:`y = e^a \odot Rx + b`."""
 
     def __init__(self, dims_in, dims_c=None):
         super().__init__(dims_in, dims_c)
@@ -192,8 +193,8 @@ class ChannelAffine(Fm.InvertibleModule):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, c=()) -> None:
-        """Rotate to the principal axes of the channels of ``x``, and standardise."""
-        pixels = x.movedim(1, 0).flatten(1).double().cpu()  # in float32 eigh may fail on a covariance that is singular
+        """Rotate to the principal axes of the channels of ``x``, then scale and shift so that these are standardised."""
+        pixels = x.movedim(1, 0).flatten(1).double().cpu()  # in float32 eigh may fail on a singular covariance
         self.rotation.copy_(torch.linalg.eigh(torch.cov(pixels, correction=0)).eigenvectors.T.flip(0))
         log_scale, offset = _standardising(F.conv2d(x, self.rotation[:, :, None, None]))
         self.log_scale.copy_(log_scale)
@@ -224,9 +225,9 @@ class ChannelAffine(Fm.InvertibleModule):
 
 class Squeeze(Fm.InvertibleModule):
     """
-    2x2 pixels become 4 channels: as they are (``"checkerboard"``), or as their orthonormal Haar coefficients (``"haar"``).
+    Turn 2x2 pixels into 4 channels: as they are (``"checkerboard"``), or as their orthonormal Haar coefficients (``"haar"``).
 
-    FrEIA's ``HaarDownsampling`` overwrites its input in reverse.
+    It replaces FrEIA's ``HaarDownsampling``, which overwrites its input in reverse.
     """
 
     def __init__(self, dims_in, dims_c=None, kind: str = "haar"):
@@ -253,9 +254,9 @@ class Squeeze(Fm.InvertibleModule):
 
 class SequenceFlow(state.KnowsItsConfig, Ff.SequenceINN):
     """
-    A ``SequenceINN`` that knows the builder call it came from and always returns ``log_det`` as (N,).
+    A ``SequenceINN`` that knows the call of the builder that made it, and always returns ``log_det`` of shape (N,).
 
-    Its :meth:`load_state_dict` also takes the names of deepinv's ``NormalizingFlow``, where that is the same function.
+    ``load_state_dict`` also takes the names of deepinv's ``NormalizingFlow``, if that is the same function.
     """
 
     def __init__(self, *dims: int, config: dict):
@@ -272,7 +273,7 @@ class SequenceFlow(state.KnowsItsConfig, Ff.SequenceINN):
         """
         State dict that deepinv's ``NormalizingFlow.load_state_dict`` takes.
 
-        :raises ValueError: when deepinv has no flow of this function, as with permutations.
+        :raises ValueError: when deepinv does not have a flow of this function, as with permutations.
         """
         return state.deepinv_state_dict(self)
 

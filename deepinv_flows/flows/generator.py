@@ -1,29 +1,31 @@
-"""Flows and other modules as generators, which map latents to images."""
+"""Flows, other modules and functions as generators, which map latents to images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from .contract import evaluate, takes
+from .contract import as_flow, evaluate, takes, unwrapped
 
 Conditions = Tensor | Sequence[Tensor] | None
 
-WRAPPERS = ("DataParallel", "DistributedDataParallel")
 VECTORS = ("glow_flow", "allinone_flow")
 
 
 class ImageGenerator:
     """
-    A generator G of images: a flow run in reverse, or any module that maps latents (B, ...) to images.
+    A generator G of images: a flow run in reverse, or any module or function that maps latents (B, ...) to images.
 
-    A flow compiled by :func:`torch.compile` or wrapped for data-parallel use is known by the module inside.
+    FrEIA and zuko modules are adapted as :func:`deepinv_flows.as_flow` adapts them. The name and sizes of a flow that is
+    compiled, or wrapped for data-parallel training, are those of the module inside.
 
-    :param torch.nn.Module module: the flow or generator.
+    :param torch.nn.Module, Callable module: the flow or generator.
     :raises TypeError: for a flow of another calling convention, such as ``reverse=`` in place of ``rev=``.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module, inner = module, unwrapped(module)
+    def __init__(self, module: Callable):
+        self.module: Any = as_flow(module) if isinstance(module, nn.Module) else module
+        inner = unwrapped(self.module)
         self.name, self.invertible = type(inner).__name__, takes(inner, "rev")
         for name in ("reverse", "inverse"):
             if not self.invertible and takes(inner, name):
@@ -50,9 +52,3 @@ class ImageGenerator:
         if not self.invertible:
             raise ValueError(f"expected a flow, to find the latent of an image; a {self.name} does not have an inverse")
         return evaluate(self.module, x, c=c)[0]
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside those of :func:`torch.compile` and of data-parallel wrappers."""
-    inside = module.module if type(module).__name__ in WRAPPERS else getattr(module, "_orig_mod", None)
-    return unwrapped(inside) if isinstance(inside, nn.Module) else module

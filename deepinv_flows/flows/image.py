@@ -1,4 +1,4 @@
-"""Builder of multi-scale flows on whole images, on FrEIA."""
+"""Builder of multi-scale flows on whole images, from FrEIA's blocks."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,29 +29,31 @@ def image_flow(
     generator: torch.Generator | None = None,
 ) -> ImageFlow:
     r"""
-    Multi-scale flow on images, after Glow: each level squeezes 2x2 pixels into channels, does some steps, and lets half go.
+    Build a multi-scale flow on images, after Glow: each level squeezes 2x2 pixels into channels and transforms them in steps.
 
-    A step rotates the channels, scales and shifts each, and couples the halves by a network of convolutions 3x3, 1x1 and 3x3
-    whose last layer starts at zero, so that a new flow is linear. Log-scales of couplings are bounded by
-    ``affine_clamping``, in both directions. Latents have the shape of the images, and ``flow.to_levels(z)`` parts them by level;
-    the flow is made for one size.
+    A step rotates the channels, scales and shifts each channel, and couples the two halves of the channels by a network of
+    convolutions (3x3, 1x1 and 3x3). The last layer of each network starts at zero, so that a new flow is linear. After each
+    level but the last, half of the channels become part of the latent. Log-scales of couplings are bounded by
+    ``affine_clamping`` in both directions. Latents have the shape of the images, and ``flow.to_levels(z)`` splits them by level.
+    The flow takes images of one size only.
 
     :param tuple img_size: (C, H, W) with H and W divisible by ``2**num_levels``.
     :param int num_levels: number of levels.
-    :param int num_steps: steps in each level.
-    :param int hidden: channels of the two hidden layers of each network.
-    :param str coupling: ``"allinone"``, FrEIA's ``AllInOneBlock``, which moves half of the channels in a step, or ``"glow"``, its
-        ``GLOWCouplingBlock``, which moves both and has twice the cost and weights.
-    :param str squeeze: ``"haar"`` squeezes to Haar coefficients, ``"checkerboard"`` leaves the pixels as they are.
+    :param int num_steps: number of steps in each level.
+    :param int hidden: number of channels of the two hidden layers of each network.
+    :param str coupling: ``"allinone"``, FrEIA's ``AllInOneBlock``, which changes half of the channels in a step, or ``"glow"``,
+        FrEIA's ``GLOWCouplingBlock``, which changes both halves and has twice the cost and number of weights.
+    :param str squeeze: ``"haar"`` turns 2x2 pixels into Haar coefficients, ``"checkerboard"`` keeps the values of the pixels.
     :param float affine_clamping: bound on the log-scale of a coupling.
     :param str activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"leaky_relu"``.
-    :param list dims_c: sizes (C', H, W) of conditions, such as a noise level or a class in each pixel, or a first reconstruction,
-        which ``flow(x, c=[condition, ...])`` then takes, and ``flow(x, c=condition)`` where there is one.
-    :param bool memory_efficient: keep only the input of each block for a gradient and compute the rest again, for about a
-        third more time; ``flow.memory_efficient`` can be set at any time.
+    :param list dims_c: sizes (C', H, W) of the conditions that ``flow(x, c=[condition, ...])`` then takes, or
+        ``flow(x, c=condition)`` if there is one. A condition may be a noise level or a class at each pixel, or a first
+        reconstruction.
+    :param bool memory_efficient: whether to keep only the input of each block for a gradient and to compute the rest again, which
+        takes about a third more time. ``flow.memory_efficient`` can be set at any time.
     :param torch.Generator generator: source of weights and rotations; ``None`` takes torch's global one.
-    :return: flow on tensors of shape (N, C, H, W). ``flow.initialise(x)`` before training fits its affine maps to data.
-    :raises ValueError: for sizes that do not divide, or an unknown choice.
+    :return: flow on tensors of shape (N, C, H, W). Before training, ``flow.initialise(x)`` fits its affine maps to data.
+    :raises ValueError: for a height or width that ``2**num_levels`` does not divide, or an unknown choice.
 
     Sources: Dinh et al. 2017 (arXiv 1605.08803), Kingma & Dhariwal 2018 (arXiv 1807.03039), FrEIA.
 
@@ -66,8 +68,9 @@ def image_flow(
     >>> torch.allclose(flow(z, rev=True)[0], x, atol=1e-5)
     True
     """
-    positive_int(num_levels=num_levels, num_steps=num_steps, hidden=hidden)
+    num_levels, num_steps, hidden = positive_int(num_levels=num_levels, num_steps=num_steps, hidden=hidden)
     check_positive(affine_clamping=affine_clamping)
+    affine_clamping = float(affine_clamping)
     check_choice("coupling", coupling, COUPLINGS)
     check_choice("squeeze", squeeze, SQUEEZES)
     check_choice("activation", activation, ACTIVATIONS)
@@ -98,9 +101,9 @@ def _sizes(img_size, dims_c, num_levels: int) -> tuple[list[int], list[list[int]
     if nearest != img_size[1:]:
         raise ValueError(
             f"expected height and width divisible by 2**num_levels = {unit}; got {img_size[1]} x {img_size[2]}, "
-            f"of which the nearest that is would be {nearest[0]} x {nearest[1]}"
+            f"the nearest size that is divisible would be {nearest[0]} x {nearest[1]}"
         )
-    dims_c = [list(dims) for dims in dims_c]
+    dims_c = [[positive_int(dims_c=size) for size in dims] for dims in dims_c]
     for dims in dims_c:
         if len(dims) != 3 or dims[1:] != img_size[1:]:
             raise ValueError(f"expected conditions of sizes (C', {img_size[1]}, {img_size[2]}); got {tuple(dims)}")

@@ -1,4 +1,4 @@
-"""A flow on whole images as levels of FrEIA blocks."""
+"""The flow on whole images, made of levels of FrEIA blocks."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,14 +13,15 @@ from .state import KnowsItsConfig
 
 class ImageFlow(KnowsItsConfig, nn.Module):
     """
-    Levels of FrEIA blocks; after each level but the last, half of the channels leave for the latent.
+    A flow of levels of FrEIA blocks; after each level but the last, half of the channels become part of the latent.
 
-    What leaves is scaled and shifted by networks of what stays, as Glow's learned prior does.
+    These channels are scaled and shifted by networks of the channels that go on, as in Glow's learned prior.
 
     :param torch.nn.ModuleList levels: a ``ModuleList`` of FrEIA blocks for each level.
-    :param torch.nn.ModuleList splits: for each level but the last the ``ConditionalAffineTransform`` of what leaves.
-    :param dict config: the call of :func:`image_flow` that this is.
-    :param bool memory_efficient: as there.
+    :param torch.nn.ModuleList splits: for each level but the last, the ``ConditionalAffineTransform`` of the channels that
+        become part of the latent.
+    :param dict config: the arguments of :func:`deepinv_flows.image_flow` for this flow.
+    :param bool memory_efficient: as in :func:`deepinv_flows.image_flow`.
     """
 
     initialised: Tensor
@@ -39,12 +40,14 @@ class ImageFlow(KnowsItsConfig, nn.Module):
         self, x: Tensor, c: Tensor | Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[Tensor, Tensor]:
         """
+        Map images to latents, or back.
+
         :param torch.Tensor x: images, or latents if ``rev``, (N, C, H, W).
-        :param list c: conditions, each (N, C', H, W), for a flow built with ``dims_c``; the one tensor if there is one.
+        :param torch.Tensor, list c: conditions, or the only one, each (N, C', H, W), for a flow built with ``dims_c``.
         :param bool rev: whether to map latents to images.
-        :param bool jac: has no effect: the log-determinant comes for free.
+        :param bool jac: does not have an effect; the log-determinant is always computed.
         :return: latents or images (N, C, H, W), and log-determinants (N,).
-        :raises ValueError: for another shape.
+        :raises ValueError: for another shape or number of conditions.
         """
         self._check(x, self.img_size)
         conditions = self._conditions(c, len(x))
@@ -55,12 +58,13 @@ class ImageFlow(KnowsItsConfig, nn.Module):
         """
         Set the affine maps of new blocks so that every channel has mean 0 and variance 1 for these images, as in Glow.
 
-        Call it once, before training (:func:`deepinv_flows.fit_flow` does), on a batch with its dequantisation noise. Where the
-        images hold few samples for each channel of a level, its scales are shrunk towards their mean, with a warning.
+        Call it once, before training, on a batch with its dequantisation noise; :func:`deepinv_flows.fit_flow` does so. If the
+        images hold few samples for each channel of a level, the scales of this level are shrunk towards their mean, with a
+        warning.
 
         :param torch.Tensor x: images (N, C, H, W), a few dozen or more.
-        :param list c: conditions, as in the call.
-        :raises ValueError: for another shape, or no images at all.
+        :param torch.Tensor, list c: conditions, as in the call.
+        :raises ValueError: for another shape, or an empty batch.
         """
         self._check(x, self.img_size)
         if len(x) == 0:
@@ -108,10 +112,11 @@ class ImageFlow(KnowsItsConfig, nn.Module):
 
     def to_levels(self, z: Tensor) -> list[Tensor]:
         """
-        The latents of each level, from the finest details to the coarsest structure; all are views of z.
+        The latents of each level, from the finest details to the coarsest structure, as views of z.
 
         :param torch.Tensor z: latents (N, C, H, W).
-        :return: tensors (N, C_l, H_l, W_l); of a 3 x 64 x 64 flow of three levels (N, 6, 32, 32), (N, 12, 16, 16), (N, 48, 8, 8).
+        :return: tensors (N, C_l, H_l, W_l). A flow of three levels on 3 x 64 x 64 images has levels of shapes (N, 6, 32, 32),
+            (N, 12, 16, 16) and (N, 48, 8, 8).
         """
         self._check(z, self.img_size)
         shapes = self._level_shapes()
@@ -120,10 +125,11 @@ class ImageFlow(KnowsItsConfig, nn.Module):
 
     def from_levels(self, levels: Sequence[Tensor]) -> Tensor:
         """
-        Inverse of :meth:`to_levels`; mixing the levels of several images mixes their styles.
+        Join the latents of each level, as the inverse of ``to_levels``.
 
-        :param list levels: as :meth:`to_levels` returns them.
+        :param list levels: tensors as ``to_levels`` returns them; they may come from several images.
         :return: latents (N, C, H, W).
+        :raises ValueError: for another number of levels or another shape.
         """
         levels, shapes = list(levels), self._level_shapes()
         if [tuple(level.shape[1:]) for level in levels] != shapes:
@@ -132,7 +138,7 @@ class ImageFlow(KnowsItsConfig, nn.Module):
         return torch.cat([level.flatten(1) for level in levels], 1).view(-1, *self.img_size)
 
     def _level_shapes(self) -> list[tuple[int, int, int]]:
-        """Of what leaves after each level, and of what stays to the end."""
+        """Shapes of the latents of each level, without the batch."""
         channels, height, width = self.img_size
         shapes = []
         for level in range(len(self.levels)):
@@ -143,21 +149,21 @@ class ImageFlow(KnowsItsConfig, nn.Module):
         return shapes
 
     def _warn_of_few(self, images: int) -> None:
-        """Where the images hold fewer than ten samples for each channel of a level."""
+        """Warn if the images hold fewer than ten samples for each channel of a level."""
         from .freia import shrinkage
 
         for level, (channels, height, width) in enumerate(self._level_shapes(), 1):
             channels *= 2 if level <= len(self.splits) else 1
             if shrinkage(images * height * width, channels) > 0:
                 warnings.warn(
-                    f"level {level} has {channels} channels of {height} x {width} pixels, and {images} images to set its scales "
-                    "by, which are shrunk towards their mean: initialise with more images, or take fewer levels",
+                    f"level {level} has {channels} channels of {height} x {width} pixels, and {images} images are few to set its "
+                    "scales by: they are shrunk towards their mean. Initialise with more images, or use fewer levels",
                     stacklevel=4,
                 )
                 return
 
     def _conditions(self, c: Tensor | Sequence[Tensor] | None, n: int) -> list[list[Tensor]]:
-        """At each level the conditions, squeezed to its size."""
+        """The conditions of each level, squeezed to its size."""
         c = [] if c is None else [c] if torch.is_tensor(c) else list(c)
         if len(c) != len(self.dims_c):
             raise ValueError(f"expected {len(self.dims_c)} conditions, of dims_c = {self.dims_c}; got {len(c)}")
@@ -175,5 +181,5 @@ class ImageFlow(KnowsItsConfig, nn.Module):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """In the layout in which convolutions are fastest."""
+    """The same tensor in the memory layout in which convolutions are fastest."""
     return x.contiguous(memory_format=torch.channels_last)

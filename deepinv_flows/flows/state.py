@@ -1,8 +1,9 @@
 """
-State dicts of flows: numbers alone, and in their ``_metadata``, which torch keeps beside the tensors, what function they are of.
+State dicts of flows, which hold floating-point numbers alone.
 
-They can be averaged, rounded to half precision or sent through numpy. The names of deepinv's ``NormalizingFlow`` and what 0.1.0
-wrote (the description as a tensor of bytes, permutations of integers) are read as well.
+They can be averaged, rounded to half precision or sent through numpy. Which function the numbers belong to is written in their
+``_metadata``, which torch keeps beside the tensors. State dicts with the names of deepinv's ``NormalizingFlow``, and those of
+0.1.0 (with the description as a tensor of bytes, and permutations of integers), are read as well.
 """
 
 import copy
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 SIZES = ("dim", "num_layers", "sub_net_size", "split_len")
 CONFIG, NETWORKS = "deepinv_flows", "networks"  # keys of a module's entry in the metadata
 EXTRA = "_extra_state"  # where 0.1.0 kept the description
-# what optimizers know a parameter by is its place: deepinv's blocks hold first what FrEIA calls subnet2
+# An optimizer's state goes by the order of the parameters, and deepinv's blocks hold first what FrEIA calls subnet2
 DEEPINV_ORDER, FREIA_ORDER = ("subnet2", "subnet1"), ("subnet1", "subnet2")
 
 
@@ -31,7 +32,7 @@ def same_function(a: dict, b: dict) -> bool:
 
 
 class KnowsItsConfig:
-    """Mixin: the state dict says which function the weights are for, and loading another function's is refused."""
+    """Mixin: the state dict says which function its weights belong to, and weights of another function are refused."""
 
     config: dict
 
@@ -51,9 +52,9 @@ class KnowsItsConfig:
 
 def as_permutation(found: Tensor) -> Tensor:
     """
-    Indices from the numbers that a state dict holds.
+    The indices of a permutation from the numbers that a state dict holds.
 
-    :param torch.Tensor found: (D,) numbers that are whole up to the rounding of averages and of half precision.
+    :param torch.Tensor found: (D,) numbers, whole up to the rounding of averages and of half precision.
     :return: (D,) indices, of dtype int64.
     :raises ValueError: for numbers that are not whole, or not a permutation.
     """
@@ -76,13 +77,13 @@ def is_rotation(matrix: Tensor) -> bool:
 
 
 def glow_config(**differ) -> dict:
-    """The config of deepinv's flow (its function if no more is given), or of one that differs."""
+    """The part of a config that says the function of deepinv's flow, with sizes and differences as given."""
     function = dict(clamp=1.6, coupling="glow", clamp_activation="deepinv", activation="relu", permute=False)
     return {"builder": "glow_flow", **function, **differ}
 
 
 def deepinv_key(key: str) -> str:
-    """Our name of deepinv's tensor ``blocks.K.subnet{1,2}...``: FrEIA numbers the two networks the other way round."""
+    """Our name of deepinv's tensor ``blocks.K.subnet{1,2}...``; FrEIA numbers the two networks the other way round."""
     match = re.fullmatch(r"blocks\.(\d+)\.subnet([12])\.(.+)", key)
     if match is None:
         raise ValueError(f"unexpected tensor {key}")
@@ -91,7 +92,7 @@ def deepinv_key(key: str) -> str:
 
 
 def rename_deepinv(state: dict[str, Tensor], prefix: str, flow: nn.Module) -> bool:
-    """Give deepinv's tensors below ``prefix`` the names that they have in ``flow``, in place, if it is of the same function."""
+    """Rename deepinv's tensors below ``prefix`` in place to what they are called in ``flow``, if that is the same function."""
     theirs = [key for key in state if key.startswith(prefix + "blocks.")]
     if not theirs or not same_function(getattr(flow, "config", {}), glow_config()):
         return False
@@ -105,11 +106,11 @@ def rename_deepinv(state: dict[str, Tensor], prefix: str, flow: nn.Module) -> bo
 
 def deepinv_state_dict(flow: nn.Module) -> dict[str, Tensor]:
     """
-    State dict of deepinv's ``NormalizingFlow`` with the same function.
+    State dict for deepinv's ``NormalizingFlow`` of the same function.
 
     :param torch.nn.Module flow: a flow of :func:`deepinv_flows.glow_flow`.
     :return: tensors by deepinv's names, ``blocks.K.subnet{1,2}...``, in deepinv's order.
-    :raises ValueError: when deepinv has no flow of this function, as with permutations.
+    :raises ValueError: when deepinv does not have a flow of this function, as with permutations.
     """
     config = getattr(flow, "config", {})
     dim = config.get("dim", 2)
@@ -117,7 +118,7 @@ def deepinv_state_dict(flow: nn.Module) -> dict[str, Tensor]:
     differ = {key: value for key, value in config.items() if theirs.get(key, False) not in (None, value)}
     if differ or not config:
         raise ValueError(
-            f"deepinv's PatchNR has no flow like {type(flow).__name__} with {differ or 'its own architecture'}"
+            f"expected a flow that deepinv's PatchNR has too; got {type(flow).__name__} with {differ or 'its own architecture'}"
         )
     state = flow.state_dict()
     blocks = [f"module_list.{k + 1}.subnet" for k in range(config["num_layers"])]
@@ -137,6 +138,7 @@ def arrange(block: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def order(block: nn.Module) -> tuple[str, ...]:
+    """The names of a block's two networks in the order in which they are registered."""
     return tuple(name for name in block._modules if name in DEEPINV_ORDER)
 
 
@@ -144,17 +146,17 @@ def exchange(block: nn.Module) -> None:
     """
     Register the two networks of a block the other way round.
 
-    Each parameter keeps its place among those of the flow, as an optimizer that was made of them expects, and takes the name, the
-    values and the shape that belong to that place in the other order.
+    An optimizer that was made before knows the parameters by their place. Each parameter therefore keeps its place among those
+    of the flow, and takes the name, the values and the shape that belong to this place in the other order.
     """
     first, second = (block.get_submodule(name) for name in order(block))
     pairs = list(zip(first.modules(), second.modules()))
     if any(a._parameters.keys() != b._parameters.keys() for a, b in pairs):
-        return  # networks of a user's own
+        return  # networks that a user put in, which need not be alike
     for a, b in pairs:
         a._parameters, b._parameters = b._parameters, a._parameters
         for p, q in zip(a.parameters(recurse=False), b.parameters(recurse=False)):
-            p.grad, q.grad = None, None  # of the weights before
+            p.grad, q.grad = None, None  # they belong to the former weights
             p.data, q.data = q.data, p.data
             p.requires_grad, q.requires_grad = q.requires_grad, p.requires_grad
     arrange(block, order(block)[::-1])

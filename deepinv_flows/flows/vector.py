@@ -1,6 +1,6 @@
-"""Builders of normalizing flows, on FrEIA; all satisfy the contract of :mod:`deepinv_flows.flows.contract`."""
+"""Builders of flows on vectors, from FrEIA's blocks; they satisfy the contract of :mod:`deepinv_flows.flows.contract`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ def glow_flow(
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     r"""
-    Flow of two-sided coupling blocks on vectors; by default the flow of deepinv's ``PatchNR``.
+    Build a flow of two-sided coupling blocks on vectors; by default the flow of deepinv's ``PatchNR``.
 
     Each block splits its input into halves :math:`(x_1, x_2)` and computes
 
@@ -36,15 +36,15 @@ def glow_flow(
         y_2 = x_2 \odot e^{s_1(x_1)} + t_1(x_1), \qquad y_1 = x_1 \odot e^{s_2(y_2)} + t_2(y_2),
 
     with :math:`s = \tfrac{2c}{\pi} \arctan(a / c)` for a network's output :math:`a` and ``clamp`` :math:`c`. With
-    equal weights it is the same function as :class:`deepinv.optim.prior.NormalizingFlow`, and after the same
-    :func:`torch.manual_seed` it has equal weights.
+    equal weights the flow is the same function as :class:`deepinv.optim.prior.NormalizingFlow`. After the same
+    :func:`torch.manual_seed` both have equal weights.
 
-    :param int dim: number of entries D of a sample; at least 2. Odd values give halves that differ by one.
+    :param int dim: number of entries D of a sample; at least 2. For an odd D the two halves differ by one entry.
     :param int num_layers: number of coupling blocks.
     :param int sub_net_size: width of the two hidden layers of each network.
     :param float clamp: bound c on the log-scale of a coupling.
-    :param bool permute: follow each block by a fixed random permutation, as the PatchNR paper does. The same
-        entries are otherwise always in the same half; with permutations a flow of equal cost fits better.
+    :param bool permute: whether a fixed random permutation follows each block, as in the PatchNR paper. Without permutations,
+        the same entries are in the same half in all blocks. A flow with permutations fits better at equal cost.
     :param str coupling: ``"glow"`` (one network for s and t), ``"realnvp"`` (one for each), ``"nice"``
         (additive, s = 0) or ``"gin"`` (volume preserving, the entries of s sum to 0).
     :param str clamp_activation: ``"deepinv"`` as above, or FrEIA's ``"ATAN"`` (:math:`s = 0.636\,c\arctan a`),
@@ -54,7 +54,7 @@ def glow_flow(
     :param torch.Generator generator: source of the weights and permutations; ``None`` takes torch's global
         one, as torch's own layers do.
     :return: flow on tensors of shape (N, D).
-    :raises ValueError: for ``dim < 2`` or an unknown choice.
+    :raises ValueError: for ``dim < 2``, a size that is not a whole number, or an unknown choice.
 
     Sources: Dinh et al. 2014 (arXiv 1410.8516), Dinh et al. 2017 (arXiv 1605.08803), Kingma & Dhariwal 2018
     (arXiv 1807.03039), Sorrenson et al. 2020 (arXiv 2001.04872), Altekrueger et al. 2023 (arXiv 2205.12021).
@@ -69,15 +69,17 @@ def glow_flow(
     >>> torch.allclose(flow(z, rev=True)[0], x, atol=1e-5)
     True
     """
-    _check_dim(dim)
-    positive_int(num_layers=num_layers, sub_net_size=sub_net_size)
+    dim = _dimension(dim)
+    num_layers, sub_net_size = positive_int(num_layers=num_layers, sub_net_size=sub_net_size)
     check_positive(clamp=clamp)
+    clamp, permute = float(clamp), bool(permute)
     check_choice("coupling", coupling, COUPLINGS)
     check_choice("clamp_activation", clamp_activation, CLAMPS)
     check_choice("activation", activation, ACTIVATIONS)
     large = dim - dim // 2 if split_len is None else split_len
     if not 0 < large < dim:
         raise ValueError(f"expected 0 < split_len < dim = {dim}; got {split_len}")
+    large = positive_int(split_len=large)
     small = dim - large
     config = {
         "builder": "glow_flow",
@@ -97,7 +99,7 @@ def glow_flow(
     options = {} if coupling == "nice" else {"clamp": clamp}
     flow = SequenceFlow(dim, config=config)
     with randomness(generator):
-        # FrEIA updates the first half first, deepinv the second: swap the halves on the way in and out
+        # FrEIA updates the first half first, and deepinv the second half: permutations at both ends swap the halves
         flow.append(Permutation, perm=torch.arange(dim).roll(-small))
         for _ in range(num_layers):
             subnets = _deepinv_order(coupling, small, large, sub_net_size, activation)
@@ -128,28 +130,28 @@ def allinone_flow(
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     r"""
-    Flow of FrEIA's ``AllInOneBlock`` s on vectors: one-sided coupling, global affine map and rotation in one.
+    Build a flow of FrEIA's ``AllInOneBlock`` on vectors: each block is a one-sided coupling, an affine map and a rotation.
 
     .. math::
 
         y = V R \big(\Psi(s_g) \odot [\,x_1,\; x_2 \odot e^{\alpha \tanh(0.1 s(x_1))} + 0.1\,t(x_1)] + t_g\big)
 
     :param int dim: number of entries D of a sample; at least 2.
-    :param int num_layers: number of blocks; each moves one half only, so take about twice as many as of
-        :func:`glow_flow`'s.
+    :param int num_layers: number of blocks. A block changes one half only, so a flow needs about twice as many blocks as one of
+        :func:`deepinv_flows.glow_flow`.
     :param int sub_net_size: width of the two hidden layers of each network.
-    :param int | tuple dims_c: number of entries of a condition, which ``flow(x, c=[condition])`` then takes.
+    :param int | tuple dims_c: number of entries of the condition that ``flow(x, c=[condition])`` then takes.
     :param float affine_clamping: bound :math:`\alpha` on the log-scale of a coupling.
-    :param bool gin_block: volume-preserving couplings and no global scale.
+    :param bool gin_block: whether couplings preserve volume and there is no global scale.
     :param float global_affine_init: initial global scale.
     :param str global_affine_type: :math:`\Psi`, one of ``"SIGMOID"``, ``"SOFTPLUS"``, ``"EXP"``.
-    :param bool permute_soft: R is a random rotation instead of a permutation.
+    :param bool permute_soft: whether R is a random rotation; it is a random permutation otherwise.
     :param int learned_householder_permutation: number of learned reflections whose product is V; 0 for none.
-    :param bool reverse_permutation: apply :math:`(VR)^{-1}` before the coupling as well.
+    :param bool reverse_permutation: whether :math:`(VR)^{-1}` is applied before the coupling as well.
     :param str activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"leaky_relu"``.
     :param torch.Generator generator: source of weights and rotations; ``None`` takes torch's global one.
     :return: flow on tensors of shape (N, D).
-    :raises ValueError: for ``dim < 2`` or an unknown choice.
+    :raises ValueError: for ``dim < 2``, a size that is not a whole number, or an unknown choice.
 
     Source: FrEIA (Ardizzone et al. 2018-2022), https://github.com/vislearn/FrEIA.
 
@@ -161,22 +163,25 @@ def allinone_flow(
     >>> torch.allclose(flow(z, c=[condition], rev=True)[0], x, atol=1e-5)
     True
     """
-    _check_dim(dim)
-    positive_int(num_layers=num_layers, sub_net_size=sub_net_size)
+    dim = _dimension(dim)
+    num_layers, sub_net_size = positive_int(num_layers=num_layers, sub_net_size=sub_net_size)
     check_positive(affine_clamping=affine_clamping, global_affine_init=global_affine_init)
     check_choice("global_affine_type", global_affine_type, ("SIGMOID", "SOFTPLUS", "EXP"))
     check_choice("activation", activation, ACTIVATIONS)
     if global_affine_type == "SIGMOID" and global_affine_init >= 10:
         raise ValueError(f"a SIGMOID scale stays below 10; got global_affine_init={global_affine_init}")
-    dims_c = (dims_c,) if isinstance(dims_c, int) else tuple(dims_c)
+    if learned_householder_permutation != 0:
+        positive_int(learned_householder_permutation=learned_householder_permutation)
+    sizes = dims_c if isinstance(dims_c, Iterable) else [dims_c]
+    dims_c = tuple(positive_int(dims_c=size) for size in sizes)
     block = dict(
-        affine_clamping=affine_clamping,
-        gin_block=gin_block,
-        global_affine_init=global_affine_init,
+        affine_clamping=float(affine_clamping),
+        gin_block=bool(gin_block),
+        global_affine_init=float(global_affine_init),
         global_affine_type=global_affine_type,
-        permute_soft=permute_soft,
-        learned_householder_permutation=learned_householder_permutation,
-        reverse_permutation=reverse_permutation,
+        permute_soft=bool(permute_soft),
+        learned_householder_permutation=int(learned_householder_permutation),
+        reverse_permutation=bool(reverse_permutation),
     )
     config = {
         "builder": "allinone_flow",
@@ -206,7 +211,7 @@ def _mlp(dim_in: int, dim_out: int, width: int, activation: str) -> nn.Sequentia
 
 
 def _deepinv_order(coupling: str, small: int, large: int, width: int, activation: str):
-    """Subnet constructor that draws the two GLOW networks in deepinv's order, so equal seeds give equal weights."""
+    """Subnet constructor that draws the two GLOW networks in deepinv's order, so that equal seeds give equal weights."""
     if coupling != "glow":
         return lambda i, o: _mlp(i, o, width, activation)
     first = _mlp(small, 2 * large, width, activation)
@@ -214,6 +219,7 @@ def _deepinv_order(coupling: str, small: int, large: int, width: int, activation
     return lambda i, o: next(ready)
 
 
-def _check_dim(dim: int) -> None:
+def _dimension(dim: int) -> int:
     if dim < 2:
         raise ValueError(f"a coupling splits its input into two non-empty parts: expected dim >= 2; got {dim}")
+    return positive_int(dim=dim)

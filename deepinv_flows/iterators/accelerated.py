@@ -8,8 +8,9 @@ from deepinv.optim import BacktrackingConfig
 from torch import Tensor
 
 from ..checks import check_finite
+from ..solvers import dot, rounding
 from .search import DEFAULT, shorten
-from .terms import ProximableTerm, Term, check_not_nan, coefficient, inner, pick, rounding, square
+from .terms import ProximableTerm, Term, check_not_nan, coefficient, pick, square
 
 # energies may rise by little until t_k is of this size: a step that climbs early climbs far, as nothing is near a minimum yet
 PATIENCE = 8
@@ -104,7 +105,7 @@ def below(bound: Tensor, F: Tensor) -> Tensor:
 
 def barzilai_borwein(move: Tensor, change: Tensor, otherwise: Tensor) -> Tensor:
     """Squared move over its curvature, of each sample, where that is positive."""
-    curvature = inner(move, change)
+    curvature = dot(move, change)
     step = square(move) / curvature
     return pick((curvature > 0) & torch.isfinite(step) & (step > 0), step.view_as(otherwise), otherwise)
 
@@ -185,7 +186,7 @@ class Advance:
                 return ok
             f_u, F_u = start()
             move = trial.point - u
-            model = f_u + inner(grad, move) + square(move) / (2 * step) + rounding(f_u)
+            model = f_u + dot(grad, move) + square(move) / (2 * step) + rounding(f_u)
             return ok | asked & torch.where(torch.isfinite(F_u), below(F_u, trial.F + trial.fall), trial.f <= model)
 
         first = barzilai_borwein(u - past.y, grad - past.grad_y, past.step)

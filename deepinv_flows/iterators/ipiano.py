@@ -3,10 +3,11 @@
 from deepinv.optim import DataFidelity, Prior
 from torch import Tensor
 
+from ..solvers import dot, rounding
 from .base import Problem
 from .optimizer import Optim
 from .search import SearchIteration, shorten
-from .terms import coefficient, flat, inner, rounding, square, unchanged
+from .terms import coefficient, flat, square, unchanged
 
 # of the longest admissible step 2 (1 - inertia) / L
 SAFETY = 0.99
@@ -47,7 +48,7 @@ class IPianoIteration(SearchIteration):
         def majorised(step, x_new):
             # L = 2 SAFETY (1 - inertia) / step bounds the curvature along this move
             move = x_new - x
-            model = f_x + inner(grad, move) + SAFETY * (1 - flat(inertia)) / step * square(move)
+            model = f_x + dot(grad, move) + SAFETY * (1 - flat(inertia)) / step * square(move)
             return problem.smooth.value(x_new) <= model + rounding(f_x)
 
         (x_new,), step, _ = shorten(trial, majorised, step, config)

@@ -1,47 +1,15 @@
 """Gradient descent on the latent code of a generator."""
 
-import inspect
-
 import torch
 from deepinv.optim import DataFidelity, Prior
 from torch import Tensor, nn
 
+from ..flows import ImageGenerator
+from ..solvers import rounding
 from .base import Problem
 from .optimizer import Optim
 from .search import SearchIteration, shorten
-from .terms import coefficient, rounding, square, unchanged
-
-
-class _Generator:
-    """A generator of images; an invertible one is a flow ``flow(x, rev=False) -> (z, log_det)``."""
-
-    def __init__(self, module: nn.Module, latent_shape: tuple[int, ...] | int | None):
-        self.module = module
-        self.latent_shape = (latent_shape,) if isinstance(latent_shape, int) else latent_shape
-        call = module.forward if isinstance(module, nn.Module) else module
-        self.invertible = "rev" in inspect.signature(call).parameters
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.module(z, rev=True)[0] if self.invertible else self.module(z)
-
-    def encode(self, x: Tensor) -> Tensor:
-        if not self.invertible:
-            raise ValueError(
-                f"expected init to be a latent, as {type(self.module).__name__} is not invertible; got an image "
-                f"{tuple(x.shape)}. If it is a latent, say so by latent_shape={tuple(x.shape[1:])}"
-            )
-        with torch.no_grad():
-            return self.module(x)[0]
-
-    def zeros(self, image: Tensor) -> Tensor:
-        """The latent 0 of images like ``image``."""
-        if self.latent_shape is not None:
-            return image.new_zeros(image.shape[0], *self.latent_shape)
-        if not self.invertible:
-            raise ValueError(
-                f"expected latent_shape, or a latent as init, as {type(self.module).__name__} is not invertible; got neither"
-            )
-        return torch.zeros_like(self.encode(torch.zeros_like(image)))
+from .terms import coefficient, square, unchanged
 
 
 class LatentGDIteration(SearchIteration):
@@ -73,28 +41,46 @@ class LatentGDIteration(SearchIteration):
 
     def start(self, X: dict, problem: Problem) -> dict:
         """(G(z), z) from a latent, an image, (G(z), z) itself, or deepinv's pair of equal images."""
-        G, est = _Generator(problem["generator"], problem["latent_shape"]), X["est"]
+        G, est = ImageGenerator(problem["generator"]), X["est"]
         if len(est) > 1 and not (est[0].shape == est[1].shape and torch.equal(est[0], est[1])):
             z = est[1]
         elif len(est) > 1:
-            z = G.zeros(est[0])
+            z = self._zeros(est[0], G, problem)
         else:
             z = self._latent(est[0], G, problem)
         return {"est": (G.decode(z), z), "latent": True}
 
-    def _latent(self, init: Tensor, G: _Generator, problem: Problem) -> Tensor:
+    def _latent(self, init: Tensor, G: ImageGenerator, problem: Problem) -> Tensor:
         """``init`` where it has the shape of a latent, encoded where it has that of an image."""
         image = problem.physics.A_adjoint(problem.y)
-        if G.latent_shape is None and not G.invertible:
-            return init if init.shape != image.shape else G.encode(init)
-        shape = G.zeros(image).shape
+        if problem["latent_shape"] is None and not G.invertible:
+            return init if init.shape != image.shape else self._encoded(init, G)
+        shape = self._zeros(image, G, problem).shape
         if init.shape == shape:
             return init
         if init.shape != image.shape:
             raise ValueError(
                 f"expected init to be a latent {tuple(shape)} or an image {tuple(image.shape)}; got shape {tuple(init.shape)}"
             )
-        return G.encode(init)
+        return self._encoded(init, G)
+
+    def _zeros(self, image: Tensor, G: ImageGenerator, problem: Problem) -> Tensor:
+        """The latent 0 of images like ``image``."""
+        shape = problem["latent_shape"]
+        if shape is not None:
+            return image.new_zeros(image.shape[0], *((shape,) if isinstance(shape, int) else shape))
+        if not G.invertible:
+            raise ValueError(f"expected latent_shape, or a latent as init, as {G.name} is not invertible; got neither")
+        return torch.zeros_like(self._encoded(torch.zeros_like(image), G))
+
+    @torch.no_grad()
+    def _encoded(self, image: Tensor, G: ImageGenerator) -> Tensor:
+        if not G.invertible:
+            raise ValueError(
+                f"expected init to be a latent, as {G.name} is not invertible; got an image {tuple(image.shape)}. If it is a "
+                f"latent, say so by latent_shape={tuple(image.shape[1:])}"
+            )
+        return G.encode(image)
 
     def objective(self, est: tuple[Tensor, ...], problem: Problem) -> Tensor:
         value = problem.f.value(est[0])
@@ -103,7 +89,7 @@ class LatentGDIteration(SearchIteration):
     def step(self, X: dict, problem: Problem) -> dict:
         if "latent" not in X:
             X = self.start(X, problem)
-        G, z = _Generator(problem["generator"], None), X["est"][1]
+        G, z = ImageGenerator(problem["generator"]), X["est"][1]
         grad = self._gradient(z, G, problem)
         objective = problem.f.identity + problem.g.identity
         last = X.get("step") if unchanged(X.get("objective", ()), objective) else None
@@ -124,7 +110,7 @@ class LatentGDIteration(SearchIteration):
         est, step, _ = shorten(trial, enough, step, config)
         return {"est": est, "latent": True, "step": step, "objective": objective}
 
-    def _gradient(self, z: Tensor, G: _Generator, problem: Problem) -> Tensor:
+    def _gradient(self, z: Tensor, G: ImageGenerator, problem: Problem) -> Tensor:
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             leaf = z if recorded and z.requires_grad else z.detach().requires_grad_()

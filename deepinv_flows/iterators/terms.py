@@ -9,6 +9,7 @@ from deepinv.optim.prior import ZeroPrior
 from torch import Tensor
 
 from ..checks import iteration
+from ..solvers import dot, per_sample
 
 
 def coefficient(value: float | Tensor, x: Tensor) -> float | Tensor:
@@ -19,7 +20,7 @@ def coefficient(value: float | Tensor, x: Tensor) -> float | Tensor:
         return value.reshape(())
     if value.numel() != x.shape[0]:
         raise ValueError(f"expected one number or one for each of {x.shape[0]} samples; got shape {tuple(value.shape)}")
-    return value.reshape(-1, *[1] * (x.ndim - 1))
+    return per_sample(value, x)
 
 
 def flat(value: float | Tensor) -> float | Tensor:
@@ -29,23 +30,12 @@ def flat(value: float | Tensor) -> float | Tensor:
 
 def pick(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The samples of ``a`` where the condition (B,) holds, those of ``b`` elsewhere."""
-    return torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Real inner product of each sample, (B,); of complex tensors its real part."""
-    product = (a.conj() * b).real if a.is_complex() else a * b
-    return product.flatten(1).sum(1)
+    return torch.where(per_sample(condition, a), a, b)
 
 
 def square(x: Tensor) -> Tensor:
     """Squared norm of each sample, (B,)."""
-    return inner(x, x)
-
-
-def rounding(value: Tensor) -> Tensor:
-    """By how much two evaluations of the same ``value`` may differ."""
-    return 10 * torch.finfo(value.dtype).eps * value.abs()
+    return dot(x, x)
 
 
 def check_not_nan(what: str, value: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..flows import ImageGenerator, as_flow
+from ..flows import ImageGenerator
 
 
 def images_of(flow: nn.Module) -> ImageGenerator:
@@ -15,4 +15,4 @@ def images_of(flow: nn.Module) -> ImageGenerator:
         raise TypeError(f"expected a torch.nn.Module as flow or generator; got {type(flow).__name__}")
     if hasattr(flow, "normalizing_flow") and hasattr(flow, "patch_size"):
         raise TypeError(f"expected a flow on whole images; got a {type(flow).__name__}, whose flow is on patches")
-    return ImageGenerator(as_flow(getattr(flow, "normalizing_flow", flow)))
+    return ImageGenerator(getattr(flow, "normalizing_flow", flow))

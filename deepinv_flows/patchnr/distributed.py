@@ -1,13 +1,13 @@
 r"""
-PatchNR over the processes of a group: each evaluates a share of the rows of patches.
+PatchNR over the processes of a group, each of which evaluates a share of the rows of patches.
 
 .. math::
 
     g(x) = \sum_{k=1}^{m} \frac1n \sum_{i \in I_k} h(P_i x)
 
-with the rows of patches split into :math:`I_1, \dots, I_m`, of which process k needs the pixel rows alone (those of neighbours
-overlap by ``patch_size - 1``), and the number n of all patches. Sums over processes and copies to them are each other's
-transposes, so gradients of any order follow.
+with the number n of all patches, whose rows are split into :math:`I_1, \dots, I_m`. Process k needs only the pixel rows of its
+own patches; those of neighbouring processes overlap by ``patch_size - 1`` rows. A sum over processes and a copy to each of them
+are transposes of each other, so that gradients of any order are right.
 """
 
 import torch
@@ -19,27 +19,29 @@ from .patches import PatchIndex
 from .potential import PatchPotential
 from .prior import PatchNR
 
-# images are compared at this many pixels; a standard deviation over the processes below this share of them is rounding
+# Processes compare their images at PROBES pixels; a relative standard deviation below TOLERANCE counts as rounding
 PROBES, TOLERANCE = 64, 2e-3
 
 
 class DistributedPatchNR(PatchNR):
     r"""
-    :class:`PatchNR` whose patches are shared out, row by row, to the processes of a :mod:`torch.distributed` group.
+    :class:`deepinv_flows.PatchNR` whose rows of patches are distributed over the processes of a :mod:`torch.distributed` group.
 
-    Every process is given the same image and gets the same result: value, gradient and proximity operator of
-    :class:`PatchNR`, borders included, up to rounding; also gradients in the weights, in an unfolded network or in training.
-    deepinv's optimizers and ours take it as any prior, beside a physics and data fidelity that are distributed
-    (:func:`deepinv.distributed.distribute`) or not. A process evaluates its share of the patches in the memory of its share of
-    the image; an evaluation of the value or of the gradient is one all-reduce. Without a group it is a :class:`PatchNR`.
+    Every process is given the same image and gets the same result: the value, gradient and proximity operator of
+    :class:`deepinv_flows.PatchNR`, borders included, up to rounding. Gradients in the weights are the same as well, in an
+    unfolded network or in training. deepinv's optimizers and ours take it as any other prior, and the physics and data
+    fidelity may be distributed (:func:`deepinv.distributed.distribute`) or not. A process needs the memory that its share of
+    the patches and of the image takes. An evaluation of the value or of the gradient is one all-reduce. Without a group, the
+    class does what :class:`deepinv_flows.PatchNR` does.
 
-    A random subset (``n_patches``) is the one that the first process draws. :func:`deepinv.distributed.distribute` refuses
-    priors: it tiles maps from images to images, and tiles of a prior's gradient would lack the patches across their borders
-    and count their own alone.
+    A random subset (``n_patches``) is drawn by the first process for all of them. :func:`deepinv.distributed.distribute` does not
+    take priors: it splits maps from images to images into tiles, and the tiles of a prior's gradient would lack the patches
+    across their borders and would be averaged over their own patches alone.
 
     :param torch.distributed.ProcessGroup group: the processes; ``None`` is the default group, if there is one.
-    :param args: as in :class:`PatchNR`, and so are ``kwargs``; equal on all processes, as are the weights.
-    :raises ValueError: as :class:`PatchNR`; for patches, which are not shared out; for images that differ between processes.
+    :param args: as in :class:`deepinv_flows.PatchNR`, as are ``kwargs``. They are equal on all processes, as are the weights.
+    :raises ValueError: as :class:`deepinv_flows.PatchNR`, for patches in place of images, and for images that differ between
+        processes.
 
     >>> import torch
     >>> from deepinv_flows import DistributedPatchNR, PatchNR
@@ -71,10 +73,10 @@ class DistributedPatchNR(PatchNR):
 
 class SharedPotential(PatchPotential):
     """
-    A potential of which this process evaluates a share of the rows of patches.
+    The potential of all patches, of which this process evaluates a share of the rows.
 
     :param PatchPotential whole: the potential of all patches.
-    :param torch.distributed.ProcessGroup group: the processes; ``None`` for all.
+    :param torch.distributed.ProcessGroup group: the processes; ``None`` is the default group.
     """
 
     def __init__(self, whole: PatchPotential, group: dist.ProcessGroup | None):
@@ -103,22 +105,22 @@ class SharedPotential(PatchPotential):
         return PatchPotential(self.flow, self.share, self.chunk_size, self.precision, self.asked, weights)
 
     def _copies(self, x: Tensor) -> tuple[Tensor, PatchPotential]:
-        """The image, and the own share on those weights, that ask for a gradient, which is then summed over the processes."""
+        """The image and the potential of this process's share, both with gradients that are summed over the processes."""
         recording = torch.is_grad_enabled()
         named = {name: t for name, t in [("", x), *self.params.items()] if t.requires_grad and recording}
         copies = dict(zip(named, _Copy.apply(self.group, *named.values()))) if named else {}
         return copies.pop("", x), self._own(copies)
 
     def _among(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Gradient in x from the one in its rows."""
+        """The gradient in x from the gradient in this process's rows of x."""
         return F.pad(grad, (0, 0, self.rows.start, x.shape[2] - self.rows.stop))
 
     def _sum(self, x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sums over the processes, if these agree on the image."""
+        """Sums over the processes; refused if these do not have the same image."""
         flat = x.detach().reshape(-1)
         probe = flat[:: max(1, len(flat) // PROBES)]
         *sums, mean, square = _Sum.apply(self.group, *parts, probe / self.place[1], probe**2 / self.place[1])
-        # the same numbers on all processes, so that either all of them raise or none
+        # all processes compare the same numbers, so that either all of them raise or none does
         if ((square - mean**2).max() > (TOLERANCE**2 * square).max()).item():
             raise ValueError(
                 f"expected the same image on all {self.place[1]} processes of the group; got different ones (is noise or a "
@@ -128,7 +130,7 @@ class SharedPotential(PatchPotential):
 
 
 class _Sum(torch.autograd.Function):
-    """Sums over the processes, all by one all-reduce."""
+    """Sums of tensors over the processes, by one all-reduce."""
 
     @staticmethod
     def forward(ctx, group, *tensors):
@@ -143,7 +145,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Copy(torch.autograd.Function):
-    """One tensor of all processes as one of each: what a process does with it adds to its gradient."""
+    """A copy for each process of a tensor that all processes share; the gradients of the copies are summed."""
 
     @staticmethod
     def forward(ctx, group, *tensors):

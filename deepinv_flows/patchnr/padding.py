@@ -1,4 +1,4 @@
-"""The patch potential of images that are padded first."""
+"""The patch potential of padded images."""
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,17 @@ PAD_MODES = ("constant", "reflect", "replicate", "circular")
 
 
 def padded(x: Tensor, margin: int, mode: str | bool) -> Tensor:
-    """Images x with ``margin`` pixels on each side; as they are if ``mode`` is ``False``."""
+    """Images x with ``margin`` more pixels on each side, or as they are if ``mode`` is ``False``."""
     return F.pad(x, [margin] * 4, mode=str(mode)) if mode else x
 
 
 class PaddedPotential:
     """
-    The potential of images x, whose patches are those of x padded.
+    The potential of images x whose patches are those of the padded x.
 
-    :param PatchPotential potential: of the padded images.
-    :param int margin: number of pixels on each side.
-    :param str mode: of :func:`torch.nn.functional.pad`, or ``False`` for none.
+    :param PatchPotential potential: potential of the padded images.
+    :param int margin: number of pixels added on each side.
+    :param str mode: padding mode of :func:`torch.nn.functional.pad`, or ``False`` for none.
     """
 
     def __init__(self, potential: PatchPotential, margin: int, mode: str | bool):

@@ -1,4 +1,4 @@
-"""Which patches of an image batch are evaluated, and where their pixels lie."""
+"""Which patches of a batch of images are evaluated, and where their pixels lie."""
 
 import copy
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ SUBSETS = ("uniform", "grid")
 
 class PatchIndex:
     r"""
-    The patches of an image batch, addressed by a running number: image by image, in raster order.
+    The patches of a batch of images, numbered image by image, in raster order.
 
-    A subset is the same for all images. Every position is equally likely to be in it, borders included, and ``weight``, what
-    a patch counts in the mean over an image, makes the estimate unbiased.
+    A random subset has the same positions in all images. Every position is equally likely to be in it, also at the borders.
+    ``weight``, the factor of each patch in the mean over an image, makes this mean an unbiased estimate of that over all patches.
 
-    :param tuple shape: (B, C, H, W).
+    :param tuple shape: shape (B, C, H, W) of the images.
     :param int patch_size: side p of a patch.
-    :param int stride: step between patches; the last row and column are always included, so every pixel is covered.
+    :param int stride: step between patches; the last row and column are always included, so that every pixel is in a patch.
     :param int n_patches: size of a random subset; -1 for all.
-    :param str subset: ``"uniform"``, drawn without replacement, or ``"grid"``: every s-th row and r-th column from a random
-        offset, with s r as near to the ratio of all to ``n_patches`` as whole numbers come.
+    :param str subset: ``"uniform"``, which draws without replacement, or ``"grid"``: every s-th row and r-th column from a random
+        offset, with whole numbers s and r for which about ``n_patches`` are left.
     :param torch.Generator generator: source of the subset.
     """
 
@@ -62,7 +62,9 @@ class PatchIndex:
         across = min(max(round(ratio / down), 1), len(self.cols))
         draw_on = generator.device if generator is not None else "cpu"
         i, j = (int(torch.randint(step, (), generator=generator, device=draw_on)) for step in (down, across))
-        self.weight *= down * across  # of a known share of all offsets, not of the patches that this one has
+        self.weight *= (
+            down * across
+        )  # offsets have different numbers of patches: dividing by that number would be biased
         self.rows, self.cols = self.rows[i::down], self.cols[j::across]
 
     def __len__(self) -> int:
@@ -76,9 +78,11 @@ class PatchIndex:
 
     def share(self, k: int, n: int) -> tuple["PatchIndex", slice]:
         """
-        The k-th of n shares of the rows of patches, as an index of the images cut to the pixel rows of the slice.
+        The k-th of n shares of the rows of patches.
 
-        A share that would be empty gets a row of patches of another share, with weight zero.
+        A share without patches of its own gets a row of patches of another share, with weight zero.
+
+        :return: the index of these patches in the images cut to some pixel rows, and the slice of these rows.
         """
         first, last = (len(self.rows) * end // n for end in (k, k + 1))
         part = self._between(first, last)
@@ -106,7 +110,7 @@ class PatchIndex:
             yield torch.arange(start, min(start + size, len(self)), device=self.device)
 
     def locate(self, number: Tensor) -> tuple[Tensor, Tensor]:
-        """Image number and flat index of the first pixel, both (k,), of the patches with these numbers (k,)."""
+        """The number of the image and the flat index of the first pixel, both (k,), of the patches with these numbers (k,)."""
         image, position = number // self.per_image, number % self.per_image
         if self.positions is not None:
             position = self.positions[position]
@@ -114,11 +118,11 @@ class PatchIndex:
         return image, image * self.numel + corner
 
     def __call__(self, number: Tensor) -> tuple[Tensor, Tensor]:
-        """Image number (k,) and flat pixel index (k, D) of the patches with these numbers (k,)."""
+        """The number of the image (k,) and the flat indices of the pixels (k, D) of the patches with these numbers (k,)."""
         image, corner = self.locate(number)
         return image, corner[:, None] + self.offsets
 
     def columns(self, number: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """As a call, with the pixel indices as columns (D, k), written to ``out``."""
+        """The same as a call, with the indices of the pixels as columns (D, k), which are written to ``out``."""
         image, corner = self.locate(number)
         return image, torch.add(self.offsets[:, None], corner, out=out)

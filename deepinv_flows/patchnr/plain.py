@@ -1,7 +1,8 @@
 """
 The patch potential of any flow, by autograd in the flow's own parameters, chunk by chunk.
 
-Arguments are those of :class:`~deepinv_flows.patchnr.potential.PatchPotential`, and ``size``, the number of patches in a chunk.
+Arguments are those of ``PatchPotential`` in :mod:`deepinv_flows.patchnr.potential`, and ``size``, the number of patches in a
+chunk.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from .patches import PatchIndex
 
 
 def value(flow: nn.Module, x: Tensor, index: PatchIndex, size: int) -> Tensor:
-    """Value (B,) with a graph; each chunk but a single one is computed again in the backward pass."""
+    """Value (B,) with a graph; if there are several chunks, each is computed again in the backward pass."""
     check_independent(flow)
 
     def chunk(flat, number):
@@ -31,11 +32,11 @@ def value(flow: nn.Module, x: Tensor, index: PatchIndex, size: int) -> Tensor:
     else:
         parts = [checkpoint(chunk, flat, number, use_reentrant=False) for number in index.chunks(size)]
         total = torch.cat(parts) if index.per_image == 1 else sum(parts)
-    return (total * index.weight).to(x.dtype)  # under autocast a flow may return another
+    return (total * index.weight).to(x.dtype)  # under autocast a flow may return another dtype
 
 
 def grad(flow: nn.Module, x: Tensor, index: PatchIndex, size: int, scale: Tensor | None = None) -> Tensor:
-    """Gradient in the image of the values' sum, or of their sum weighted by ``scale`` (B,), with a graph."""
+    """Gradient in the image of the sum of the values, or of their sum with the weights ``scale`` (B,), with a graph."""
     with torch.enable_grad():
         leaf = x if x.requires_grad else x.detach().requires_grad_()
         values = value(flow, leaf, index, size)
@@ -63,32 +64,32 @@ def value_and_grad(flow: nn.Module, x: Tensor, index: PatchIndex, size: int, ima
 
 
 def own_graph() -> contextlib.AbstractContextManager:
-    """Graphs that are built and used up inside keep their tensors, also where a caller's hooks (a checkpoint) drop them."""
+    """Let graphs that are built and used inside keep their tensors, also if a checkpoint around them would drop these."""
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def check_independent(flow: nn.Module) -> None:
-    """Refuse a flow in which the value of a patch depends on the patches that are evaluated with it."""
+    """Refuse a flow in which the value of a patch depends on the other patches of its chunk."""
     for name, module in flow.named_modules():
         batch_norm = any("BatchNorm" in ancestor.__name__ for ancestor in type(module).__mro__)
         if batch_norm and (module.training or getattr(module, "running_mean", True) is None):
             raise ValueError(
                 f"expected a flow that evaluates each patch on its own; {type(module).__name__} ({name!r}) in training mode "
-                "takes statistics of the patches that happen to be evaluated together: call .eval() on the prior"
+                "uses statistics of all patches that are evaluated together: call .eval() on the prior"
                 if module.training
-                else f"expected a flow that evaluates each patch on its own; {type(module).__name__} ({name!r}) keeps no "
-                "running statistics: make it with track_running_stats=True"
+                else f"expected a flow that evaluates each patch on its own; {type(module).__name__} ({name!r}) does "
+                "not keep running statistics: make it with track_running_stats=True"
             )
 
 
 def random_state(x: Tensor) -> tuple:
-    """The state of torch's generators, those of the devices of x included."""
+    """The states of torch's global generators, including those of the device of x."""
     return torch.get_rng_state(), *get_device_states(x)
 
 
 @contextlib.contextmanager
 def replayed(x: Tensor, state: tuple) -> Iterator[None]:
-    """What is random in a flow, as dropout, is drawn as it was in this state."""
+    """Draw what is random in a flow, such as dropout, from torch's generators in these states."""
     cpu, devices, states = state
     with torch.random.fork_rng(devices, device_type=x.device.type if devices else "cuda"):
         torch.set_rng_state(cpu)
@@ -99,9 +100,9 @@ def replayed(x: Tensor, state: tuple) -> Iterator[None]:
 def check_dimension(flow: nn.Module, dim: int, because: str) -> None:
     """Refuse a flow that fails on vectors of this dimension."""
     try:
-        # a copy, for flows that initialise themselves on their first batch
+        # a copy, as some flows initialise themselves on their first batch
         flow = copy.deepcopy(flow).eval()
-    except Exception:  # not every module of a user's copies
+    except Exception:  # not every module can be copied
         return
     like = like_weights(flow)
     x = torch.linspace(0, 1, 4 * dim, dtype=like.dtype, device=like.device).view(4, dim)

@@ -1,5 +1,5 @@
 r"""
-The potential of an image's patches under a flow: value, gradient in the image, and both with a graph.
+The potential of the patches of an image under a flow: its value and gradient in the image, without or with a graph.
 
 For an image :math:`x` with patches :math:`P_1 x, \dots, P_n x` the potential is the mean negative log-likelihood
 
@@ -8,9 +8,9 @@ For an image :math:`x` with patches :math:`P_1 x, \dots, P_n x` the potential is
     g(x) = \frac{1}{n} \sum_{i=1}^n h(P_i x), \qquad h(p) = \tfrac12 \|z\|^2 - \log|\det J(p)|, \quad (z, \log|\det J|) = f(p)
 
 of a flow :math:`f` (without the constant :math:`\tfrac D2 \log 2\pi`). Patches are taken in raster order, a chunk at a
-time, so that memory does not grow with the image. Where every part of the flow is known, derivatives are written out
-(:mod:`deepinv_flows.patchnr.fused`), and :mod:`deepinv_flows.patchnr.recorded` makes autograd use them; other flows, and few
-patches, are evaluated by autograd inside each chunk (:mod:`deepinv_flows.patchnr.plain`).
+time, so that memory does not grow with the image. If every part of the flow is known, derivatives are written out in
+:mod:`deepinv_flows.patchnr.fused`, and :mod:`deepinv_flows.patchnr.recorded` makes autograd use them. Other flows, and few
+patches of any flow, are evaluated by autograd inside each chunk (:mod:`deepinv_flows.patchnr.plain`).
 """
 
 import copy
@@ -25,12 +25,12 @@ from .fused import patch_sums, steps_of
 from .fused.sweep import Sums
 from .patches import PatchIndex
 
-FEW = 256  # patches that autograd evaluates in less time than it takes to read a flow's steps
+FEW = 256  # fewer patches are evaluated by autograd in less time than it takes to read a flow's steps
 
 
 @dataclass
 class Asked:
-    """What the last backward pass asked for, which the next forward pass prepares."""
+    """What the last backward pass asked for; the next forward pass computes it in advance."""
 
     weights: bool = False
 
@@ -39,15 +39,15 @@ class PatchPotential:
     """
     The potential of the patches of an image batch.
 
-    No call changes the flow, not even for a moment: what is computed on other tensors than its parameters is computed on
-    its steps, or, where these are not known, on a copy of it.
+    A call never changes the flow, not even for a moment. If other tensors take the place of its parameters, its steps are
+    evaluated on them, or, if these are not known, a copy of the flow.
 
     :param torch.nn.Module flow: flow on (N, D).
     :param PatchIndex index: the patches to take.
-    :param int chunk_size: patches at a time; ``None`` chooses.
-    :param str precision: ``"bfloat16"`` for matrix products in it, where only the image needs a gradient and the hardware
-        has them; so does autocast. ``None`` for the dtype of the weights.
-    :param Asked asked: what the backward pass of the call before asked for; updated by that of this call.
+    :param int chunk_size: number of patches at a time; ``None`` chooses it.
+    :param str precision: ``"bfloat16"`` for matrix products in this dtype, if only the image needs a gradient and the hardware
+        has them; autocast does the same. ``None`` is the dtype of the weights.
+    :param Asked asked: what the backward pass of the last call asked for; the backward pass of this call updates it.
     :param dict weights: tensors (by name) in place of the flow's parameters; ``None`` for the parameters.
     """
 
@@ -71,7 +71,7 @@ class PatchPotential:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.params.values())
 
     def value(self, x: Tensor) -> Tensor:
-        """Mean negative log-likelihood (B,) over the patches of images x (B, C, H, W), differentiable in all that asks for it."""
+        """Mean negative log-likelihood (B,) of the patches of images x (B, C, H, W), differentiable in x and the weights."""
         if transformed(x, *self.params.values()):
             return plain.value(self.module(), x, self.index, len(self.index))
         trainable, steps = self.trainable, self.steps(x)
@@ -83,18 +83,18 @@ class PatchPotential:
         return recorded.value(self, x, steps)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`value` and its gradient in the image, without a graph; the weights are constants."""
+        """The value (B,) and its gradient in the image, without a graph; the weights are constants."""
         return self.constants(x, self.steps(x))  # type: ignore[return-value]
 
     def constants(self, x: Tensor, steps: list | None, image: bool = True) -> tuple[Tensor, Tensor | None]:
-        """:meth:`value` by these steps and, with ``image``, its gradient in the image, without a graph."""
+        """The value (B,) by these steps and, if ``image``, its gradient in the image, without a graph."""
         with torch.no_grad():
             if steps is None:
                 return plain.value_and_grad(self.module(), x, self.index, self.recorded_chunk(x), image)
             return self._means(self._sums(steps, x, image, _product_dtype(x, self.precision)), x)
 
     def grad(self, x: Tensor) -> Tensor:
-        """Gradient of :meth:`value` in the image; where the image or the weights ask for a gradient, differentiable in both."""
+        """The gradient of the value in the image; differentiable in the image and the weights that ask for a gradient."""
         if transformed(x, *self.params.values()):
             return torch.func.grad(lambda u: self.value(u).sum())(x)
         if not self.trainable and not (x.requires_grad and torch.is_grad_enabled()):
@@ -111,7 +111,7 @@ class PatchPotential:
 
         :param torch.Tensor scale: the factors s (B,); ``None`` for 1.
         """
-        # gradients reach the aliases alone: hooks of the parameters run once, when the result reaches these
+        # gradients stop at these aliases, so that hooks of the parameters run only once, on the result
         aliases = {name: p.detach().requires_grad_(name in wanted) for name, p in self.params.items()}
         with torch.enable_grad(), plain.own_graph():
             steps = self.known_steps(aliases)
@@ -128,27 +128,27 @@ class PatchPotential:
 
     @torch.no_grad()
     def steps(self, x: Tensor) -> list | None:
-        """The steps of the flow, as constants, or ``None`` if they are not known or not worth it."""
+        """The steps of the flow, as constants; ``None`` if they are not known, or if the patches are too few for them."""
         if len(self.index) < FEW and not self.replaced and not torch.is_autocast_enabled(x.device.type):
             return None
         return steps_of(self.flow, self.params if self.replaced else None)
 
     def known_steps(self, weights: dict[str, Tensor]) -> list:
-        """The steps of a flow that was known in the forward pass, on these weights."""
+        """The steps, on these weights, of a flow whose steps were known in the forward pass."""
         steps = steps_of(self.flow, weights)
         if steps is None:
-            raise RuntimeError("the flow got hooks or other methods between the forward and the backward pass")
+            raise RuntimeError("expected the same flow as in the forward pass; it has got hooks or other methods since")
         return steps
 
     def module(self) -> nn.Module:
-        """The flow, or, when other tensors stand for its parameters, a copy of it on these."""
+        """The flow, or, if other tensors take the place of its parameters, a copy of the flow that holds these."""
         if not self.replaced:
             return self.flow
         memo = {id(p): self.params[name] for name, p in self.flow.named_parameters()}
         return copy.deepcopy(self.flow, memo | {id(b): b for b in self.flow.buffers()})
 
     def recorded_chunk(self, x: Tensor) -> int:
-        """Patches whose graph is held at a time."""
+        """The number of patches whose graph is held at a time."""
         return self.chunk_size or (2048 if x.device.type == "cpu" else 65536)
 
     def _sums(self, steps: list, x: Tensor, image: bool = True, dtype=None, weights: bool = False, scale=None) -> Sums:
@@ -160,17 +160,17 @@ class PatchPotential:
 
 
 def _in_parameters(steps: list, grads: list[list[Tensor]] | None, weights) -> tuple[Tensor, ...]:
-    """Gradients in the flow's parameters from those in the packed weights."""
+    """The gradients in the flow's parameters from the gradients in the packed weights of its steps."""
     pairs = [(w, g) for step, own in zip(steps, grads or []) for w, g in zip(step.packed, own) if w.requires_grad]
     if not pairs:
         return tuple(torch.zeros_like(w) for w in weights)
     packed, packed_grads = zip(*pairs)
-    # the global scale of a GIN block has no effect
+    # unused: the global scale of a GIN block does not have an effect
     return torch.autograd.grad(packed, weights, packed_grads, True, allow_unused=True, materialize_grads=True)
 
 
 def _product_dtype(x: Tensor, precision: str | None) -> torch.dtype | None:
-    """The dtype of matrix products that autocast or the user allow, if it is fast here: else ``None``."""
+    """The dtype of matrix products that autocast or the user allow; ``None`` if it is not fast on this hardware."""
     device, wanted = x.device.type, None if precision is None else getattr(torch, precision)
     if torch.is_autocast_enabled(device):
         wanted = torch.get_autocast_dtype(device)
@@ -183,5 +183,5 @@ def _product_dtype(x: Tensor, precision: str | None) -> torch.dtype | None:
 
 def _fused_chunk(chunk_size: int | None, x: Tensor, steps: list) -> int:
     width = max((len(w) for step in steps for w in step.packed if w.ndim == 2), default=1)
-    # hidden layers that fit into a core's cache, products that outlast the call to them
+    # hidden layers have to fit into a core's cache, and products to take longer than the calls to them
     return chunk_size or (min(max(2**18 // width, 1024), 4096) if x.device.type == "cpu" else 32768)

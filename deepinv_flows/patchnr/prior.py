@@ -1,4 +1,4 @@
-"""PatchNR: negative log-likelihood of image patches under a normalizing flow, as a deepinv prior."""
+"""PatchNR: the negative log-likelihood of image patches under a normalizing flow, as a deepinv prior."""
 
 import deepinv
 import torch
@@ -18,61 +18,60 @@ from .subsets import Draws
 
 class PatchNR(deepinv.optim.PatchNR):
     r"""
-    Patch prior by a normalizing flow; drop-in for :class:`deepinv.optim.PatchNR` that also takes images.
+    Patch prior by a normalizing flow; a drop-in for :class:`deepinv.optim.PatchNR` that also takes images.
 
     .. math::
 
         g(x) = \frac1n \sum_{i=1}^{n} \Big( \tfrac12 \|f(P_i x)\|^2 - \log |\det J_f(P_i x)| \Big)
 
-    with the overlapping patches :math:`P_i x` of the image and a flow :math:`f`. What ``prior(x)`` returns follows the shape of
-    x:
+    with the overlapping patches :math:`P_i x` of the image and a flow :math:`f`. The result of ``prior(x)`` depends on x:
 
-    - an image (B, C, H, W) gives (B,), the mean over its patches (deepinv fails here, or misreads the image
-      as (B, n, p, p) patches: to pass such patches, write them as (B, n, 1, p, p));
-    - patches (B, n, D) or (B, n, C, p, p) give (B, n), so ``deepinv.optim.PatchPrior(PatchNR(...))`` works.
+    - images (B, C, H, W) give (B,), the mean over the patches of each image. (deepinv's class fails for images, or takes them
+      as patches (B, n, p, p). Such patches are passed as (B, n, 1, p, p) here.)
+    - patches (B, n, D) or (B, n, C, p, p) give (B, n), so that ``deepinv.optim.PatchPrior(PatchNR(...))`` works.
 
     **Choosing** ``lambda_reg``. g is a mean, of the order of D nats, while deepinv's ``L2(sigma)`` is a sum over the
     measurements divided by :math:`2\sigma^2`. A sum over patches counts each pixel about :math:`p^2` times, so
     :math:`-\log p(x) \approx \frac{HW}{p^2} g(x)`. Beside ``L2(sigma=noise)`` start from :math:`0.2\,\frac{HW}{p^2}`
-    (neighbouring patches are not independent, hence 0.2) and tune by factors of 2; beside ``L2()``, whose sigma is 1,
+    (0.2 since neighbouring patches are not independent) and tune by factors of 2. Beside ``L2()``, whose sigma is 1,
     multiply by the variance of the noise. For Langevin sampling (``deepinv.sampling``) with ``L2(sigma=noise)`` start from
-    ``alpha`` = :math:`0.6\,\frac{HW}{p^2}`, where intervals were found to be calibrated.
+    ``alpha`` = :math:`0.6\,\frac{HW}{p^2}`, for which intervals were found to be calibrated.
 
-    **Speed.** Flows whose parts are all known (those of our builders, FrEIA chains of the same blocks, deepinv's) are
+    **Speed.** Flows whose parts are all known (those of our builders, FrEIA chains of the same blocks, and deepinv's) are
     evaluated without a graph, on all of torch's threads, in memory that does not grow with the image. Other flows, among them
-    those with hooks or replaced methods, are evaluated by autograd. In a loop of your own, weights collect gradients too
-    unless they are frozen: ``prior.requires_grad_(False)`` saves a third of the time. :func:`torch.compile` does not look into
-    a prior: code around it is compiled, with a break of the graph at each call.
+    those with hooks or replaced methods, are evaluated by autograd. In a loop of your own, the weights collect gradients too
+    unless they are frozen: ``prior.requires_grad_(False)`` saves a third of the time. :func:`torch.compile` does not compile a
+    prior: it compiles the code around it, with a break of the graph at each call.
 
-    The flow is never changed by a call, not even for a moment, so that threads may share a prior. Layers whose output
-    depends on the other patches of a batch (BatchNorm in training mode) are refused. ``isinstance(prior, deepinv.optim.PatchNR)``
-    holds. ``image_range``, the (lowest, highest) value of the training images if they are known, is saved with the weights: a
-    call with images far outside warns once.
+    A call never changes the flow, not even for a moment, so that threads may share a prior. Layers whose output depends on the
+    other patches of a batch (BatchNorm in training mode) are refused. ``isinstance(prior, deepinv.optim.PatchNR)`` holds.
+    ``image_range``, the (lowest, highest) value of the training images if they are known, is saved with the weights. The first
+    call with images far outside this range gives a warning.
 
     :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
         D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds
         :func:`deepinv_flows.glow_flow`.
     :param str pretrained: path of a checkpoint of any dialect, an open binary file, name of shipped weights (``"gravel"``),
-        deepinv's ``"PatchNR_lodopab_small2"``, or ``None``. A file written by :meth:`save` brings its own architecture.
+        deepinv's ``"PatchNR_lodopab_small2"``, or ``None``. A file that ``save`` wrote brings the sizes of its flow along.
     :param int patch_size: side p of a patch, in pixels.
     :param int channels: channels C of the images.
-    :param int num_layers: coupling blocks of the default flow.
-    :param int sub_net_size: width of its networks.
+    :param int num_layers: number of coupling blocks of the default flow.
+    :param int sub_net_size: width of the networks of the default flow.
     :param str device: device of the flow.
-    :param bool, str pad: pad images by ``patch_size - 1`` on each side, so that border pixels are in as many patches as the
-        others; a padding mode of :func:`torch.nn.functional.pad`, or ``True`` for ``"reflect"``.
-    :param int n_patches: evaluate on this many random patches, drawn anew at each call; -1 for all. Every position is
-        equally likely, and the result an unbiased estimate of the one on all.
+    :param bool, str pad: pad images by ``patch_size - 1`` pixels on each side, so that border pixels are in as many patches as
+        others: a padding mode of :func:`torch.nn.functional.pad`, or ``True`` for ``"reflect"``.
+    :param int n_patches: number of random patches, drawn anew at each call, to evaluate; -1 for all. Every position is equally
+        likely, so that the result is an unbiased estimate of the one on all patches.
     :param int stride: step between patches, at most ``patch_size``; the last row and column are always included.
-    :param torch.Generator generator: source of random patches and samples; ``None`` is one of its own, with a fixed seed.
-        torch's global random state is never used. A call that is repeated inside a backward pass
-        (:func:`torch.utils.checkpoint.checkpoint`) takes the random patches of the first call again.
-    :param int chunk_size: patches evaluated at a time, by each thread; ``None`` chooses.
-    :param str subset: ``"uniform"`` draws ``n_patches`` without replacement, ``"grid"`` about as many on a regular grid
-        with a random offset, which covers the image evenly.
-    :param str precision: ``"bfloat16"`` allows matrix products in it, as does :func:`torch.autocast`, where the hardware has
-        them (AVX512-BF16, AMX, CUDA) and only the image needs a gradient; elsewhere nothing changes. ``None`` is the
-        weights' dtype.
+    :param torch.Generator generator: source of random patches and samples; ``None`` is a generator of the prior's own, with a
+        fixed seed. torch's global random state is never used. A call that :func:`torch.utils.checkpoint.checkpoint` repeats
+        inside a backward pass takes the random patches of the first call again.
+    :param int chunk_size: number of patches that each thread evaluates at a time; ``None`` chooses it.
+    :param str subset: ``"uniform"`` draws ``n_patches`` patches without replacement, ``"grid"`` takes about as many on a regular
+        grid with a random offset, which covers the image evenly.
+    :param str precision: ``"bfloat16"`` allows matrix products in this dtype, as :func:`torch.autocast` does, if the hardware has
+        them (AVX512-BF16, AMX, CUDA) and only the image needs a gradient. Otherwise it does not have an effect. ``None`` is the
+        dtype of the weights.
     :raises ValueError: for sizes that do not fit together, or a checkpoint that cannot be used.
 
     Source: Altekrueger et al., "PatchNR: learning from very few images by patch normalizing flow regularization",
@@ -112,7 +111,7 @@ class PatchNR(deepinv.optim.PatchNR):
         subset: str = "uniform",
         precision: str | None = None,
     ):
-        Prior.__init__(self)  # deepinv's PatchNR would draw a flow of its own
+        Prior.__init__(self)  # that of deepinv's PatchNR would draw a flow
         self.explicit_prior = True
         self.patch_size, self.channels = positive_int(patch_size=patch_size, channels=channels)
         self.pad = "reflect" if pad is True else pad
@@ -125,7 +124,7 @@ class PatchNR(deepinv.optim.PatchNR):
         self.image_range: tuple[float, float] | None = None
         self._draws, self._asked, self._warned = Draws(), Asked(), False
         sizes = (num_layers, sub_net_size) if normalizing_flow is None else None
-        # a new flow is drawn also where weights take its place: a seeded script goes on with the numbers deepinv leaves it
+        # draws a flow also if weights will replace it, as deepinv does, so that a seeded script goes on with the same numbers
         self.normalizing_flow = (
             glow_flow(self.dim, num_layers, sub_net_size).to(device)
             if normalizing_flow is None
@@ -143,13 +142,13 @@ class PatchNR(deepinv.optim.PatchNR):
     @torch.compiler.disable
     def fn(self, x: Tensor, *args, **kwargs) -> Tensor:
         r"""
-        Mean negative log-likelihood of the patches of each image, or the one of each patch.
+        Mean negative log-likelihood of the patches of each image, or the negative log-likelihood of each patch.
 
         :param torch.Tensor x: images (B, C, H, W), or patches (B, n, D) or (B, n, C, p, p).
-        :param args: ``g_param`` and ``reduce``, as deepinv's optimizers pass them, have no effect.
+        :param args: ``g_param`` and ``reduce``, which deepinv's optimizers pass, do not have an effect.
         :return: (B,) for images, (B, n) for patches, in nats.
         :raises ValueError: for another shape, an image smaller than a patch, an empty batch, NaN or infinite entries.
-        :raises TypeError: when x is no real floating-point tensor of the weights' dtype.
+        :raises TypeError: when x is not a real floating-point tensor of the weights' dtype.
         """
         self._check(x)
         images, potential = self._potential(x, "fn")
@@ -159,11 +158,11 @@ class PatchNR(deepinv.optim.PatchNR):
     @torch.compiler.disable
     def nll_map(self, x: Tensor) -> Tensor:
         r"""
-        Negative log-likelihood of each patch of images, :math:`h(P_i x)`, as a map: what the prior finds unlikely.
+        Map of the negative log-likelihoods :math:`h(P_i x)` of all patches, which shows what the prior finds unlikely.
 
         :param torch.Tensor x: images (B, C, H, W).
-        :return: (B, H - p + 1, W - p + 1) in nats, at the upper left pixel of each patch of the image (of the padded one, with
-            ``pad``); differentiable as :meth:`fn` is. ``stride`` and ``n_patches`` have no effect.
+        :return: (B, H - p + 1, W - p + 1) in nats, by the upper left pixel of each patch; larger with ``pad``, for the padded
+            images. It is differentiable, as ``fn`` is. ``stride`` and ``n_patches`` do not have an effect.
 
         >>> import torch
         >>> from deepinv_flows import PatchNR
@@ -179,13 +178,15 @@ class PatchNR(deepinv.optim.PatchNR):
     @torch.compiler.disable
     def grad(self, x: Tensor, *args, **kwargs) -> Tensor:
         r"""
-        Gradient of g at images x, or of the sum of g over patches x, which are left untouched.
+        Gradient of g at images x, or of the sum of g over patches x; x is not changed.
 
-        Under :func:`torch.no_grad` (as in deepinv's optimizers), or when neither x nor a weight asks for a gradient, the result
-        has no graph; otherwise it is differentiable in both.
+        Under :func:`torch.no_grad` (as in deepinv's optimizers), or if neither x nor a weight asks for a gradient, the result
+        does not have a graph. Otherwise it is differentiable in both.
 
-        :param torch.Tensor x: images (B, C, H, W), or patches as in :meth:`fn`.
+        :param torch.Tensor x: images (B, C, H, W), or patches as in ``fn``.
         :return: tensor like x.
+        :raises RuntimeError: under :func:`torch.inference_mode`.
+        :raises ValueError, TypeError: as ``fn`` does.
         """
         self._check(x)
         check_autograd("PatchNR")
@@ -206,17 +207,17 @@ class PatchNR(deepinv.optim.PatchNR):
         r"""
         :math:`\operatorname{prox}_{\gamma g}(x)`, a local minimiser u of :math:`\gamma g(u) + \frac12\|u-x\|^2`.
 
-        Descends from u = x with steps that adapt to the curvature and are shortened until the objective falls, so it cannot
-        diverge. The result is differentiable in x, gamma and the weights by the implicit function theorem, exactly so
-        at convergence: lower ``tol_inter`` for accurate derivatives.
+        It is found by descent from u = x, with steps that adapt to the curvature and are shortened until the objective falls,
+        so that it cannot diverge. The result is differentiable in x, gamma and the weights by the implicit function theorem,
+        which is exact at convergence: lower ``tol_inter`` for accurate derivatives.
 
-        :param torch.Tensor x: images (B, C, H, W), or patches as in :meth:`fn`, each of which is a problem of its own.
+        :param torch.Tensor x: images (B, C, H, W), or patches as in ``fn``, each of which is a problem of its own.
         :param float, torch.Tensor gamma: one number >= 0, or one for each entry of the batch.
-        :param float stepsize_inter: length of the first trial step.
-        :param int max_iter_inter: bound on the number of steps.
-        :param float tol_inter: stop once a step is shorter than this times the norm of u.
+        :param float stepsize_inter: first trial step size.
+        :param int max_iter_inter: largest number of steps.
+        :param float tol_inter: stop when a step is shorter than this number times the norm of u.
         :return: tensor like x.
-        :raises ValueError: for a negative or non-finite gamma, and as :meth:`fn`.
+        :raises ValueError: for a negative or infinite option, and as ``fn`` does.
         """
         self._check(x)
         check_autograd("PatchNR")
@@ -251,7 +252,7 @@ class PatchNR(deepinv.optim.PatchNR):
         return like_weights(self.normalizing_flow)
 
     def __setstate__(self, state: dict) -> None:
-        # whole priors pickled by 0.1.0 lack these
+        # priors that 0.1.0 pickled whole do not have these attributes
         super().__setstate__({"image_range": None, "_draws": Draws(), "_asked": Asked(), "_warned": False, **state})
 
     def extra_repr(self) -> str:
@@ -259,12 +260,12 @@ class PatchNR(deepinv.optim.PatchNR):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
 
     def _check_options(self) -> None:
-        # at each call too: they are attributes that a user may set
+        # called at each evaluation too, as a user may set these attributes
         if self.n_patches != -1:
             positive_int(n_patches=self.n_patches)
         if positive_int(stride=self.stride) > self.patch_size:
             raise ValueError(
-                f"expected stride <= patch_size = {self.patch_size}, else pixels are in no patch; got {self.stride}"
+                f"expected stride <= patch_size = {self.patch_size}, so that every pixel is in a patch; got {self.stride}"
             )
         if self.chunk_size is not None:
             positive_int(chunk_size=self.chunk_size)
@@ -278,7 +279,7 @@ class PatchNR(deepinv.optim.PatchNR):
             self._warned = warn_outside(x, self.image_range)
 
     def _potential(self, x: Tensor, method: str) -> tuple[Tensor, PatchPotential | PaddedPotential]:
-        """Images, and the potential of their patches, whose values and gradients are those of x."""
+        """Images, and the potential of their patches; its values and gradients are those of x."""
         if x.ndim != 4:
             return self._of_patches(x)
         return x, PaddedPotential(self._over(self._index(x, method)), self.patch_size - 1, self.pad)

@@ -1,13 +1,14 @@
 r"""
-The patch potential as functions of autograd, whose gradients are computed by the potential itself.
+The patch potential as autograd functions, whose gradients the potential itself computes.
 
 The value is recorded as the sum of two functions, one of the image and one (zero) of the weights, so that a backward pass
-computes what it is asked for and nothing else. What the forward pass has computed already is handed on: the gradient in the
-image, if the image asks for one, and those in the weights, if the backward pass of the call before asked for them. These are
-for images that count alike, as in a sum or mean, and computed again with the factors of the backward pass if they do not.
+computes what it is asked for and nothing else. The forward pass computes the gradient in the image together with the value, if
+the image asks for a gradient, and the gradients in the weights too, if the backward pass of the last call asked for them. The
+latter hold if all images have the same factor in the loss, as in a sum or a mean; otherwise the backward pass computes them
+again.
 
-A backward pass with a graph is another function, of the gradient, whose own backward pass is a Hessian-vector product: autograd
-on the flow's steps, each chunk with a graph of its own.
+A backward pass with a graph records another function, the gradient. The backward pass of that is a Hessian-vector product, by
+autograd on the flow's steps, with a graph for each chunk.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import transformed
+from ..solvers import per_sample
 from . import plain
 from .fused import recorded_nll
 
 if TYPE_CHECKING:
     from .potential import PatchPotential
 
-_UNUSED: Any = {"allow_unused": True, "materialize_grads": True}  # the global scale of a GIN block
+# the global scale of a GIN block does not have an effect
+_UNUSED: Any = {"allow_unused": True, "materialize_grads": True}
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def value(potential: PatchPotential, x: Tensor, steps: list | None) -> Tensor:
-    """The potential (B,), differentiable in the image and, if the steps are known, in the weights that ask for it."""
+    """The value (B,), differentiable in the image and, if the steps are known, in the weights that ask for a gradient."""
     trainable = [name for name, p in potential.params.items() if p.requires_grad]
     speculate, potential.asked.weights = bool(trainable) and potential.asked.weights, False
     grad: Tensor | None
@@ -51,8 +54,8 @@ def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[
     r"""
     Gradients of :math:`\sum_b s_b g(x_b)` in the image and in the ``wanted`` weights, differentiable in all of them.
 
-    They are partial derivatives, also where x and the factors s (B,) depend on the weights. ``handed`` is the gradient in
-    the image for s = 1, if it is known already.
+    They are partial derivatives, also if x and the factors s (B,) depend on the weights. ``handed`` is the gradient in the image
+    for s = 1, if it is known already.
     """
     few = handed is None and x.requires_grad and len(potential.index) <= potential.recorded_chunk(x)
     if _batched(scale) or (few and torch.is_grad_enabled()):
@@ -64,7 +67,7 @@ class _OfImage(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, potential, value, grad, random):
         ctx.potential, ctx.random = potential, random
-        # weights that were changed in place since are noticed
+        # autograd refuses a backward pass after these were changed in place
         ctx.save_for_backward(x, grad, *potential.params.values())
         return value.clone()
 
@@ -83,7 +86,7 @@ class _OfImage(torch.autograd.Function):
 
 
 class _OfWeights(torch.autograd.Function):
-    """Zero, with gradients in the weights. The image is hidden in a list: it is no input, so that its gradient needs no call."""
+    """Zero, with gradients in the weights. The image comes in a list, so that autograd does not ask for its gradient here."""
 
     @staticmethod
     def forward(ctx, potential, hidden, grads, names, *values):
@@ -134,7 +137,7 @@ class _Gradients(torch.autograd.Function):
 
         def chunk(number, *directions):
             grads = _chunk_grads(potential, steps, wanted, x, scale, number)
-            # the graph from the weights to the steps is that of all chunks
+            # all chunks share the graph from the weights to the steps, which is therefore retained
             return torch.autograd.grad(grads, targets, directions, True, create_graph=recording, **_UNUSED)
 
         total = None
@@ -150,12 +153,12 @@ class _Gradients(torch.autograd.Function):
 
 
 def _batched(scale: Tensor) -> bool:
-    """Whether many backward passes are taken at once, as in :func:`torch.autograd.grad` with ``is_grads_batched``."""
+    """Whether several backward passes are one, as with ``is_grads_batched`` in :func:`torch.autograd.grad`."""
     return transformed(scale) or torch._C._dispatch_keys(scale).has(_BATCHED)
 
 
 def _direct_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[str] | tuple):
-    """:func:`gradients` by autograd throughout: of a chunk, or for batched factors, whose values cannot be looked at."""
+    """The gradients by autograd alone: for a single chunk, and for batched factors, whose values cannot be checked."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
         known = recording and x.requires_grad
@@ -171,7 +174,12 @@ def _direct_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wante
 
 
 class _Unmodified(torch.autograd.Function):
-    """The image. Steps hold copies of the weights: a backward pass after these were changed in place is refused here."""
+    """
+    The image itself.
+
+    Steps hold copies of the weights. The weights are saved here, so that autograd refuses a backward pass after they were changed
+    in place.
+    """
 
     @staticmethod
     def forward(ctx, x, *values):
@@ -184,7 +192,7 @@ class _Unmodified(torch.autograd.Function):
 
 
 def _chunk_grads(potential: PatchPotential, steps: list, wanted: list, x: Tensor, scale: Tensor, number: Tensor):
-    """What the patches of these numbers contribute to :func:`gradients`, as a graph of any order."""
+    """What the patches with these numbers add to the gradients, with a graph of any order."""
     image, pixels = potential.index(number)
     patches = x.reshape(-1)[pixels]
     if not patches.requires_grad:
@@ -196,4 +204,4 @@ def _chunk_grads(potential: PatchPotential, steps: list, wanted: list, x: Tensor
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    return grad * scale.view(-1, *[1] * (grad.ndim - 1))
+    return grad * per_sample(scale, grad)

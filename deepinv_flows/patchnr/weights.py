@@ -1,4 +1,4 @@
-"""What PatchNR does with weights: write them, load them in any dialect, be built from a file. Its methods of these names."""
+"""The methods of PatchNR that write weights, load them in any dialect, and make a prior of a file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Source = str | os.PathLike | BinaryIO
 
 def save(self: PatchNR, path: str | os.PathLike) -> None:
     """
-    Write weights, architecture, patch shape and the range of the training images as safetensors, for :meth:`from_checkpoint`.
+    Write weights, config, patch shape and the range of the training images as safetensors, for ``from_checkpoint``.
 
-    :param str path: file to write, in a folder that exists; left as it was if writing is interrupted.
-    :raises ValueError: when the flow is not one of our builders', or the file cannot be written.
+    :param str path: file to write, in a folder that exists. An interrupted write leaves the file as it was.
+    :raises ValueError: when the flow is not made by one of our builders, or the file cannot be written.
     """
     image_range = getattr(self, "image_range", None)
     checkpoints.write(
@@ -31,12 +31,13 @@ def save(self: PatchNR, path: str | os.PathLike) -> None:
 
 def from_checkpoint(cls: type[PatchNR], path: Source, **kwargs: Any) -> PatchNR:
     """
-    PatchNR with the architecture and weights of a checkpoint of any dialect.
+    Make a PatchNR with the flow of a checkpoint of any dialect.
 
     :param str path: file, open binary file, or name of shipped weights.
-    :param kwargs: further arguments of :class:`PatchNR`. Only our own files know ``patch_size`` and ``channels``: for others
-        they are the fewest channels of which a square patch has as many entries as the flow.
-    :return: the prior, of the file's dtype where that is longer than torch's default.
+    :param kwargs: further arguments of :class:`deepinv_flows.PatchNR`. Only our own files hold ``patch_size`` and ``channels``.
+        For other files, and unless they are given, the number of channels is the smallest for which a square patch has as many
+        entries as the flow.
+    :return: the prior, of the file's dtype if that is longer than torch's default.
     :raises CheckpointError: when the file cannot be read or used.
 
     >>> import tempfile, torch
@@ -65,7 +66,7 @@ def to_deepinv_state_dict(self: PatchNR) -> dict[str, Tensor]:
     """
     State dict that ``deepinv.optim.PatchNR(...).load_state_dict`` takes.
 
-    :raises ValueError: when deepinv has no flow of this function, as with permutations.
+    :raises ValueError: when deepinv does not have a flow of this function, as with permutations.
     """
     return checkpoints.to_deepinv(self.normalizing_flow)
 
@@ -74,13 +75,13 @@ def load_state_dict(self: PatchNR, state_dict: dict, strict: bool = True, assign
     """
     Load weights of any dialect; on a misfit nothing is loaded.
 
-    The two dialects written with FrEIA are other functions of equal shapes (clamp, order, permutations): for these
-    ``normalizing_flow`` becomes a new module, so make optimizers afterwards.
+    The weights of the two dialects written with FrEIA have the same shapes, but belong to other functions (clamp, order,
+    permutations). For these ``normalizing_flow`` becomes a new module, so make optimizers after loading.
 
-    :param dict state_dict: of this class, of deepinv's PatchNR of any version, or of the paper's.
-    :param bool strict: whether all tensors must be there; if not, only names of this class and deepinv >= 0.4.1.
+    :param dict state_dict: state dict of this class, of deepinv's PatchNR of any version, or of the PatchNR paper.
+    :param bool strict: whether all tensors must be there. If not, the names must be those of this class or of deepinv >= 0.4.1.
     :param bool assign: as in :meth:`torch.nn.Module.load_state_dict`.
-    :raises CheckpointError: naming the tensor, the shape expected and the shape found.
+    :raises CheckpointError: when a tensor does not fit; the message names it, the shape expected and the shape found.
     """
     with checkpoints.guarded("state dict"):
         if strict:
@@ -91,7 +92,7 @@ def load_state_dict(self: PatchNR, state_dict: dict, strict: bool = True, assign
 
 
 def load_pretrained(prior: PatchNR, pretrained: Source, sizes: tuple[int, int] | None, device) -> None:
-    """Load into the prior's flow; given ``sizes`` (layers, width), into a new one, of the file's architecture if it says one."""
+    """Load into the prior's flow, or, given ``sizes`` (layers, width), into a new one of the file's config if it has one."""
     with checkpoints.guarded(pretrained):
         weights = checkpoints.find(pretrained)
         if sizes is None:
@@ -124,7 +125,7 @@ def _patch_of(prior: PatchNR) -> dict[str, int]:
 
 
 def _patch_shape(dim: int, known: dict[str, int]) -> dict[str, int]:
-    """Side and channels of patches of ``dim`` entries, of which one, both or none are known."""
+    """Side and channels of patches of ``dim`` entries; one of the two, both or none may be known."""
     if "patch_size" in known:
         channels = [known.get("channels", max(1, dim // known["patch_size"] ** 2))]
     else:
@@ -136,7 +137,7 @@ def _patch_shape(dim: int, known: dict[str, int]) -> dict[str, int]:
     given = ", ".join(f"{key}={value}" for key, value in known.items()) or "square patches of 2 x 2 pixels or more"
     raise checkpoints.CheckpointError(
         f"expected weights for {given}; found weights for patch dimension {dim}: "
-        "pass the channels= and patch_size= that give channels * patch_size**2 of this"
+        f"pass channels= and patch_size= with channels * patch_size**2 = {dim}"
     )
 
 

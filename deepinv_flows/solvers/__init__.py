@@ -1,8 +1,9 @@
 """
-Solvers of smooth problems, every sample of a batch with its own state.
+Solvers of smooth problems, in which every sample of a batch is a problem of its own.
 
-L-BFGS is in :mod:`~deepinv_flows.solvers.lbfgs`, descent by torch's optimizers in :mod:`~deepinv_flows.solvers.first_order`, the
-proximity operator of a smooth potential, with its derivatives, in :mod:`~deepinv_flows.solvers.proximal`.
+L-BFGS is in :mod:`~deepinv_flows.solvers.lbfgs`, descent by torch's optimizers in :mod:`~deepinv_flows.solvers.first_order`, and
+the proximity operator of a smooth potential, with its derivatives, in :mod:`~deepinv_flows.solvers.proximal`. The arithmetic of
+batches is in :mod:`~deepinv_flows.solvers.batch`, what an objective is in :mod:`~deepinv_flows.solvers.objective`.
 """
 
 from .batch import dot, finite, norm, per_sample, rounding

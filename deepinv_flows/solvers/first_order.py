@@ -1,4 +1,4 @@
-"""Descent by the optimizers of torch on a batch of samples, each a problem with its own state."""
+"""Descent by torch's optimizers on a batch in which each sample is a problem of its own."""
 
 from collections.abc import Callable
 
@@ -21,20 +21,21 @@ def first_order(
     callback: Callable[[Tensor, Tensor], None] = lambda z, value: None,
 ) -> Tensor:
     """
-    The best iterate of each sample along the path of an optimizer of torch that works entry by entry, such as Adam.
+    The best iterate of each sample on the path of one of torch's optimizers.
 
-    A sample whose value or gradient is not finite goes back to its best iterate, and halves its steps from there on.
+    The optimizer must work entry by entry, as Adam does. A sample whose value or gradient is not finite goes back to its best
+    iterate, and its steps are halved from then on.
 
-    :param Callable value_and_grad: z (B, ...) to values (B,) and gradients (B, ...).
+    :param Callable value_and_grad: the objective; maps z (B, ...) to values (B,) and gradients (B, ...).
     :param torch.Tensor z: where to start, (B, ...), with finite values.
-    :param Callable make_optimizer: list of one tensor to its optimizer.
-    :param int max_iter: number of steps at most.
+    :param Callable make_optimizer: makes the optimizer of a list of one tensor.
+    :param int max_iter: largest number of steps.
     :param float tol: a sample is done once a step is shorter than ``tol`` times its norm.
-    :param bool any_unit: give the optimizer gradients whose entries are about 1 at the start, whatever the objective's unit; for
-        optimizers such as Adam, which divide by the gradient's size and something tiny.
-    :param Callable callback: is shown the best iterate and its values after each iteration.
+    :param bool any_unit: whether to scale the objective so that the entries of its gradient are about 1 at the start. Optimizers
+        such as Adam, which divide by the size of the gradient plus a tiny number, then do not depend on the objective's unit.
+    :param Callable callback: called after each iteration with the best iterate and its values.
     :return: tensor like z.
-    :raises ValueError: naming the iteration, when the best iterate's value or gradient is not finite any more.
+    :raises ValueError: when the value or gradient at the best iterate is not finite any more; the message names the iteration.
     """
     z, unit = z.clone(), torch.ones_like(z.flatten(1)[:, 0])
     if any_unit:

@@ -1,15 +1,15 @@
 r"""
-L-BFGS on a batch of samples, each a problem with its own state.
+L-BFGS on a batch in which each sample is a problem of its own.
 
-L-BFGS (Nocedal 1980) with the bracketing line search of Lewis & Overton (2013), which asks for
+It is L-BFGS (Nocedal 1980) with the bracketing line search of Lewis & Overton (2013), which asks for
 
 .. math::
 
     f(z + t d) \le f(z) + c_1 t \langle \nabla f(z), d \rangle, \qquad
     \langle \nabla f(z + t d), d \rangle \ge c_2 \langle \nabla f(z), d \rangle
 
-and copes with kinks. A step to where value or gradient is not finite counts as too long. torch's LBFGS treats a batch as one
-problem, and steps into such places.
+and works for functions with kinks. A step to a point where the value or the gradient is not finite counts as too long. It differs
+from ``torch.optim.LBFGS``, which treats a batch as one problem and accepts such points.
 """
 
 from collections.abc import Callable
@@ -36,19 +36,19 @@ def lbfgs(
     callback: Callable[[Tensor, Tensor], None] = lambda z, value: None,
 ) -> Tensor:
     """
-    A local minimiser for each sample, from z; no sample's value ever rises.
+    A local minimiser for each sample, starting from z; the value of a sample never rises.
 
-    :param Callable value_and_grad: z (B, ...) to values (B,) and gradients (B, ...).
+    :param Callable value_and_grad: the objective; maps z (B, ...) to values (B,) and gradients (B, ...).
     :param torch.Tensor z: where to start, (B, ...), with finite values.
-    :param int max_iter: bound on the number of iterations.
-    :param float step: first trial step of an iteration, as a multiple of the quasi-Newton step; without any curvature known, as
-        in the first iteration, the length of the step.
-    :param float tol: a sample is done once an iteration lowers its value by less than ``tol`` times the value, or to less
-        than ``tol**2`` times the value at the start; a step that was taken without any curvature known never ends it.
-    :param int history: pairs of steps and gradient differences that are remembered.
-    :param Callable callback: is shown iterate and values after each iteration.
+    :param int max_iter: largest number of iterations.
+    :param float step: first trial step of an iteration, as a multiple of the quasi-Newton step. While no curvature is known, as
+        in the first iteration, it is the length of the step.
+    :param float tol: a sample is done when an iteration lowers its value by less than ``tol`` times the value, or when the value
+        is less than ``tol**2`` times the value at the start. The first condition waits until some curvature is known.
+    :param int history: number of pairs of steps and gradient differences that are kept.
+    :param Callable callback: called after each iteration with the iterate and its values.
     :return: tensor like z.
-    :raises ValueError: naming the iteration, when an accepted iterate's value or gradient is not finite any more.
+    :raises ValueError: when the value or gradient at an accepted iterate is not finite any more; the message names the iteration.
     """
     value, grad = value_and_grad(z)
     value_and_grad, unit = in_unit(value_and_grad, norm(grad))
@@ -64,7 +64,7 @@ def lbfgs(
             check_still_finite(value_and_grad, z, alive & ~moved)
         little = memory.known & (value - value_new <= tol * value_new.abs())
         memory.remember(z_new - z, grad_new - grad)
-        # no way down along the quasi-Newton direction: forget the past; none along the gradient either: done
+        # A sample without descent along the quasi-Newton direction forgets its pairs; one that has none is done
         alive = alive & (moved | memory.forget(alive & ~moved))
         alive = alive & ~(moved & (little | (value_new.abs() <= negligible)))
         t = torch.where(moved, torch.full_like(t, step), step / dot(grad, grad).sqrt().clamp_min(1))
@@ -76,7 +76,7 @@ def lbfgs(
 
 
 class _Memory:
-    """The last steps and gradient differences; pairs of a sample that do not count have weight zero."""
+    """The last steps and gradient differences; a pair has weight zero for the samples for which it does not count."""
 
     def __init__(self, size: int, like: Tensor):
         self.size = size
@@ -103,7 +103,7 @@ class _Memory:
         self.pairs = [*self.pairs, (s, y, rho)][-self.size :]
 
     def forget(self, which: Tensor) -> Tensor:
-        """Forget the pairs of some samples; returns which of them had any."""
+        """Forget the pairs of some samples, and return which of these samples had any."""
         had = which & self.known
         self.known = self.known & ~which
         self.scale = torch.where(which, torch.ones_like(self.scale), self.scale)
@@ -113,9 +113,9 @@ class _Memory:
 
 def _line_search(value_and_grad, z, value, grad, direction, t, alive):
     """
-    For each live sample a step that satisfies both conditions, or the longest found that satisfies the first.
+    Find, for each live sample, a step that satisfies both conditions, or the longest one found that satisfies the first.
 
-    :return: which samples moved, and z, value and gradient there.
+    :return: which samples moved, and z, value and gradient after the step.
     """
     slope = dot(grad, direction)
     t = torch.where(alive & (slope < 0), t, torch.zeros_like(t))
@@ -130,7 +130,7 @@ def _line_search(value_and_grad, z, value, grad, direction, t, alive):
         value_trial, grad_trial = value_and_grad(z_trial)
         slope_trial = dot(grad_trial, direction)
         low = value_trial <= value + SUFFICIENT_DECREASE * t * slope
-        # where the value is flat to rounding only the slope still tells
+        # where the value is constant up to rounding, only the slope shows progress
         low |= (value_trial <= value + slack) & (slope_trial.abs() < CURVATURE * slope.abs())
         low &= finite(value_trial, grad_trial) & searching
         keep = per_sample(low, z)

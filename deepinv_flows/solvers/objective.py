@@ -1,4 +1,4 @@
-"""Objectives of a batch of samples: values (B,) and gradients (B, ...) at z, (B, ...)."""
+"""Objectives of a batch of samples, which map z (B, ...) to values (B,) and gradients (B, ...)."""
 
 from collections.abc import Callable
 
@@ -13,9 +13,11 @@ Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def in_unit(value_and_grad: Objective, size: Tensor) -> tuple[Objective, Tensor]:
     """
-    The objective divided, for each sample, by a power of two near ``size``, so that no rounding changes; and these powers.
+    Divide the objective of each sample by a power of two near ``size``, which does not change any rounding.
 
-    Where ``size`` is zero the objective stays as it is.
+    An objective whose ``size`` is zero stays as it is.
+
+    :return: the scaled objective, and the powers (B,).
     """
     unit = torch.where(size > 0, torch.exp2(torch.log2(size).round()), torch.ones_like(size))
 
@@ -28,9 +30,9 @@ def in_unit(value_and_grad: Objective, size: Tensor) -> tuple[Objective, Tensor]
 
 def check_still_finite(value_and_grad: Objective, z: Tensor, which: Tensor) -> None:
     """
-    Where every step was refused, ask whether the objective is still finite at z, which was accepted once.
+    Check that the objective is still finite at z, an iterate accepted earlier, for samples whose last steps were all refused.
 
-    :raises ValueError: naming the samples where it is not, and the iteration.
+    :raises ValueError: when it is not; the message names the samples and the iteration.
     """
     if which.any() and (bad := which & ~finite(*value_and_grad(z))).any():
         raise ValueError(

@@ -1,12 +1,13 @@
 r"""
-Proximity operator of a smooth, non-convex potential known by its value and gradient.
+The proximity operator of a smooth, non-convex potential that is given by its value and gradient.
 
 .. math::
 
     \operatorname{prox}_{\gamma g}(x) \in \arg\min_u F(u), \qquad F(u) = \gamma g(u) + \tfrac12 \|u - x\|^2
 
-Descends by :math:`u^+ = u - s\, \nabla F(u)` with Barzilai-Borwein step sizes s (Barzilai & Borwein 1988), each shortened until F
-falls enough (Armijo 1966), so F never rises, whatever gamma is. Each sample has its own step size.
+It is found by descent, :math:`u^+ = u - s\, \nabla F(u)`, with Barzilai-Borwein step sizes s (Barzilai & Borwein 1988), each of
+which is shortened until F falls enough (Armijo 1966). F therefore never rises, whatever gamma is. Each sample has its own step
+size.
 """
 
 import math
@@ -24,7 +25,7 @@ MAX_SHORTENINGS = 20
 
 
 def gamma_like(gamma: float | Tensor, x: Tensor) -> Tensor:
-    """``gamma`` as a tensor that multiplies ``x``: one number, or one a sample; eagerly checked."""
+    """``gamma``, one number or one for each sample, checked and reshaped so that it multiplies ``x``."""
     gamma = torch.as_tensor(gamma, dtype=x.dtype, device=x.device)
     if gamma.numel() not in (1, x.shape[0]):
         raise ValueError(f"expected gamma to be one number or one for each of {x.shape[0]} samples; got {gamma.shape}")
@@ -43,16 +44,16 @@ def minimise(
     tol: float = 1e-4,
 ) -> Tensor:
     """
-    A local minimiser u of F, from u = x, by the descent above.
+    A local minimiser u of F, by the descent above, starting from u = x.
 
-    :param Callable value_and_grad: of g: image (B, ...) to value (B,) and gradient (B, ...).
+    :param Callable value_and_grad: g; maps images (B, ...) to values (B,) and gradients (B, ...).
     :param torch.Tensor x: images (B, ...).
-    :param torch.Tensor gamma: as :func:`gamma_like` returns it.
+    :param torch.Tensor gamma: as :func:`deepinv_flows.solvers.gamma_like` returns it.
     :param float step: first trial step size.
-    :param int max_iter: number of accepted steps at most.
+    :param int max_iter: largest number of accepted steps.
     :param float tol: a sample is done when a step moves it by less than ``tol`` times its norm.
     :return: tensor like ``x`` with F(u) <= F(x), up to rounding, for each sample.
-    :raises ValueError: when value or gradient of g are not finite at x.
+    :raises ValueError: when the value or gradient of g is not finite at x.
     """
 
     def energy(u):
@@ -70,7 +71,7 @@ def minimise(
         move = u_next - u
         moved, curvature = dot(move, move), dot(move, grad_next - grad)
         u, F, grad = u_next, F_next, grad_next
-        # no shorter step falls either: rounding, or a kink of a ReLU network
+        # a sample whose steps were all refused is done: F is flat to rounding there, or has a kink
         alive = alive & accepted & (moved > tol**2 * dot(u, u))
         if not alive.any():
             break
@@ -79,14 +80,14 @@ def minimise(
 
 
 def _line_search(energy, u, F, grad, s, slack, alive):
-    """For each live sample the first of the steps s, s/4, s/16, ... that falls enough; none for a sample where none does."""
+    """Take, for each live sample, the first of the steps s, s/4, s/16, ... that lowers F enough, or none if none does."""
     slope = dot(grad, grad)
     u_next, F_next, grad_next, searching = u, F, grad, alive
     for _ in range(MAX_SHORTENINGS):
         trial = torch.where(per_sample(searching, u), u - per_sample(s, u) * grad, u)
         F_trial, grad_trial = energy(trial)
         enough = F_trial <= F - SUFFICIENT_DECREASE * s * slope
-        # where F is flat to rounding only the gradient still tells (Hager & Zhang 2005)
+        # where F is constant up to rounding, only the gradient shows progress (Hager & Zhang 2005)
         enough |= (F_trial <= F + slack) & (dot(grad_trial, grad_trial) < slope)
         new = enough & searching & finite(F_trial, grad_trial)
         keep = per_sample(new, u)
@@ -99,7 +100,7 @@ def _line_search(energy, u, F, grad, s, slack, alive):
 
 
 def gradient(function: Callable[[Tensor], Tensor], x: Tensor, weights: torch.nn.Module) -> Tensor:
-    """Gradient of the sum of ``function`` at x, with a graph where x or the weights ask for one; x is left untouched."""
+    """Gradient of the sum of ``function`` at x, with a graph if x or the weights ask for a gradient; x is not changed."""
     recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights.parameters()))
     with torch.enable_grad():
         leaf = x if recorded and x.requires_grad else x.detach().requires_grad_()
@@ -115,7 +116,7 @@ def prox(
     max_iter_inter: int,
     tol_inter: float,
 ) -> Tensor:
-    """:func:`minimise` from x with these options; differentiable in x, gamma and the weights where gradients are enabled."""
+    """The minimiser with these options; differentiable in x, gamma and the weights if gradients are enabled."""
     if not 0 < stepsize_inter < math.inf:
         raise ValueError(f"expected a finite stepsize_inter > 0; got {stepsize_inter}")
     if not 0 <= tol_inter < math.inf:
@@ -129,12 +130,12 @@ def attach_implicit_gradient(u: Tensor, x: Tensor, gamma: Tensor, grad: Callable
     Give a minimiser u of F its derivatives in x, gamma and the weights, by the implicit function theorem.
 
     From :math:`u - x + \gamma \nabla g(u) = 0` follows
-    :math:`(I + \gamma H)\,du = dx - \nabla g\,d\gamma - \gamma\,d_\theta \nabla g` with the Hessian H of g at u; the system
-    is solved by MINRES (H may be indefinite) when a gradient arrives.
+    :math:`(I + \gamma H)\,du = dx - \nabla g\,d\gamma - \gamma\,d_\theta \nabla g` with the Hessian H of g at u. When a gradient
+    arrives in the backward pass, this system is solved by MINRES, as H may be indefinite.
 
     :param torch.Tensor u: minimiser, without a graph.
     :param torch.Tensor x: images, possibly asking for a gradient.
-    :param torch.Tensor gamma: as :func:`gamma_like` returns it, possibly asking for a gradient.
+    :param torch.Tensor gamma: as :func:`deepinv_flows.solvers.gamma_like` returns it, possibly asking for a gradient.
     :param Callable grad: gradient of g, differentiable in its argument and in the weights.
     :return: u with a graph.
     """
@@ -158,4 +159,4 @@ def attach_implicit_gradient(u: Tensor, x: Tensor, gamma: Tensor, grad: Callable
             return minres(matvec, v.detach(), max_iter=200, tol=tol)
 
     out.register_hook(solve)
-    return out.view_as(out)  # without the hook, for those who differentiate with respect to the result itself
+    return out.view_as(out)  # the hook must not act on gradients with respect to the result itself

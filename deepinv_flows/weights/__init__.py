@@ -1,8 +1,9 @@
 """
-Weights: checkpoints in every dialect, beside the ``.safetensors`` that are shipped and their cards.
+Weights: checkpoints in every dialect, beside the shipped ``.safetensors`` files and their cards.
 
-Reading, checking and writing files is in :mod:`~deepinv_flows.weights.files`, a dialect's names and function in
-:mod:`~deepinv_flows.weights.dialects`: a new dialect goes there.
+Files are read, checked and written in :mod:`~deepinv_flows.weights.files`. The names and functions of each dialect are in
+:mod:`~deepinv_flows.weights.dialects`, where a new dialect belongs, and the modules of 0.1.0 in
+:mod:`~deepinv_flows.weights.former`.
 """
 
 from .dialects import CheckpointError, Weights, convert, modern, to_deepinv

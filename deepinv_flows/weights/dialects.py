@@ -1,16 +1,17 @@
 """
-The dialects of PatchNR weights, told apart by their keys, and turned into weights of :func:`deepinv_flows.glow_flow`.
+The dialects of PatchNR weights, which are told apart by their keys and turned into weights of our flows.
 
-========================  =============================================  =====================================
-dialect                   keys                                           function
-========================  =============================================  =====================================
-deepinv >= 0.4.1          ``blocks.K.subnet{1,2}...``                    clamp c*(2/pi)*atan(s/c)
-deepinv's Trainer         the same under ``state_dict``                  the same
-deepinv <= 0.4.0          ``module_list.K.subnet{1,2}...``               FrEIA's clamp c*0.636*atan(s)
-PatchNR paper             ``module_list.K...perm`` in ``net_state_dict`` the same, permutations, run in reverse
-ours                      the config is in ``_metadata``                 what the config says
-ours, of 0.1.0            ``..._extra_state`` holds the config           what the config says
-========================  =============================================  =====================================
+=================  ===========================================  =========================================
+dialect            keys                                         function
+=================  ===========================================  =========================================
+deepinv >= 0.4.1   ``blocks.K.subnet{1,2}...``                  clamp ``c*(2/pi)*atan(s/c)``
+deepinv's Trainer  the same, under ``state_dict``               the same
+deepinv <= 0.4.0   ``module_list.K.subnet{1,2}...``             FrEIA's clamp ``c*0.636*atan(s)``
+PatchNR paper      the same, ``perm``, under                    FrEIA's clamp, permutations; the density is
+                   ``net_state_dict``                           evaluated with ``rev=True``
+ours               any; ``_metadata`` holds the config          what the config says
+ours, of 0.1.0     any; ``..._extra_state`` holds the config    what the config says
+=================  ===========================================  =========================================
 """
 
 from collections import OrderedDict
@@ -40,7 +41,7 @@ WRAPPERS = ("module", "_orig_mod", "flow", "normalizing_flow")
 
 class CheckpointError(ValueError):
     """
-    A file that cannot be read or written, or does not hold the weights it should; nothing was loaded.
+    A file that cannot be read or written, or that does not hold the weights expected; nothing was loaded.
 
     >>> from deepinv_flows import CheckpointError, PatchNR
     >>> try:
@@ -53,18 +54,20 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Weights:
-    """A state dict of one of our flows, and what is known of it."""
+    """A state dict of a flow, and what is known about it."""
 
     state: dict[str, Tensor]
-    config: dict | None = None  # of the flow; None for weights of no flow we know
-    patch: dict = field(default_factory=dict)  # patch_size and channels, where the file says them
-    dialect: bool = False  # another library's: its sizes are for the user to say
-    spellings: list[dict[str, Tensor]] = field(default_factory=list)  # as found, with fewer and fewer prefixes
-    image_range: tuple[float, float] | None = None  # of the images that were learned, where the file says it
+    config: dict | None = None  # of the flow; None if it is not one of our builders'
+    patch: dict = field(default_factory=dict)  # patch_size and channels, if the file says them
+    dialect: bool = False  # whether another library wrote it, so that the user has to say the sizes
+    spellings: list[dict[str, Tensor]] = field(
+        default_factory=list
+    )  # the state dict as found, with fewer and fewer prefixes
+    image_range: tuple[float, float] | None = None  # of the training images, if the file says it
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of a flow to load them into: the file's or torch's default, whichever is longer."""
+        """The dtype of a flow to load them into: that of the file, or torch's default if that is longer."""
         known = [
             v.dtype for k, v in self.state.items() if v.is_floating_point() and not k.endswith((".perm", "initialised"))
         ]
@@ -96,7 +99,7 @@ def convert(raw: dict) -> Weights:
 
 
 def modern(raw: Mapping) -> dict:
-    """A state dict as it is written today from one that 0.1.0 may have written; the argument is left as it was."""
+    """A copy of a state dict in today's form; 0.1.0 may have written the argument."""
     if not isinstance(raw, Mapping) or not all(isinstance(key, str) for key in raw):
         raise CheckpointError("holds no state dict (a non-empty dict of tensors)")
     state = OrderedDict(raw)
@@ -116,25 +119,25 @@ def descriptions(state: dict) -> dict[str, dict]:
 
 
 def to_deepinv(flow: nn.Module) -> dict[str, Tensor]:
-    """State dict of ``deepinv.optim.PatchNR`` with the same function; refused where deepinv has no such flow."""
+    """State dict for a ``deepinv.optim.PatchNR`` of the same function; refused if deepinv does not have such a flow."""
     return {f"normalizing_flow.{key}": value for key, value in deepinv_state_dict(flow).items()}
 
 
 def _of_the_flow(state: dict) -> dict:
-    """Without the names of the modules around the flow."""
+    """The state dict without the names of the modules around the flow."""
     said = [name and f"{name}." for name in descriptions(state)]
-    if said:  # the outermost description says where the flow begins
+    if said:  # the flow begins at the outermost module that has a config
         prefix = min(said, key=len)
         inside = all(key.startswith(prefix) for key in state) and prefix.split(".")[-2:][0] in ("", *WRAPPERS)
         return _below(state, prefix) if inside else state
-    for wrapper in ("module.", "_orig_mod.", "flow.", "normalizing_flow."):
-        if all(key.startswith(wrapper) for key in state):
-            state = _below(state, wrapper)
+    for wrapper in WRAPPERS:
+        if all(key.startswith(f"{wrapper}.") for key in state):
+            state = _below(state, f"{wrapper}.")
     return state
 
 
 def _below(state: dict, prefix: str) -> dict:
-    """The tensors whose names start with ``prefix``, without it, and what is said of them."""
+    """The tensors whose names start with ``prefix``, and their metadata, by their names without it."""
     below: OrderedDict = OrderedDict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     metadata = getattr(state, "_metadata", {})
     below._metadata = {  # type: ignore[attr-defined]
@@ -144,7 +147,7 @@ def _below(state: dict, prefix: str) -> dict:
 
 
 def _rename_deepinv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """deepinv's blocks under our names, between the two permutations that swap the halves."""
+    """deepinv's blocks by our names, between the two permutations that swap the halves."""
     renamed = {deepinv_key(key): value for key, value in state.items()}
     small = _width(renamed, "module_list.1.subnet2.0.weight", 1)
     dim = small + _width(renamed, "module_list.1.subnet1.0.weight", 1)
@@ -155,7 +158,7 @@ def _rename_deepinv(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _convert_glow(state: dict[str, Tensor], clamp_activation: str) -> Weights:
-    """Add what the blocks of a dialect leave unsaid: architecture, and identities where we have permutations."""
+    """Add what a dialect does not hold: the config, and identities in place of our first and last permutation."""
     permute = any(key.endswith(".perm_inv") for key in state)
     if clamp_activation == "ATAN":
         state = {f"module_list.{int(k.split('.')[1]) + 1}.{k.split('.', 2)[2]}": v for k, v in state.items()}
@@ -192,13 +195,13 @@ def _last_index(state: dict[str, Tensor]) -> int:
 
 
 def as_number(key: str, expected: Tensor, found: Tensor) -> Tensor:
-    """What 0.1.0 kept as integers and truth values, and is a number today."""
+    """A floating-point tensor from the integers or truth values that 0.1.0 wrote in its place."""
     former = key.endswith((".perm", "initialised")) and expected.is_floating_point() and not found.is_complex()
     return found.float() if former and not found.is_floating_point() else found
 
 
 def check_numbers(key: str, expected: Tensor, found: Tensor, ours: bool) -> None:
-    """Refuse what a parameter or buffer of a flow, one of ``ours`` or a user's, cannot be."""
+    """Refuse a tensor that cannot take the place of this parameter or buffer of a flow (of ``ours``, or of a user's)."""
     if expected.shape != found.shape:
         raise CheckpointError(f"{key}: expected shape {tuple(expected.shape)}; found {tuple(found.shape)}")
     if found.is_floating_point() != expected.is_floating_point() or found.is_complex() or found.layout != torch.strided:

@@ -1,7 +1,8 @@
 """
-Weights on disk: our safetensors files, and torch files of any dialect of :mod:`deepinv_flows.weights.dialects`.
+Weights in files: our safetensors files, and torch files of any dialect of :mod:`deepinv_flows.weights.dialects`.
 
-Nothing but tensors is ever unpickled, and whatever is broken raises :class:`CheckpointError` before anything is loaded.
+Nothing but tensors is ever unpickled. Whatever is broken raises a :class:`deepinv_flows.CheckpointError` before anything is
+loaded.
 """
 
 import contextlib
@@ -24,13 +25,13 @@ LODOPAB = "PatchNR_lodopab_small2"
 
 
 def shipped() -> dict[str, Path]:
-    """Path of each weights file that comes with the package, by name."""
+    """The path of each weights file that comes with the package, by name."""
     folder = Path(__file__).parent
     return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
 def find(pretrained: str | os.PathLike | BinaryIO) -> Weights:
-    """Weights from a path or an open file, one of our shipped names, or deepinv's ``"PatchNR_lodopab_small2"``."""
+    """Weights from a path, an open file, the name of shipped weights, or deepinv's ``"PatchNR_lodopab_small2"``."""
     if hasattr(pretrained, "read"):
         return _read_bytes(pretrained.read())
     if pretrained in shipped():
@@ -52,7 +53,7 @@ def read(path: str | os.PathLike) -> Weights:
 
 
 def _read_bytes(raw: bytes) -> Weights:
-    # torch's files are zip archives or, in its older format, pickles; the header of safetensors is JSON, after its length
+    # torch's files are zip archives, or pickles in its older format; safetensors begin with a length and a JSON header
     is_torch = raw[8:9] != b"{" and (raw[:2] == b"PK" or raw[:1] == b"\x80")
     return convert(read_torch(io.BytesIO(raw))) if is_torch else _read_safetensors(raw)
 
@@ -60,13 +61,13 @@ def _read_bytes(raw: bytes) -> Weights:
 def write(
     path: str | os.PathLike, flow: nn.Module, image_range: tuple[float, float] | None = None, **patch: int
 ) -> None:
-    """Write weights and architecture of a builder's flow as safetensors; an interrupted write leaves ``path`` as it was."""
+    """Write weights and config of a builder's flow as safetensors; an interrupted write leaves ``path`` as it was."""
     from safetensors.torch import save
 
     config = getattr(flow, "config", None)
     if config is None:
         raise ValueError(f"only flows of deepinv_flows' builders know their architecture; got {type(flow).__name__}")
-    state = {k: v.detach().cpu().contiguous() for k, v in flow.state_dict().items()}
+    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in flow.state_dict().items()}
     said = {"config": config, "patch": patch, **({"image_range": image_range} if image_range else {})}
     place = Path(path).resolve()
     if place.is_dir():
@@ -82,7 +83,7 @@ def write(
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], strict: bool = True, assign: bool = False):
-    """Check every tensor, then load them all; or raise naming the first misfit and load none."""
+    """Check every tensor, then load them all; on the first misfit raise an error that names it, and load none."""
     expected, state = module.state_dict(), modern(state)
     ours, theirs = descriptions(expected), descriptions(state)
     for name in ours.keys() & theirs.keys():
@@ -98,13 +99,11 @@ def load_into(module: nn.Module, state: dict[str, Tensor], strict: bool = True, 
 
 
 def patch_config(weights: Weights) -> dict:
-    """Architecture of a flow on patches."""
+    """The config of a flow on patches; refused for other weights."""
     if weights.config is None:
         named = f"not the weights of a PatchNR: tensors named {sorted(weights.state)[:3]}"
-        lost = (
-            ", whose description was lost on the way: make the flow and load_state_dict" if _ours(weights.state) else ""
-        )
-        raise CheckpointError(f"{named}{lost}")
+        lost = ", whose config was lost on the way: make the flow, and load them by its load_state_dict"
+        raise CheckpointError(f"{named}{lost if _ours(weights.state) else ''}")
     if "dim" not in weights.config:
         raise CheckpointError("expected weights of a flow on patches; found those of a flow on images, for FlowPrior")
     return weights.config
@@ -115,14 +114,15 @@ def _ours(state: dict[str, Tensor]) -> bool:
 
 
 def new_flow(weights: Weights, **differ) -> nn.Module:
-    """A new flow of the function that the weights are for, in their dtype; the user's random stream stands still."""
+    """A new flow of the function that the weights are for, in their dtype; no random numbers of the user's are drawn."""
     return build_flow({**(weights.config or {}), **differ}, torch.Generator()).to(weights.dtype)
 
 
 def build(weights: Weights, patch: dict[str, int], num_layers: int, sub_net_size: int) -> nn.Module:
-    """A new flow of the function that the weights are for, with the weights loaded.
+    """
+    A new flow of the function that the weights are for, with the weights loaded.
 
-    Our files say their architecture; a file of another dialect has to be of the given sizes.
+    Our files say the sizes of the flow; weights of another dialect have to be of the sizes given.
     """
     config = patch_config(weights)
     dim = patch["channels"] * patch["patch_size"] ** 2
@@ -137,14 +137,14 @@ def build(weights: Weights, patch: dict[str, int], num_layers: int, sub_net_size
         load_into(flow, weights.state)
     except CheckpointError as error:
         sizes = {key: config[key] for key in ("num_layers", "sub_net_size")}
-        hint = f" (the file has {sizes}, asked for was {asked}; PatchNR.from_checkpoint takes the file's)"
+        hint = f" (expected {asked}; the file has {sizes}, which PatchNR.from_checkpoint takes from it)"
         raise CheckpointError(f"{error}{hint if weights.dialect and sizes != asked else ''}") from None
     return flow
 
 
 @contextlib.contextmanager
 def guarded(name: str | os.PathLike | BinaryIO) -> Iterator[None]:
-    """Whatever goes wrong with the weights called ``name`` ends in one :class:`CheckpointError` that says so."""
+    """Turn any error about the weights called ``name`` into a :class:`deepinv_flows.CheckpointError` that names them."""
     name = getattr(name, "name", type(name).__name__) if hasattr(name, "read") else name
     try:
         yield
@@ -155,6 +155,7 @@ def guarded(name: str | os.PathLike | BinaryIO) -> Iterator[None]:
 
 
 def read_torch(path) -> dict:
+    """What ``torch.save`` wrote to a path or an open file; nothing but tensors and numbers is unpickled."""
     import numpy as np
 
     # deepinv's Trainer writes its loss history as numpy scalars

@@ -1,7 +1,7 @@
 """
-Objects that 0.1.0 pickled whole name its modules, which lay side by side; the table says where their content is now.
+The modules of 0.1.0, which objects that it pickled whole still name; the table says where their content is now.
 
-Goes with 0.4.0, and not before December 2027.
+This module goes with 0.4.0, and not before December 2027.
 """
 
 import importlib
@@ -30,7 +30,7 @@ _PACKAGE = __package__.split(".")[0]
 
 
 class FormerModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module of 0.1.0 where its content is now."""
+    """Import hook: a module of 0.1.0 is found where its content is now."""
 
     def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
         package, _, name = fullname.partition(".")
@@ -46,6 +46,6 @@ class FormerModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def find_former_modules() -> None:
-    """Make old pickles load, once however often it is called."""
+    """Install the import hook, unless it is installed already."""
     if not any(isinstance(finder, FormerModules) for finder in sys.meta_path):
         sys.meta_path.append(FormerModules())

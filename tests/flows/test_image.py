@@ -1,4 +1,4 @@
-"""Image flows: the contract, initialisation, conditions, behaviour far from the data, training."""
+"""Image flows: the contract, initialisation, conditions, behaviour far from the data, and training."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ FLOWS = {
 
 
 def make(name, size=(1, 4, 8), dtype=torch.float64, spread=0.1, **options):
-    """A flow with weights large enough that no term of it is negligible."""
+    """A flow with such large weights that none of its terms is negligible."""
     flow = FLOWS[name](size, **options).to(dtype)
     with torch.no_grad():
         for p in flow.parameters():
@@ -101,7 +101,7 @@ def test_initialisation_of_constant_images_is_finite():
 )
 @pytest.mark.parametrize("coupling", ["allinone", "glow"])
 def test_initialisation_by_any_number_of_images(coupling, levels, size):
-    """It explains images that it has not seen better than none does, and inverts."""
+    """The initialised flow gives unseen images a higher likelihood than a new one does, and it is invertible."""
     held_out = smooth_images(20, size)
 
     def new():
@@ -119,7 +119,9 @@ def test_initialisation_by_any_number_of_images(coupling, levels, size):
 
 def test_initialisation_with_few_images_for_a_level_warns():
     flow = image_flow((3, 8, 8), 3, 1, 4)
-    with pytest.warns(UserWarning, match="level 2 has 24 channels of 2 x 2 pixels, and 40 images to set its scales"):
+    with pytest.warns(
+        UserWarning, match="level 2 has 24 channels of 2 x 2 pixels, and 40 images are few to set its scales"
+    ):
         flow.initialise(smooth_images(40, (3, 8, 8)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -202,7 +204,7 @@ def test_memory_efficient_gradients_are_the_same(name):
 
 @pytest.mark.parametrize("name", ["allinone", "glow"])
 def test_after_training(name, tmp_path):
-    """It learned, it inverts to rounding, and latents ten times too long give finite images."""
+    """The trained flow fits better and is invertible up to rounding, and latents ten times too long give finite images."""
     x, held_out = smooth_images(128), smooth_images(32)
     flow = FLOWS[name]((3, 16, 16), generator=torch.Generator().manual_seed(0))
     state = torch.get_rng_state()
@@ -265,7 +267,7 @@ def test_randomness():
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1])
 def test_training_of_conditional_flows(sigma):
-    """Pixels of +-0.1 whose sign the condition tells: given it they are known; conditions are mirrored with their images."""
+    """Images of +-0.1 whose signs are the condition become known by it, if conditions are mirrored together with their images."""
     c, held_c = torch.randn(96, 1, 8, 8).sign(), torch.randn(16, 1, 8, 8).sign()
     x, held_out = 0.1 * c + 0.02 * torch.randn_like(c), 0.1 * held_c + 0.02 * torch.randn_like(held_c)
     options = dict(num_levels=1, num_steps=2, hidden=8, activation="silu")

@@ -1,4 +1,4 @@
-"""State dicts: numbers that survive arithmetic, deepinv's names and order, and what 0.1.0 wrote."""
+"""State dicts: they hold numbers that survive arithmetic, and load by deepinv's names, in its order, and as 0.1.0 wrote them."""
 
 import io
 
@@ -102,7 +102,7 @@ def test_a_flow_in_half_precision_keeps_its_permutation(dtype):
 
 
 def test_another_functions_weights_are_refused():
-    """Also from a file, from below a module, and of the inverse flow."""
+    """The weights are also read from a file, from inside another module, and for the inverse flow."""
     flow, silu = glow_flow(9, 2, 8), glow_flow(9, 2, 8, activation="silu")
     for theirs in (silu.state_dict(), sent_through_a_file(silu.state_dict())):
         with pytest.raises(ValueError, match="expected weights of a flow .*relu.*; found weights of .*silu"):
@@ -133,7 +133,7 @@ def subnet(width):
 
 
 class Likelihood(dinv.loss.Loss):
-    """The loss of deepinv's own example."""
+    """The training loss of deepinv's own example."""
 
     def forward(self, x, model, **kwargs):
         z, log_det = model(x)
@@ -159,7 +159,7 @@ def train(flow, x, epochs, checkpoint=None, save_path=None):
 
 @pytest.mark.parametrize("dim", [8, 9])
 def test_deepinvs_training_goes_on_in_our_flow(dim, tmp_path):
-    """Weights and the state of Adam, whose steps would be others with the moments of the other network."""
+    """The weights and Adam's state are loaded; with the moments of the other network, Adam's steps would differ."""
     torch.manual_seed(5)
     x = torch.randn(64, dim) @ torch.randn(dim, dim)
     theirs, ours = NormalizingFlow(dim, 2, subnet(6)), glow_flow(dim, 2, 6)
@@ -181,7 +181,7 @@ def test_names_of_deepinv_both_ways():
     other = NormalizingFlow(9, 2, subnet(6))
     other.load_state_dict(ours.to_deepinv_state_dict())
     assert torch.equal(other(x)[0], theirs(x)[0])
-    with pytest.raises(ValueError, match="deepinv's PatchNR has no flow like"):
+    with pytest.raises(ValueError, match="expected a flow that deepinv's PatchNR has too; got"):
         glow_flow(9, 2, 6, permute=True).to_deepinv_state_dict()
     with pytest.raises(RuntimeError, match="Unexpected key"):
         glow_flow(9, 2, 6, clamp_activation="ATAN").load_state_dict(theirs.state_dict())

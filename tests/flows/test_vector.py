@@ -1,6 +1,8 @@
-"""The flow contract, on every flow; the mathematics of the builders."""
+"""The flow contract for every flow, and the mathematics of the builders."""
 
 import copy
+import json
+import math
 import pickle
 
 import deepinv as dinv
@@ -12,8 +14,8 @@ from cases import BUILT, FLOWS, make, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepinv_flows import Reversed, allinone_flow, as_flow, build_flow, glow_flow
-from deepinv_flows.flows.contract import evaluate
+from deepinv_flows import Reversed, allinone_flow, as_flow, build_flow, glow_flow, image_flow
+from deepinv_flows.flows import Given, evaluate
 
 
 @pytest.mark.parametrize("dim", [2, 9, 12])
@@ -183,3 +185,50 @@ def test_broken_contract_is_named():
     flow.out = lambda x: (x, torch.zeros(3))
     with pytest.raises(ValueError, match=r"log_det of shape \(2,\)"):
         evaluate(flow, torch.rand(2, 4))
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda flow: torch.compile(flow, backend="eager")])
+def test_wrapped_flows_keep_the_contract(wrap):
+    flow, x, c = allinone_flow(8, 2, 16, dims_c=2), torch.rand(5, 8), torch.rand(5, 2)
+    assert torch.equal(Given(wrap(flow), c)(x)[0], flow(x, c=[c])[0])
+
+    class Density(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x, x.new_full((len(x), 1), 8 * math.log(2))
+
+    z, log_det = evaluate(wrap(Density()), x)
+    assert torch.equal(z, 2 * x) and log_det.shape == (5,)
+    with pytest.raises(TypeError, match="gives densities only"):
+        evaluate(wrap(Density()), x, rev=True)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda i, f: glow_flow(i(4), i(1), i(8), f(1.6), split_len=i(2)),
+        lambda i, f: allinone_flow(
+            i(4), i(1), i(8), dims_c=i(2), affine_clamping=f(2), learned_householder_permutation=i(1)
+        ),
+        lambda i, f: image_flow(
+            (i(1), i(4), i(4)), i(1), i(1), i(4), affine_clamping=f(2), dims_c=[(i(1), i(4), i(4))]
+        ),
+    ],
+)
+def test_sizes_of_numpy_are_written_as_numbers(build):
+    config = build(np.int64, np.float64).config
+    assert json.loads(json.dumps(config)) == config == build(int, float).config
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: glow_flow(4.0), ValueError, "expected dim to be an integer >= 1; got 4.0"),
+        (lambda: glow_flow(4, split_len=1.5), ValueError, "expected split_len to be an integer"),
+        (lambda: allinone_flow(4, dims_c=-1), ValueError, "expected dims_c to be an integer >= 1; got -1"),
+        (lambda: allinone_flow(4, learned_householder_permutation=-1), ValueError, "expected learned_householder"),
+        (lambda: Reversed("flow"), TypeError, "expected a torch.nn.Module as flow; got str"),
+    ],
+)
+def test_sizes_are_refused_before_anything_is_built(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,7 +1,9 @@
 """Gradient descent on latents: known answers and starts."""
 
+import deepinv as dinv
 import pytest
 import torch
+import zuko
 from iterator_cases import F64, L2, PHYSICS, STEP, TIKHONOV, A, Decoder, N, Y, random
 
 from deepinv_flows import (
@@ -63,3 +65,16 @@ def test_starts_of_latent_gradient_descent():
     assert torch.allclose(model(Y, PHYSICS), decoder(0 * latent), atol=1e-8)
     with pytest.raises(ValueError, match="expected latent_shape"):
         LatentGD(decoder, **nearly_nothing)(Y, PHYSICS)
+
+
+def test_flows_of_other_conventions_are_generators():
+    torch.manual_seed(0)
+    nice = zuko.flows.NICE(N, transforms=2, hidden_features=[8]).double()
+    y, physics = random(2, N), dinv.physics.Denoising()
+    assert torch.allclose(
+        LatentGD(nice, stepsize=1e-12, max_iter=1)(y, physics), nice().transform.inv(0 * y), atol=1e-8
+    )
+    parallel = torch.nn.DataParallel(image_flow())
+    assert torch.equal(
+        LatentGD(parallel, L2, max_iter=2)(Y, PHYSICS), LatentGD(image_flow(), L2, max_iter=2)(Y, PHYSICS)
+    )

@@ -6,7 +6,8 @@ import torch
 from iterator_cases import F64, random
 
 from deepinv_flows import NMAPG, CondatVu, DavisYin, IPiano
-from deepinv_flows.iterators.terms import DataTerm, PriorTerm, inner, square, unchanged
+from deepinv_flows.iterators.terms import DataTerm, PriorTerm, square, unchanged
+from deepinv_flows.solvers import dot
 
 optim = dinv.optim
 SHAPE = (3, 2, 8, 8)
@@ -124,7 +125,7 @@ def test_wavelet_prior_descends_its_own_cost():
 def test_inner_products_of_complex_tensors_are_real():
     a, b = torch.complex(random(3, 4), random(3, 4, seed=1)), torch.complex(random(3, 4, seed=2), random(3, 4, seed=3))
     expected = (torch.view_as_real(a) * torch.view_as_real(b)).flatten(1).sum(1)
-    assert torch.allclose(inner(a, b), expected) and torch.allclose(square(a), a.abs().pow(2).sum(1))
+    assert torch.allclose(dot(a, b), expected) and torch.allclose(square(a), a.abs().pow(2).sum(1))
 
 
 def test_terms_are_the_same_if_their_numbers_are():

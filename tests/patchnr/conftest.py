@@ -5,5 +5,5 @@ from deepinv_flows.patchnr import potential
 
 @pytest.fixture(autouse=True)
 def written_out(monkeypatch):
-    """Derivatives written out also for the few patches of small test images, which are otherwise left to autograd."""
+    """Use the derivatives that are written out also for few patches, as in small test images; autograd would evaluate these."""
     monkeypatch.setattr(potential, "FEW", 0)

@@ -1,4 +1,4 @@
-"""PatchNR over two and three processes is PatchNR in one."""
+"""PatchNR over two and three processes gives what PatchNR in one process gives."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ CASES = {
 
 
 def both(group=None, dtype=torch.float64, flow="glow_silu", **options):
-    """In one process and in all, with weights and random subsets alike."""
+    """The prior in one process and the one over all processes, with equal weights and random subsets."""
     flow = make(flow, 18, dtype, spread=0.2)
     seeds = [torch.Generator().manual_seed(3 + (dist.get_rank() if k and dist.is_initialized() else 0)) for k in (0, 1)]
     common = dict(patch_size=3, channels=2, **options)
@@ -39,7 +39,7 @@ def both(group=None, dtype=torch.float64, flow="glow_silu", **options):
 
 
 def everything(prior, x, direction):
-    """Value, gradient, and by autograd: gradients in image and weights, of the first and of the second order."""
+    """The value, the gradient, and by autograd the first and second derivatives in the image and in the weights."""
     weights = [p for p in prior.parameters() if p.requires_grad]
     found = {"value": prior(x), "grad": prior.grad(x).detach()}
     leaf = x.clone().requires_grad_()
@@ -88,7 +88,7 @@ def cost(x, data_fidelity, prior, params, y, physics):
 
 
 def check_beside_distributed_physics(x):
-    """With operators shared out by deepinv, as a large problem is."""
+    """The operators are distributed by deepinv, as those of a large problem are."""
     masks = [torch.ones(SIZE[1:]).tril(k) for k in (0, 2, 9)]
     physics = dinv.physics.StackedLinearPhysics([dinv.physics.Inpainting(SIZE[1:], mask=m).double() for m in masks])
     y = physics(x)

@@ -1,4 +1,4 @@
-"""Chunked evaluation against a naive loop, and every gradient path against plain autograd."""
+"""Evaluation in chunks against a naive loop, and each way to a gradient against plain autograd."""
 
 import copy
 
@@ -18,7 +18,7 @@ UNUSED = {"allow_unused": True, "materialize_grads": True}  # the global scale o
 
 
 def close(actual, expected):
-    """To 1e-10 of the largest entry (of what vanishes, such as the gradient of a scale-free vector: of 1e-3)."""
+    """Equal up to 1e-10 times the largest entry, or times 1e-3 if that is larger, for tensors that vanish in exact arithmetic."""
     scale = max(float(expected.detach().abs().max()), 1e-3)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10 * scale)
 

@@ -1,4 +1,4 @@
-"""Derivatives of derivatives of PatchNR, and ways to differentiate that are not backward()."""
+"""Second derivatives of PatchNR, and ways to differentiate other than backward()."""
 
 import types
 
@@ -29,7 +29,7 @@ def close(actual, expected):
 
 
 def one_step(function, x):
-    """What the value is after a step of descent that is itself differentiated, as in meta-learning."""
+    """The value after a step of descent that is itself differentiated, as in meta-learning."""
     (grad,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
     return function(x - 0.5 * grad).sum()
 

@@ -14,7 +14,7 @@ from deepinv_flows import PatchNR, glow_flow
 
 @pytest.fixture
 def prior():
-    """A smooth flow on 3x3 patches, of moderate weights."""
+    """A smooth flow on 3x3 patches with moderate weights."""
     return PatchNR(make("glow_silu", 9, torch.float32, spread=0.1), patch_size=3)
 
 
@@ -63,7 +63,7 @@ def test_image_is_patchprior_of_deepinv(pad):
 
 
 def test_deepinvs_own_test():
-    """deepinv/tests/test_optim.py, test_patch_priors, on our class."""
+    """``test_patch_priors`` of deepinv/tests/test_optim.py, for our class."""
     x = torch.rand(2, 1, 12, 12)
     patchnr = PatchNR(channels=x.shape[1], device="cpu")
     image_prior = dinv.optim.PatchPrior(patchnr, n_patches=-1)
@@ -170,7 +170,7 @@ def test_deq_trains(name, jacobian_free, prior, problem):
 
 
 def test_langevin_of_a_gaussian_posterior(problem):
-    """A prior that is a known Gaussian: the posterior mean and variance are known."""
+    """The prior is a known Gaussian, so that the posterior mean and variance are known."""
     _, _, y = problem
     flow = glow_flow(2, 1, 4)
     with torch.no_grad():
@@ -282,7 +282,7 @@ def test_nan_is_refused():
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Number of entries of the largest floating-point tensor that any operation returns (buffers are cut from slabs of bytes)."""
+    """The number of entries of the largest floating-point tensor that an operation returns (buffers are views of bytes)."""
 
     entries = 0
 
@@ -358,7 +358,7 @@ def test_bad_inputs(fault, method):
         ({"patch_size": 0}, "expected patch_size to be an integer >= 1; got 0"),
         ({"channels": 1.5}, "expected channels to be an integer >= 1; got 1.5"),
         ({"chunk_size": 0}, "chunk_size"),
-        ({"stride": 7}, "expected stride <= patch_size = 6, else pixels are in no patch; got 7"),
+        ({"stride": 7}, "expected stride <= patch_size = 6, so that every pixel is in a patch; got 7"),
         (
             {"pad": "mirror"},
             "expected pad to be one of False, True, 'constant', 'reflect', 'replicate', 'circular'; got 'mirror'",

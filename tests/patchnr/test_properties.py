@@ -1,5 +1,6 @@
-"""What holds for every flow, known or not, by both engines: as recognised, and with recognition switched off."""
+"""Properties of every flow, known or not, by both engines: as recognised, and with recognition switched off."""
 
+import sys
 import threading
 
 import deepinv as dinv
@@ -39,7 +40,7 @@ def close(actual, expected, tolerance=1e-9):
 
 
 def belongings(flow):
-    """All that a user's module holds, object for object, and the values of its tensors."""
+    """Everything that a user's module holds, object by object, and the values of its tensors."""
     held = []
     for module in flow.modules():
         for kind in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_backward_hooks", "_forward_pre_hooks"):
@@ -55,7 +56,7 @@ def unchanged(before, flow):
 
 
 def reference(flow, x, scale, direction, weights):
-    """Values, and gradients of the first order (in the image and the weights) and of the second, by plain autograd."""
+    """Values, first derivatives (in the image and the weights) and second derivatives by plain autograd."""
     leaf = x.clone().requires_grad_()
     value = reference_nll(flow, leaf, 2)
     (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
@@ -174,7 +175,35 @@ def test_checkpointed_or_not(name, frozen, n_patches, reentrant, subset, engine)
     close(run(lambda f, u: checkpoint(f, u, use_reentrant=reentrant)), run(lambda f, u: f(u)))
 
 
-def per_sample(prior, x):
+def test_checkpointed_in_many_threads():
+    prior, differ, errors, interval = prior_of("glow_silu", n_patches=5), [], [], sys.getswitchinterval()
+
+    def work(k):
+        def twice(u):
+            values.append(prior(u))
+            return values[-1].square()
+
+        try:
+            for i in range(60):
+                values, x = [], (images() + k + 4 * i).requires_grad_()
+                checkpoint(twice, x, use_reentrant=False).sum().backward()
+                differ.extend([] if torch.equal(*values) else [(k, i)])
+        except BaseException as error:
+            errors.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors and not differ
+
+
+def gradients_per_sample(prior, x):
     """Gradients in the weights for each image."""
     params = {name: p.detach() for name, p in prior.named_parameters()}
 
@@ -197,7 +226,7 @@ def test_mapped_is_looped(name, frozen, engine):
         jacobians = [torch.autograd.functional.jacobian(function, x, vectorize=v) for v in (True, False)]
         close(*jacobians)
     if not frozen:
-        found, weights = per_sample(prior, x), dict(prior.named_parameters())
+        found, weights = gradients_per_sample(prior, x), dict(prior.named_parameters())
         trained = [name for name, p in weights.items() if p.requires_grad]
         for k, image in enumerate(x):
             expected = torch.autograd.grad(prior(image[None]).sum(), [weights[n] for n in trained], **UNUSED)

@@ -1,4 +1,4 @@
-"""What strangers bring and do: flows that almost satisfy the contract, patched layers, other units; and what it costs."""
+"""Rough edges: flows that almost satisfy the contract, replaced methods, images in other units, and costs of evaluation."""
 
 import copy
 import types
@@ -29,7 +29,7 @@ def smooth(**options):
 
 
 class Brought(nn.Module):
-    """Of a flow: its density alone, in a list, and the log-determinants as a column."""
+    """A flow without its inverse, which returns a list, with the log-determinants as a column."""
 
     def __init__(self, flow):
         super().__init__()
@@ -47,9 +47,9 @@ def test_a_density_without_an_inverse():
     torch.testing.assert_close(prior.grad(x), PatchNR(flow, patch_size=3).grad(x))
     for density in (prior, PatchNR(Reversed(Reversed(flow).flow), patch_size=3)):
         assert density(x).isfinite().all()
-    with pytest.raises(TypeError, match=r"Brought.forward takes no rev: it gives densities only"):
+    with pytest.raises(TypeError, match=r"Brought.forward does not take rev: it gives densities only"):
         prior.sample(2)
-    with pytest.raises(ValueError, match=r"takes no rev"):
+    with pytest.raises(ValueError, match=r"does not take rev"):
         PatchNR(Reversed(Brought(flow)), patch_size=3)
 
 
@@ -68,7 +68,7 @@ def test_layers_that_mix_patches_are_refused():
     prior.eval()
     torch.testing.assert_close(prior(x), reference_nll(flow, x, 3))
     flow.module.subnet2[1] = nn.BatchNorm1d(8, track_running_stats=False).double().eval()
-    with pytest.raises(ValueError, match="keeps no running statistics"):
+    with pytest.raises(ValueError, match="does not keep running statistics"):
         prior(x)
 
 
@@ -160,7 +160,7 @@ def test_images_in_another_unit_are_told_once():
 
 @pytest.fixture
 def sweeps(monkeypatch):
-    """What each sweep over the patches computes: gradients in the image, in the weights."""
+    """For each sweep over the patches, whether it computes gradients in the image and in the weights."""
     found, plain = [], potential.patch_sums
 
     def counted(steps, x, index, chunk, dtype, image, weights, scale):

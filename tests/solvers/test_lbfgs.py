@@ -1,4 +1,4 @@
-"""L-BFGS and first-order descent on a batch: minima, independence of the samples, places that are not finite, units."""
+"""L-BFGS and first-order descent on a batch: minima, independent samples, objectives that are not finite everywhere, units."""
 
 import math
 
@@ -16,7 +16,7 @@ def rosenbrock(z):
 
 
 def with_holes(value_and_grad, limit):
-    """NaN where any entry exceeds ``limit``."""
+    """Values and gradients that are NaN for samples with an entry above ``limit``."""
 
     def holed(z):
         value, grad = value_and_grad(z)

@@ -1,4 +1,4 @@
-"""The proximity operator: known answers, descent whatever gamma is, and its derivatives."""
+"""The proximity operator: known answers, descent for every gamma, and its derivatives."""
 
 import pytest
 import torch

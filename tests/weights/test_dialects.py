@@ -1,4 +1,4 @@
-"""Four dialects in, two out; a state dict says which function it is for; misfits change nothing."""
+"""Four dialects are read and two are written; a state dict says which function it is for, and a misfit changes nothing."""
 
 import copy
 import math
@@ -69,7 +69,7 @@ def test_to_deepinv_refuses_other_functions(name):
     if name == "glow":
         assert len(prior.to_deepinv_state_dict()) == 24
     else:
-        with pytest.raises(ValueError, match="deepinv's PatchNR has no flow like"):
+        with pytest.raises(ValueError, match="expected a flow that deepinv's PatchNR has too; got"):
             prior.to_deepinv_state_dict()
 
 
@@ -202,7 +202,7 @@ def test_loading_draws_no_random_numbers(dialect, tmp_path):
 
 
 class Outer(torch.nn.Module):
-    """A user's module that holds one of our flows, and a weight of its own or none."""
+    """A user's module that holds one of our flows, with or without a weight of its own."""
 
     def __init__(self, name="glow_permuted", own=False, seed=0):
         super().__init__()
@@ -250,7 +250,7 @@ def test_priors_load_what_arithmetic_left(name, tmp_path):
         made = PatchNR(make(name, 9, torch.float32, 0.1, 2), patch_size=3, pretrained=tmp_path / "arithmetic.pt")
         torch.testing.assert_close(made(x), prior(x), rtol=1e-4, atol=1e-4)
     if name.startswith("glow"):
-        with pytest.raises(CheckpointError, match="whose description was lost on the way"):
+        with pytest.raises(CheckpointError, match="whose config was lost on the way"):
             PatchNR.from_checkpoint(tmp_path / "arithmetic.pt")
 
 
@@ -273,7 +273,7 @@ def test_rotations_are_checked_before_anything_is_loaded(name):
 
 
 def test_a_users_own_integers_stay_integers():
-    """Buffers of names that ours have, too."""
+    """A user's flow whose buffers have the names of ours."""
 
     class Own(Outer):
         def __init__(self, seed=0):

@@ -1,4 +1,4 @@
-"""Weights in files: whatever is broken is refused and changes nothing; what is written comes back."""
+"""Weights in files: broken files are refused and change nothing, and what is written is read again."""
 
 import io
 import math
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from deepinv_flows import CheckpointError, FlowPrior, PatchNR, glow_flow, image_flow
+from deepinv_flows import CheckpointError, FlowPrior, PatchNR, allinone_flow, glow_flow, image_flow
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -176,7 +176,7 @@ def test_saved_files_have_the_users_permissions(tmp_path):
 
 
 def test_double_is_saved_as_double(tmp_path):
-    """Nothing is rounded; a shorter dtype than torch's default is not what one computes in."""
+    """Weights are not rounded; those of a shorter dtype than torch's default are loaded in the default dtype."""
     for flow in ("glow_permuted", "allinone_soft_exp"):
         prior = PatchNR(make(flow, 9, torch.float64), patch_size=3)
         prior.save(tmp_path / "double")
@@ -227,7 +227,7 @@ def test_open_files(kind, tmp_path):
 
 
 def test_a_header_of_640_bytes_is_not_a_pickle(tmp_path):
-    """The length of the header is what a file of safetensors begins with; 640 is b"\\x80\\x02", as of a pickle."""
+    """A file of safetensors begins with the length of its header; a length of 640 is b"\\x80\\x02", which begins a pickle too."""
     prior = ours(3, 1)
     prior.save(tmp_path / "weights")
     raw = (tmp_path / "weights").read_bytes()
@@ -240,7 +240,7 @@ def test_a_header_of_640_bytes_is_not_a_pickle(tmp_path):
 
 @pytest.mark.parametrize("patch", [(6, 3), (3, 1), (6, 1), (3, 2), (8, 3), (5, 4)], ids=str)
 def test_channels_that_fit(patch, tmp_path):
-    """A file of deepinv's says the dimension alone: the fewest channels of which square patches have as many entries."""
+    """A file of deepinv's gives the dimension alone; the number of channels is the smallest for which square patches fit it."""
     torch.save(deepinv_now(*patch)[0], tmp_path / "deepinv.pt")
     dim = patch[0] ** 2 * patch[1]
     fewest = next(c for c in range(1, dim) if (dim / c) ** 0.5 % 1 == 0)
@@ -267,7 +267,7 @@ def test_a_dimension_without_square_patches_is_named(tmp_path):
 
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_a_seeded_script_keeps_its_noise(pretrained, tmp_path):
-    """The constructor takes from torch's global generator what deepinv's takes."""
+    """The constructor draws as many numbers of torch's global generator as deepinv's constructor does."""
     sizes = dict(patch_size=3, num_layers=2, sub_net_size=8)
     torch.save(dinv.optim.PatchNR(**sizes).state_dict(), tmp_path / "w.pt")
     noise = []
@@ -284,3 +284,13 @@ def test_the_range_of_the_images_is_kept(tmp_path):
     prior.save(tmp_path / "weights")
     assert PatchNR.from_checkpoint(tmp_path / "weights").image_range == (-0.25, 1.5)
     assert PatchNR(pretrained=tmp_path / "weights", patch_size=3).image_range == (-0.25, 1.5)
+
+
+@pytest.mark.parametrize("build", [glow_flow, allinone_flow])
+def test_a_flow_of_shared_blocks_is_saved(build, tmp_path):
+    flow = build(9, 2, 8)
+    flow.module_list[1 + (build is glow_flow)] = flow.module_list[int(build is glow_flow)]
+    prior = PatchNR(flow, patch_size=3)
+    prior.save(tmp_path / "weights.safetensors")
+    x = torch.rand(1, 1, 8, 8)
+    torch.testing.assert_close(PatchNR.from_checkpoint(tmp_path / "weights.safetensors")(x), prior(x))

@@ -1,4 +1,4 @@
-"""What 0.1.0 wrote loads and gives what it gave: objects pickled whole, before its modules moved, and trainings."""
+"""What 0.1.0 wrote loads and gives the same results: objects pickled whole before its modules moved, and trainings."""
 
 import importlib
 import json
@@ -48,7 +48,7 @@ def model(dim):
 @pytest.mark.parametrize("trainer", [dinv.Trainer, DistributedTrainer])
 @pytest.mark.parametrize("dim", TRAININGS)
 def test_trainings_of_0_1_0_go_on(dim, trainer, tmp_path):
-    """From its checkpoint of two epochs to the fifth, also over a checkpoint of today: with Adam's moments where they belong."""
+    """A training goes on from epoch 2 to 5, also by way of a checkpoint of today, with the right moments of Adam."""
     x, flow = TRAININGS[dim]["x"], model(dim)
     torch.save(TRAININGS[dim]["checkpoint"], tmp_path / "ckp_1.pth.tar")
     loader = torch.utils.data.DataLoader(torch.utils.data.StackDataset(x=x, y=x), batch_size=16)

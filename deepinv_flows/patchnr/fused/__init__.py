@@ -1,8 +1,8 @@
 """
 Derivatives of patch flows written out, for flows whose parts are all known.
 
-``recognise`` turns a flow into ``steps``, if its modules are still ``originals``; their ``networks`` work in the buffers of a
-``workspace``. ``sweep`` adds up values and gradients, those in the weights too, over the patches.
+``recognise`` turns a flow into ``steps``, if ``originals`` finds that its modules still compute what their classes say. The
+``networks`` of the steps work in the buffers of a ``workspace``. ``sweep`` adds up values and gradients over the patches.
 """
 
 from .recognise import steps_of

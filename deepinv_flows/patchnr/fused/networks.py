@@ -1,4 +1,4 @@
-"""The networks of a patch flow's couplings, on chunks held as columns; ``do`` is that of ``steps``."""
+"""The networks of a flow's couplings, for chunks of patches held as columns; ``do`` is explained in ``steps``."""
 
 import functools
 from collections.abc import Callable
@@ -19,8 +19,8 @@ class Activation:
     """
     A function f of each entry.
 
-    ``function(a)`` is f(a) with a graph. ``apply(do, a, h)`` writes h = f(a); ``backward(do, g, kept)`` multiplies g by f'(a) in
-    place, where ``kept`` is h if f works in place and a if not.
+    ``function(a)`` returns f(a) with a graph. ``apply(do, a, h)`` writes f(a) to h. ``backward(do, g, kept)`` multiplies g by
+    f'(a) in place; ``kept`` is h if f works in place, and a otherwise.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -69,8 +69,8 @@ class Network:
     """
     A fully connected network.
 
-    :param list packed: [W b] of each layer, (out, in + 1).
-    :param list activations: one after each layer but the last.
+    :param list packed: the matrix [W b] (out, in + 1) of each layer.
+    :param list activations: the activation after each layer but the last.
     """
 
     def __init__(self, packed: list[Tensor], activations: list[Activation]):
@@ -113,7 +113,7 @@ class Network:
     def backward(
         self, do: Callable, g: Tensor, tape: SimpleNamespace, grads: list[Tensor] | None, into: Tensor
     ) -> None:
-        """Add to ``into`` the gradient in the input."""
+        """Add the gradient in the input to ``into``, and the gradients in ``packed`` to ``grads``."""
         for k in range(len(tape.weights) - 1, -1, -1):
             if grads is not None:
                 do(grads[k].addmm_, g, tape.inputs[k].t())

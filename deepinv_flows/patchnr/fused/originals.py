@@ -1,10 +1,10 @@
 """
 Whether modules still compute what their classes say.
 
-Seen are hooks, a method replaced on an instance (``block._coupling1 = ...``), and a method replaced on a class
-(``nn.Linear.forward = ...``). A class of FrEIA or deepinv is compared with what it was when it was first seen; by then its
-methods have to come from its own module. Not seen are a replaced ``nn.Module.__call__`` and functions replaced in
-:mod:`torch` or :mod:`torch.nn.functional`: subclass a layer instead, which leaves the flow to autograd.
+Hooks are noticed, and so are methods replaced on an instance (``block._coupling1 = ...``) or on a class
+(``nn.Linear.forward = ...``). A class of FrEIA or deepinv is compared with what it was when it was first seen, when all its
+methods have to come from its own module. A replaced ``nn.Module.__call__``, and functions replaced in ``torch`` or in
+``torch.nn.functional``, are not noticed: subclass a layer instead, so that autograd evaluates the flow.
 """
 
 import types
@@ -17,7 +17,7 @@ _first_seen: dict[type, dict[str, types.FunctionType]] = {}  # the methods of ea
 
 
 def unchanged(flow: nn.Module) -> bool:
-    """Whether a call of each module is its class's ``forward`` and nothing else."""
+    """Whether a call of each module runs the ``forward`` of its class and nothing else."""
     modules = list(flow.modules())
     if any(_GLOBAL_HOOKS) or any(vars(module).get(name) for module in modules for name in _HOOKS):
         return False
@@ -31,7 +31,7 @@ def unchanged(flow: nn.Module) -> bool:
 
 
 def _methods(kind: type) -> dict[str, types.FunctionType]:
-    """The methods that a class has beside those of every module."""
+    """The methods of a class, without those of ``nn.Module``."""
     found: dict[str, types.FunctionType] = {}
     for ancestor in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, value in vars(ancestor).items():
@@ -41,7 +41,7 @@ def _methods(kind: type) -> dict[str, types.FunctionType]:
 
 
 def _own(kind: type) -> bool:
-    """Whether the methods of a class were written where the class was."""
+    """Whether the methods of a class come from the module that defines the class."""
     ancestors = kind.__mro__[: kind.__mro__.index(nn.Module)]
     functions = [(c, f) for c in ancestors for f in vars(c).values() if isinstance(f, types.FunctionType)]
     return all(f.__module__ == c.__module__ for c, f in functions)

@@ -1,10 +1,10 @@
 """
-From a flow's modules to :mod:`deepinv_flows.patchnr.fused.steps`, where every one of them is known.
+The steps (:mod:`deepinv_flows.patchnr.fused.steps`) of a flow, if all its modules are known.
 
-Known are FrEIA's ``SequenceINN`` and ``GraphINN`` chains of GLOW, RealNVP, NICE and GIN couplings, ``AllInOneBlock`` and fixed
-permutations, and deepinv's ``NormalizingFlow``, all over networks of linear layers with ReLU, LeakyReLU, SiLU or GELU between
-them. Classes are told by name, exactly: a subclass may compute something else. Everything is read anew at each call, so
-weights changed in any way never give a stale result, and nothing is ever written to the modules.
+The following are known: chains, by FrEIA's ``SequenceINN`` and ``GraphINN``, of GLOW, RealNVP, NICE and GIN couplings,
+``AllInOneBlock`` and fixed permutations, and deepinv's ``NormalizingFlow``. Their networks are linear layers with ReLU,
+LeakyReLU, SiLU or GELU between them. Classes have to match by their exact names, since a subclass may compute something else.
+Everything is read anew at each call, so that changed weights never give a stale result. Nothing is ever written to the modules.
 """
 
 import math
@@ -23,10 +23,10 @@ class _Unknown(Exception):
 
 class _Reading:
     """
-    The tensors of a flow as they are read: a parameter, or the tensor that stands for it.
+    Reads the tensors of a flow: a parameter, or the tensor that takes its place.
 
-    :param torch.Tensor like: a weight, for dtype and device.
-    :param dict weights: from ``id`` of a parameter to the tensor to read in its place.
+    :param torch.Tensor like: a weight, for its dtype and device.
+    :param dict weights: maps the ``id`` of a parameter to the tensor to read in its place.
     """
 
     def __init__(self, like: Tensor, weights: dict[int, Tensor]):
@@ -41,9 +41,9 @@ class _Reading:
 
 def steps_of(flow: nn.Module, weights: dict[str, Tensor] | None = None) -> list | None:
     """
-    The steps of a flow in float32 or float64, or ``None`` if any part of it is not known.
+    The steps of a flow in float32 or float64; ``None`` if a part of it is not known.
 
-    :param torch.nn.Module flow: flow.
+    :param torch.nn.Module flow: flow on (N, D).
     :param dict weights: tensors to read in place of the parameters of these names; ``None`` reads the parameters.
     """
     own = dict(flow.named_parameters())
@@ -104,7 +104,7 @@ def _permutation(module, read: _Reading) -> list:
 
 
 def _two_sided(moves_first: tuple, moves_second: tuple, **options) -> list:
-    """Two half-steps, each given by (networks, rows that move, rows that stay)."""
+    """The two couplings of a block, each given by (networks, rows that move, rows that stay)."""
     return [Coupling(kept, moved, networks, **options) for networks, moved, kept in (moves_first, moves_second)]
 
 
@@ -207,9 +207,11 @@ def _rotation(module, read: _Reading) -> tuple[Tensor, Tensor]:
 
 
 def _clamp(module) -> tuple[str, float, float]:
-    """f, outer and inner of a block's soft clamp u -> outer * f(inner * u), which FrEIA keeps as a bare function."""
+    """The f, outer and inner of a block's soft clamp u -> outer * f(inner * u), which FrEIA keeps as a function."""
     _require(not torch.is_tensor(module.clamp) and module.clamp != 0 and not isinstance(module.f_clamp, nn.Module))
-    if type(module.f_clamp).__module__ == "deepinv_flows.flows.freia":  # the builders' clamps say what they are
+    if (
+        type(module.f_clamp).__module__ == "deepinv_flows.flows.freia"
+    ):  # a clamp of our builders has these as attributes
         return module.f_clamp.function, module.f_clamp.outer, module.f_clamp.inner
     known = [
         ("atan", 0.636, 1.0),  # FrEIA's "ATAN"
@@ -220,7 +222,7 @@ def _clamp(module) -> tuple[str, float, float]:
     u = torch.cat([scale * torch.linspace(-9, 11, 41, dtype=torch.float64) for scale in (1, 1e3, 1e6)])
     try:
         value = module.f_clamp(u.clone())
-    except Exception:  # a user's function, of whatever kind
+    except Exception:  # a function of the user's may raise anything
         raise _Unknown from None
     for function, outer, inner in known:
         expected = outer * getattr(torch, function)(inner * u)

@@ -1,20 +1,21 @@
 r"""
-The steps of a patch flow with their derivatives written out: no graph, buffers reused from chunk to chunk.
+The steps of a patch flow with their derivatives written out, without a graph, in buffers that are reused for each chunk.
 
-A chunk of N patches is held as the columns of a (D, N) matrix, so that halves and single entries are contiguous rows and
+A chunk of N patches is held as the columns of a (D, N) matrix, so that halves and single entries are contiguous rows, and
 each layer is one matrix product into a buffer. A row of ones below the activations makes the bias a column of the
-weights, :math:`W h + b = [W\;b]\,[h;1]`, and its gradient a column of theirs.
+weights, :math:`W h + b = [W\;b]\,[h;1]`, and the gradient in the bias a column of the gradient in the weights.
 
 Each step has ``packed`` weights, which are functions of the flow's parameters (autograd maps their gradients back), and
 
-- ``forward(do, x, log_det, tape)``: the new state; ``log_det`` (N,) is added to, ``tape`` holds what ``backward`` needs;
-- ``backward(do, g, weight, tape, grads)``: from :math:`g = \partial L/\partial` (new state) the one of the old state, for
-  :math:`L = \sum_i w_i (\tfrac12 \|z_i\|^2 - \log|\det J|_i)`, adding to ``grads`` (as ``packed``) unless it is ``None``;
-- ``inverse()``: the step that undoes it;
-- ``recorded(x)``: the new state and log-determinants of the rows of x (n, D), with a graph in x and in ``packed``.
+- ``forward(do, x, log_det, tape)``: gives the new state, adds to ``log_det`` (N,), and keeps what ``backward`` needs in ``tape``;
+- ``backward(do, g, weight, tape, grads)``: gives the gradient of :math:`L = \sum_i w_i (\tfrac12 \|z_i\|^2 - \log|\det J|_i)` in
+  the old state from the gradient g in the new state, and adds the gradients in ``packed`` to ``grads`` unless it is ``None``;
+- ``inverse()``: gives the inverse step;
+- ``recorded(x)``: gives the new state and log-determinants of the rows of x (n, D), with a graph in x and in ``packed``.
 
-The first two are called once, and note by ``do(operation, ...)`` what is then done to each chunk. An operation writes into a
-buffer, never to a new tensor, and costs one call of the interpreter, which runs one thread at a time.
+The first two are called once, with x, g and the rest as buffers. By ``do(operation, ...)`` they note the operations that are then
+run for each chunk. An operation writes to a buffer, never to a new tensor, and takes one call from the Python interpreter, which
+runs one thread at a time.
 """
 
 import copy
@@ -34,7 +35,7 @@ class Affine:
     :math:`x \mapsto W x + b`.
 
     :param list packed: [W (D, D), b (D, 1), :math:`\log|\det W|` ()].
-    :param callable inverse_packed: gives the same three of the inverse.
+    :param callable inverse_packed: returns the same three tensors for the inverse.
     """
 
     def __init__(self, packed: list[Tensor], inverse_packed: Callable[[], list[Tensor]]):
@@ -79,15 +80,15 @@ class Affine:
 
 class Coupling:
     r"""
-    One half moves by what networks say of the other: :math:`x_m \mapsto x_m e^{s} + t`, or back by
+    Moves one half of the entries by networks of the other half: :math:`x_m \mapsto x_m e^{s} + t`, or back by
     :math:`x_m \mapsto (x_m - t) e^{-s}`, with :math:`(a, t)` from the networks and :math:`s = \alpha f(a)`.
 
-    :param slice kept: rows that the networks see.
+    :param slice kept: rows that are the input of the networks.
     :param slice moved: rows that move.
-    :param list networks: one that gives a and t, or one for each; only t if ``function`` is ``None``.
+    :param list networks: one network for a and t, or one for each of them; one for t alone if ``function`` is ``None``.
     :param str function: f, ``"atan"`` or ``"tanh"``; ``None`` for s = 0.
-    :param float alpha: bound of s.
-    :param bool centred: subtract from s its mean, which preserves volume.
+    :param float alpha: :math:`\alpha`.
+    :param bool centred: whether to subtract from s its mean, so that the volume is preserved.
     """
 
     def __init__(self, kept: slice, moved: slice, networks: list[Network], function=None, alpha=1.0, centred=False):
@@ -188,7 +189,7 @@ class Coupling:
         return g
 
     def _backward_affine(self, do: Callable, gm: Tensor, weight: Tensor, tape: SimpleNamespace) -> None:
-        """From the gradient in the moved half those in a and t (in ``tape.grad``) and, in place, in its old value."""
+        """Turn the gradient in the moved half into the one before the step; write those in a and t to ``tape.grad``."""
         if self.sign > 0:
             do(tape.grad_t.copy_, gm)
         a, ds = tape.a, tape.grad_a
@@ -214,7 +215,7 @@ class Coupling:
 
 
 def recorded_nll(steps: list, x: Tensor) -> Tensor:
-    """Negative log-likelihoods (n,), without their constant, of the rows of x (n, D), with a graph."""
+    """Negative log-likelihoods (n,) of the rows of x (n, D), without the constant, with a graph."""
     total = x.new_zeros(len(x))
     for step in steps:
         x, log_det = step.recorded(x)
@@ -224,16 +225,16 @@ def recorded_nll(steps: list, x: Tensor) -> Tensor:
 
 class Program:
     """
-    What is done to each chunk by a flow's steps; one for each thread.
+    The operations of a flow's steps for a chunk of patches; each thread has a program of its own.
 
     :param list steps: as :func:`deepinv_flows.patchnr.fused.steps_of` gives them.
-    :param int dim: entries of a patch.
-    :param Workspace space: buffers.
-    :param bool backward: whether gradients are wanted.
-    :param list grads: where to add the gradients in the packed weights of each step; ``None`` for nowhere.
+    :param int dim: number of entries of a patch.
+    :param Workspace space: source of buffers.
+    :param bool backward: whether to compute gradients.
+    :param list grads: where to add the gradients in the packed weights of each step; ``None`` if they are not wanted.
 
-    ``x`` (D, n) takes the patches, ``weight`` (n,) what each counts in gradients; after :meth:`run`, ``value`` (n,) holds their
-    negative log-likelihoods and ``grad`` (D, n) the gradient of the weighted sum in x, whose entries are lost.
+    The patches are written to ``x`` (D, n) and their factors in gradients to ``weight`` (n,). After ``run``, ``value`` (n,) holds
+    their negative log-likelihoods, and ``grad`` (D, n) the gradient in x of the weighted sum; ``x`` is overwritten.
     """
 
     def __init__(self, steps: list, dim: int, space: Workspace, backward: bool = True, grads: list | None = None):

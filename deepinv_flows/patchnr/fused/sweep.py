@@ -1,4 +1,4 @@
-"""A flow's :mod:`deepinv_flows.patchnr.fused.steps` over the patches of an image batch, chunk by chunk, shared out to threads."""
+"""Values and gradients by a flow's steps, summed over the patches of a batch of images, chunk by chunk, in several threads."""
 
 import functools
 import itertools
@@ -16,14 +16,16 @@ from ..patches import PatchIndex
 from .steps import Program
 from .workspace import workspace
 
-LEAST_SHARE = 256  # patches that make a thread worth its start
-ALIGNED = 16  # patches whose float32 entries fill a cache line: matrix products of other sizes are a sixth slower
+LEAST_SHARE = 256  # with fewer patches a thread is not worth its start
+ALIGNED = (
+    16  # float32 entries in a cache line; matrix products of a chunk size that it does not divide take a sixth longer
+)
 
 
 @dataclass
 class Sums:
     """
-    What is added up over patches.
+    Sums over patches.
 
     :param torch.Tensor value: negative log-likelihoods of each image (B,).
     :param torch.Tensor grad: gradient in the image, flat; ``None`` if not wanted.
@@ -55,18 +57,18 @@ def patch_sums(
     scale: Tensor | None = None,
 ) -> Sums:
     """
-    Sums over all patches of an index.
+    The sums over all patches of an index.
 
     :param list steps: as :func:`deepinv_flows.patchnr.fused.steps_of` gives them.
     :param torch.Tensor x: images (B, C, H, W).
-    :param int chunk_size: patches at a time, in each thread; rounded up to a multiple of 16.
+    :param int chunk_size: number of patches at a time, in each thread; rounded up to a multiple of 16.
     :param torch.dtype dtype: of matrix products; ``None`` for the dtype of x.
     :param bool image: whether to compute the gradient in the image.
     :param bool weights: whether to compute the gradients in the packed weights.
     :param torch.Tensor scale: factors of the images in the gradients (B,); ``None`` for 1.
-    :return: sums, the same at each call with as many threads: shares and the order of additions are fixed.
+    :return: sums; equal at each call with the same number of threads, as shares and the order of additions are fixed.
     """
-    flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another
+    flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another dtype
     sweep = _Sweep(steps, flat, index, chunk_size, dtype or flat.dtype, image, weights, scale)
     shares = _in_threads(sweep.share, _split(len(index), _thread_count(flat, len(index))), sweep.stopped)
     total = shares[0]
@@ -77,7 +79,7 @@ def patch_sums(
 
 @dataclass
 class _Sweep:
-    """What the threads of one :func:`patch_sums` have in common."""
+    """What the threads of one call of ``patch_sums`` have in common."""
 
     steps: list
     flat: Tensor
@@ -93,7 +95,7 @@ class _Sweep:
         """The sums over the patches with these numbers."""
         flat, dim = self.flat, len(self.index.offsets)
         sums = _zeros(self.steps, flat, self.index.batch, self.image, self.weights)
-        # as many equal chunks as it takes; the last is filled up with patches of weight zero
+        # the smallest number of equal chunks; the last one is filled up with patches of weight zero
         size = math.ceil((stop - start) / math.ceil((stop - start) / self.chunk_size))
         size = math.ceil(size / ALIGNED) * ALIGNED
         with workspace(size, flat.dtype, flat.device, self.dtype) as space:
@@ -128,7 +130,7 @@ def _thread_count(flat: Tensor, patches: int) -> int:
 
 
 class _Alone:
-    """A thread in it computes by itself; torch's number of threads, which callers share, is afterwards what it was."""
+    """A context in which torch uses one thread for each operation; its number of threads, global to all callers, is restored."""
 
     def __init__(self) -> None:
         self.lock, self.inside, self.before = threading.Lock(), 0, 1
@@ -141,7 +143,7 @@ class _Alone:
         with self.lock:
             self.before = self.before if self.inside else torch.get_num_threads()
             self.inside += 1
-        torch.set_num_threads(1)  # MKL's count is one for all threads
+        torch.set_num_threads(1)  # MKL has one such number for all threads
 
     def __exit__(self, *error) -> None:
         with self.lock:
@@ -159,9 +161,10 @@ def _split(total: int, parts: int) -> list[tuple[int, int]]:
 
 def _in_threads(work: Callable, shares: list[tuple[int, int]], stopped: threading.Event) -> list:
     """
-    ``work(*share)`` for each share, each in a thread of its own that computes alone.
+    The results of ``work(*share)`` for each share, each in a thread of its own.
 
-    Chunk by chunk in its own cache, a core is faster than two that share out each operation of a larger chunk.
+    Two cores that work on chunks of their own, each in its own cache, are faster than two that divide each operation on a larger
+    chunk.
     """
 
     def run(share):
@@ -173,12 +176,12 @@ def _in_threads(work: Callable, shares: list[tuple[int, int]], stopped: threadin
     try:
         with _alone:
             return list(_pool(len(shares), os.getpid()).map(run, shares))
-    except BaseException:  # an interrupt too: threads that went on would delay the next call
+    except BaseException:  # also for an interrupt: threads that went on would delay the next call
         stopped.set()
         raise
 
 
 @functools.lru_cache(maxsize=2)
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Kept, as a new thread's first products take milliseconds; a forked process, which has no threads, gets its own."""
+    """The pool, which is kept, as the first products of a new thread take milliseconds; a forked process gets its own."""
     return ThreadPoolExecutor(threads, "deepinv_flows", torch.set_num_threads, (1,))

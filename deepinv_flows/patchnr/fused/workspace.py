@@ -1,4 +1,4 @@
-"""Buffers for chunks of patches, kept from call to call."""
+"""Buffers for chunks of patches, which are kept from call to call."""
 
 import contextlib
 import threading
@@ -9,31 +9,33 @@ import torch
 from torch import Tensor
 
 SLAB = 2**23  # bytes
-KEPT = 2**27  # bytes that a thread keeps from call to call at most; more is made anew
+KEPT = 2**27  # bytes; a larger workspace is not kept after a call
 
 
 class Workspace:
     """
     Buffers for chunks of n patches.
 
-    :param torch.dtype state_dtype: of all but matrix products.
-    :param torch.dtype dtype: of matrix products.
+    :param int n: number of patches.
+    :param torch.dtype state_dtype: dtype of everything but matrix products.
+    :param torch.dtype dtype: dtype of matrix products.
     """
 
     def __init__(self, n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype):
         self.slabs: list[Tensor] = []
-        self.typed: dict = {}  # the slabs as tensors of each dtype
+        self.typed: dict = {}  # the slabs, viewed as each dtype
         self.device = device
         self.start(n, state_dtype, dtype)
 
     def start(self, n: int, state_dtype: torch.dtype, dtype: torch.dtype) -> "Workspace":
-        """Take all buffers back, to be handed out for chunks of another size."""
+        """Take all buffers back, to hand them out for chunks of another size."""
         self.n, self.state_dtype, self.dtype = n, state_dtype, dtype
         self.slab, self.taken = 0, 0
         self.by_name: dict[tuple, Tensor] = {}
         return self
 
     def new(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer (rows, n), not initialised."""
         dtype = dtype or self.state_dtype
         size = rows * self.n * dtype.itemsize
         while self.slab < len(self.slabs) and self.taken + size > len(self.slabs[self.slab]):
@@ -50,7 +52,7 @@ class Workspace:
         return sum(len(slab) for slab in self.slabs)
 
     def shared(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A buffer whose content is used before the next step writes to it: one memory for all steps, which stays in cache."""
+        """A buffer (rows, n) that all steps share, so that it stays in cache; its content is used before the next step."""
         key = name, rows, dtype
         if key not in self.by_name:
             self.by_name[key] = self.new(rows, dtype)
@@ -62,11 +64,11 @@ _kept = threading.local()
 
 @contextlib.contextmanager
 def workspace(n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> Iterator[Workspace]:
-    """On a CPU this thread's workspace, kept from call to call if it is small, as the first touch of memory is slow."""
+    """A workspace; on a CPU that of this thread, which is kept if it is small, as the first write to new memory is slow."""
     if device.type != "cpu":
         yield Workspace(n, state_dtype, device, dtype)
         return
-    if n > getattr(_kept, "capacity", 0):  # slabs that are too small for it would lie idle
+    if n > getattr(_kept, "capacity", 0):  # slabs of the former workspace would be too small, and stay unused
         _kept.capacity, _kept.space = n, Workspace(n, state_dtype, device, dtype)
     try:
         yield _kept.space.start(n, state_dtype, dtype)
@@ -78,5 +80,5 @@ def workspace(n: int, state_dtype: torch.dtype, device: torch.device, dtype: tor
 def _memory(size: int, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.empty(size, dtype=torch.uint8, device=device)
-    # numpy asks for huge pages: the first touch of small ones takes longer than the work on a small image
+    # numpy asks for huge pages: the first write to small pages takes longer than the work on a small image
     return torch.from_numpy(np.empty(size, dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""The written-out derivatives, and which flows they are used for."""
+"""The derivatives that are written out, and the flows for which they are used."""
 
 import copy
 import threading
