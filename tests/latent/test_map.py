@@ -159,7 +159,7 @@ def test_physics_refused_by_name(name):
     channels, make = REFUSED[name]
     model = LatentMAP(image_flow((channels, SIDE, SIDE), 1, 1, 4))
     with pytest.raises(
-        ValueError, match=rf"^{name} cannot measure what the generator makes, .* \(2, {channels}, 8, 8\)"
+        ValueError, match=rf"^{name} cannot measure the images of the generator, .* \(2, {channels}, 8, 8\)"
     ):
         model(torch.rand(2, channels, SIDE, SIDE), make())
     assert name in LatentMAP.__doc__
@@ -307,7 +307,9 @@ def test_more_refusals_in_the_call():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="gradient of LatentMAP needs autograd"):
         LatentMAP(Gaussian())(y, physics)
     square = dinv.physics.Physics(A=lambda x, **kwargs: x**2)
-    with pytest.raises(ValueError, match="expected latent_shape, as neither Gaussian nor Physics"):
+    with pytest.raises(
+        ValueError, match="expected latent_shape, since Gaussian does not know the size of its images and Physics"
+    ):
         LatentMAP(Gaussian())(y, square)
     vectors = LatentMAP(glow_flow(32, 1, 8).double())
     with pytest.raises(ValueError, match=r"as Denoising makes of images \(2, 32\); got \(2, 1, 4, 8\)"):

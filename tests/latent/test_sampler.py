@@ -7,7 +7,7 @@ import pytest
 import torch
 from latent_cases import SIZE, Gaussian, image_prior
 
-from deepinv_flows.latent import LatentSampler
+from deepinv_flows import LatentSampler
 from deepinv_flows.latent.preconditioner import curvature
 
 
@@ -106,6 +106,7 @@ def test_statistics_and_refusals():
     for options, message in (
         (dict(temperature=0.0), "expected temperature > 0"),
         (dict(temperature=math.nan), "expected temperature > 0"),
+        (dict(temperature=math.inf), "expected a finite temperature; got inf"),
         (dict(acceptance=1.0), "expected 0 < acceptance < 1; got 1.0"),
         (dict(max_iter=0), "expected max_iter to be an integer >= 1"),
         (dict(rank=-1), "expected rank to be an integer >= 0; got -1"),
