@@ -111,7 +111,7 @@ def test_colour_read_as_grey_is_said(folder, recwarn):
     assert not recwarn.list
     Image.fromarray(np.dstack([np.full((10, 12), k, np.uint8) for k in (1, 2, 3)])).save(folder / "colour.png")
     with pytest.warns(
-        UserWarning, match="1 of 9 files of .* are in colour and are read as grey; channels=3 keeps colours"
+        UserWarning, match="1 of 9 files of .* are in colour and are read as grey; channels=3 keeps the colours"
     ):
         load_images(folder)
     assert len(load_images(folder, channels=3)) == 9

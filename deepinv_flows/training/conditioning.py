@@ -1,4 +1,4 @@
-"""How the conditions of a batch reach the model that deepinv's Trainer trains: as the parameters of its physics."""
+"""The conditions of a batch reach the model that deepinv's Trainer trains as parameters of its physics."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Conditioned(Denoising):
-    """Denoising whose parameters ``c0``, ``c1``, ... are the conditions of the batch; the measurements ignore them."""
+    """Denoising with parameters ``c0``, ``c1``, ..., the conditions of the batch, which do not change the measurements."""
 
     c: list[Tensor] | None = None
 
@@ -17,16 +17,16 @@ class Conditioned(Denoising):
 
 
 def conditions_of(physics: Physics | None) -> list[Tensor] | None:
-    """The conditions of the batch whose physics this is."""
+    """The conditions that the physics of a batch holds, if it holds any."""
     return physics.c if isinstance(physics, Conditioned) else None
 
 
 def condition_list(c: Tensor | Sequence[Tensor] | None, number: int) -> list[Tensor]:
     """
-    Conditions of so many images, as a list of tensors.
+    The conditions of ``number`` images, as a list of tensors.
 
     :raises TypeError: for anything but tensors.
-    :raises ValueError: for another number of conditions than of images.
+    :raises ValueError: for a condition of another number of images.
     """
     conditions = [] if c is None else [c] if torch.is_tensor(c) else list(c)
     for condition in conditions:

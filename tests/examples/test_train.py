@@ -268,7 +268,7 @@ def test_mode_test_evaluates_and_writes_images(name, tmp_path, folder, capsys):
 
 def test_grey_from_a_folder_in_colour_is_said(folder, tmp_path):
     with pytest.warns(
-        UserWarning, match="3 of 3 files of .* are in colour and are read as grey; channels=3 keeps colours"
+        UserWarning, match="3 of 3 files of .* are in colour and are read as grey; channels=3 keeps the colours"
     ):
         train.main(arguments("patchnr", tmp_path, f"data={folder}"))
 

@@ -16,6 +16,8 @@ from deepinv.loss import (
     SureGaussianLoss,
     SurePGLoss,
 )
+from deepinv.loss.mri import RobustSplittingLoss
+from deepinv.physics.generator import GaussianMaskGenerator, GaussianSplittingMaskGenerator
 from deepinv.transform import Reflect, Rotate, Shift
 from splitting_cases import (
     ALPHA,
@@ -402,6 +404,24 @@ def test_a_loss_of_one_number_is_refused():
 
 
 # Line 7 and errors at the boundary
+def test_robust_splitting_beside_it_is_refused_in_either_order():
+    """deepinv's RobustSplittingLoss wraps the model instead of sharing its splits; the message names the wrapper."""
+    size = (2, 16, 16)
+    splits, original = (
+        GaussianSplittingMaskGenerator(size, split_ratio=0.6),
+        GaussianMaskGenerator(size, acceleration=2),
+    )
+    physics = dinv.physics.MRI(img_size=size, noise_model=gaussian(), **original.step(batch_size=1))
+    y = physics(torch.rand(2, *size))
+    ours, robust = OURS(mask_generator=splits), RobustSplittingLoss(splits, original)
+    wrapped = robust.adapt_model(ours.adapt_model(Convolution(2)))
+    x_net = wrapped(y, physics, update_parameters=True)
+    with pytest.raises(RuntimeError, match="got RobustSplittingModel around it, .* remove that loss"):
+        ours(x_net, y, physics, wrapped)
+    with pytest.raises(ValueError, match="leave out any other loss that adapts the model"):
+        ours.adapt_model(robust.adapt_model(Convolution(2)))
+
+
 def test_errors():
     loss, physics, y = full_loss(), inpainting(), torch.rand(2, *SIZE)
     model = adapted(loss)
