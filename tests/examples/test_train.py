@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def set_aside(path):
     next(path.glob("2*")).rename(path / "first")
 
 
-@pytest.mark.parametrize("name", ["patchnr", "image_flow", "unfolded_nmapg"])
+@pytest.mark.parametrize("name", TINY)
 def test_resumed_is_uninterrupted(name, tmp_path):
     """Weights, the optimizer's state and random numbers, to the bit, where no schedule depends on the length."""
     assert train.main(arguments(name, tmp_path / "whole", "epochs=3", "scheduler=null")) == 0
@@ -210,6 +211,20 @@ def test_resumed_is_uninterrupted(name, tmp_path):
     assert [values[-1] for values in one["eval_metrics"].values()] == [
         values[-1] for values in two["eval_metrics"].values()
     ]
+
+
+def test_a_checkpoint_without_random_states_is_resumed_in_the_same_order(tmp_path):
+    """As 0.1.0 wrote them: the order of the samples and their noise depend on the seed and the epoch alone."""
+    options = ["scheduler=null", "seed=3"]
+    assert train.main(arguments("unfolded_nmapg", tmp_path / "whole", "epochs=3", *options)) == 0
+    assert train.main(arguments("unfolded_nmapg", tmp_path / "broken", "epochs=2", *options)) == 0
+    set_aside(tmp_path / "broken")
+    for path in (tmp_path / "broken" / "first").glob("ckp_*"):
+        state = torch.load(path, weights_only=False)
+        torch.save({key: value for key, value in state.items() if key != "generators"}, path)
+    assert train.main(arguments("unfolded_nmapg", tmp_path / "broken", "epochs=3", "resume=true", *options)) == 0
+    one, two = checkpoint(tmp_path / "whole")["state_dict"], checkpoint(tmp_path / "broken")["state_dict"]
+    assert all(torch.equal(two[key], value) for key, value in one.items())
 
 
 def test_lengthened_goes_on_at_the_rate_of_the_new_length(tmp_path):
@@ -310,6 +325,17 @@ def run(*command):
 def test_the_command_fails_without_a_traceback(tmp_path):
     done = run(str(EXAMPLES / "train.py"), *arguments("patchnr", tmp_path, "model._target_=os.nothing"))
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "os.nothing" in done.stderr
+
+
+def test_a_process_that_dies_ends_the_training_with_one_line(tmp_path, monkeypatch):
+    """What ``train.py`` prints; the report of torchrun follows it."""
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}")
+    mortal = '{_target_: distributed_cases.Mortal, rank: "${oc.decode:${oc.env:RANK}}"}'
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / "train.py")]
+    done = run(*torchrun, *arguments("unfolded_nmapg", tmp_path, f"losses={mortal}", "epochs=9"))
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert line.endswith("process 0 of 2 stops, since another process of its group has ended early")
 
 
 def test_two_processes_train_as_one(tmp_path):
