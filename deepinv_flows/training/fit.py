@@ -15,7 +15,7 @@ from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..reconstruction import FlowDenoiser
 from .boundary import check_level, check_options, check_range, check_trainable
-from .conditioning import Conditioned, condition_list
+from .conditioning import Conditioned, condition_lists
 from .likelihood import FlowModel, FlowNLL
 from .runs import fit
 from .samples import ImageSamples, PatchSamples, image_list, noisy, same, stacked, subset
@@ -155,7 +155,7 @@ def fit_flow(
         evaluates on ``images`` and returns the last weights.
     :param torch.Tensor, list c: conditions of the images for a conditional flow, a list or a single one, each (B, C', H, W);
         ``augment`` mirrors them with their images.
-    :param torch.Tensor, list eval_c: conditions of ``eval_images``.
+    :param torch.Tensor, list eval_c: conditions of ``eval_images``, as many as ``c`` has.
     :param int epochs: number of epochs.
     :param int batch_size: images in a batch.
     :param float lr: largest learning rate.
@@ -175,7 +175,7 @@ def fit_flow(
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis``.
     :return: ``flow``, trained.
     :raises ValueError: for images that are not finite, floating-point and of one size, or not of the size of the flow; for a
-        noise level that is negative or not finite; and when the training diverges.
+        noise level that is negative or not finite; for conditions that do not fit the images; and when the training diverges.
     :raises TypeError: for images of another dtype than the weights, for arrays instead of tensors, and for unknown options.
 
     >>> import torch
@@ -188,8 +188,9 @@ def fit_flow(
     check_level(sigma, compile)
     generator = torch.Generator() if generator is None else generator
     images = stacked(images)
-    held_out, eval_c = (images, c) if eval_images is None else (stacked(eval_images), eval_c)
-    conditions, eval_conditions = condition_list(c, len(images)), condition_list(eval_c, len(held_out))
+    held_out = images if eval_images is None else stacked(eval_images)
+    eval_number = None if eval_images is None else len(held_out)
+    conditions, eval_conditions = condition_lists(c, eval_c, len(images), eval_number)
     check_trainable(flow, "flow")
     prior = FlowPrior(getattr(flow, "normalizing_flow", flow))
     for batch in (images, held_out):

@@ -134,3 +134,14 @@ def test_options_of_the_trainer_pass_through(tmp_path):
             fit_patchnr(images, **{wrong: 3}, **options)
         with pytest.raises(TypeError, match=f"does not set itself; got .*{wrong}"):
             fit_flow(flow, torch.rand(8, 1, 4, 4), **{wrong: 3})
+
+
+def test_conditions_of_evaluation_images_are_asked_for():
+    """Those of the last training batch were taken instead, silently."""
+    flow = image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4, dims_c=[(1, 8, 8)])
+    x, options = torch.rand(4, 1, 8, 8), dict(epochs=1, batch_size=4, verbose=False)
+    with pytest.raises(ValueError, match="as many conditions of eval_images as of images, 1; got eval_c with 0"):
+        fit_flow(flow, x, x, c=x, **options)
+    with pytest.raises(ValueError, match="expected eval_images, whose conditions eval_c are; got None"):
+        fit_flow(flow, x, c=x, eval_c=x, **options)
+    fit_flow(flow, x, x[:2], c=x, eval_c=x[:2], **options)
