@@ -97,12 +97,27 @@ def _build(iteration, params_algo, trainable_params, device, cost_fn, g_first, b
                 f"{name} has no DEQ, since its next estimate does not depend on the estimate alone; "
                 f"got DEQ_builder({name!r}), expected one of {', '.join(FIXED_POINT_IN_X)}, NMAPG, IPiano, DavisYin"
             )
+    else:
+        _check_made(iteration, cost_fn, g_first, bregman_potential)
     params.setdefault("lambda", 1.0)
     names = [ALIASES.get(name, name) for name in trainable_params]
     names = [
         name for name in names if name in params or name != "stepsize"
     ]  # deepinv's default names it for every algorithm
     return Optim(params, iterator=iteration, trainable_params=names, **kwargs).to(device)
+
+
+def _check_made(
+    iteration: OptimIterator, cost_fn: Callable | None, g_first: bool, bregman_potential: Bregman | None
+) -> None:
+    """Refuse options of an iteration beside an iteration that was made without them; deepinv ignores them."""
+    name = type(iteration).__name__
+    if g_first and not getattr(iteration, "g_first", False):
+        raise ValueError(f"expected {name}(g_first=True) beside g_first=True; got one with g_first=False")
+    if cost_fn is not None and cost_fn not in (getattr(iteration, "user_cost", None), iteration.cost_fn):
+        raise ValueError(f"expected {name}(cost_fn=...) with the cost_fn of the builder; got another one")
+    if bregman_potential is not None and bregman_potential is not getattr(iteration, "bregman_potential", None):
+        raise ValueError(f"expected {name}(bregman_potential=...) with that of the builder; got another one")
 
 
 def unfolded_builder(
@@ -139,7 +154,8 @@ def unfolded_builder(
     :param bool g_first: exchanges the roles of f and g.
     :param deepinv.optim.Bregman bregman_potential: for ``"MD"`` and ``"PMD"``.
     :param kwargs: further arguments of :class:`deepinv.optim.BaseOptim`.
-    :raises ValueError: for an unknown name, a parameter that cannot be trained, and an option that the algorithm refuses.
+    :raises ValueError: for an unknown name, a parameter that cannot be trained, an option that the algorithm refuses, and an
+        option beside an iteration that was made without it.
     :raises TypeError: for an argument that does not exist.
 
     >>> import deepinv as dinv, torch

@@ -23,7 +23,7 @@ def coefficient(value: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 def flat(value: float | Tensor) -> float | Tensor:
-    """A :func:`coefficient` shaped so that it multiplies values (B,)."""
+    """The result of ``coefficient``, shaped so that it multiplies values (B,)."""
     return value.reshape(-1) if torch.is_tensor(value) else value
 
 
@@ -120,7 +120,7 @@ class DataTerm:
 
     @property
     def identity(self) -> tuple:
-        """What :func:`unchanged` compares to tell whether a later term is the same function."""
+        """The objects and numbers that ``unchanged`` compares to decide whether a later term is the same function."""
         return (self.data_fidelity, *self.bound)
 
     def value(self, x: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class PriorTerm:
 
     @property
     def identity(self) -> tuple:
-        """What :func:`unchanged` compares to tell whether a later term is the same function."""
+        """The objects and numbers that ``unchanged`` compares to decide whether a later term is the same function."""
         prior = ZeroPrior if isinstance(self.prior, ZeroPrior) else self.prior
         return prior, _constant(self.weight), _constant(self.g_param)
 
