@@ -1,4 +1,4 @@
-"""The trainings that YAML files describe: run, resumed, on a user's own images, by several processes, and with faults."""
+"""Trainings from YAML files: run, resumed, on a user's own images, by several processes, and with errors."""
 
 import contextlib
 import importlib.util
@@ -87,7 +87,7 @@ def test_trained_weights_are_a_prior_and_seeds_decide(tmp_path):
 
 
 def one_line(capsys, argv):
-    """What a faulty call says; nothing else may come to light on the error stream."""
+    """The message of a faulty call, which has to be all that is written to the error stream."""
     code = train.main(argv)
     error = capsys.readouterr().err
     assert code == 1 and error.startswith("train.py: ") and error.count("\n") == 1, (argv, error)
@@ -194,13 +194,13 @@ def test_resuming_nothing_is_refused(tmp_path, capsys):
 
 
 def set_aside(path):
-    """Out of the way of a second run in the same second."""
+    """Rename a run, as a second run in the same second would have the same name."""
     next(path.glob("2*")).rename(path / "first")
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_resumed_is_uninterrupted(name, tmp_path):
-    """Weights, the optimizer's state and random numbers, to the bit, where no schedule depends on the length."""
+    """Without a schedule that depends on the number of epochs, weights, metrics and random states are equal to the bit."""
     assert train.main(arguments(name, tmp_path / "whole", "epochs=3", "scheduler=null")) == 0
     assert train.main(arguments(name, tmp_path / "broken", "epochs=2", "scheduler=null")) == 0
     set_aside(tmp_path / "broken")
@@ -214,7 +214,7 @@ def test_resumed_is_uninterrupted(name, tmp_path):
 
 
 def test_a_checkpoint_without_random_states_is_resumed_in_the_same_order(tmp_path):
-    """As 0.1.0 wrote them: the order of the samples and their noise depend on the seed and the epoch alone."""
+    """Version 0.1.0 wrote such files. The order of the samples and their noise depend on the seed and the epoch alone."""
     options = ["scheduler=null", "seed=3"]
     assert train.main(arguments("unfolded_nmapg", tmp_path / "whole", "epochs=3", *options)) == 0
     assert train.main(arguments("unfolded_nmapg", tmp_path / "broken", "epochs=2", *options)) == 0
@@ -328,7 +328,7 @@ def test_the_command_fails_without_a_traceback(tmp_path):
 
 
 def test_a_process_that_dies_ends_the_training_with_one_line(tmp_path, monkeypatch):
-    """What ``train.py`` prints; the report of torchrun follows it."""
+    """``train.py`` prints one line, before the report of torchrun."""
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}")
     mortal = '{_target_: distributed_cases.Mortal, rank: "${oc.decode:${oc.env:RANK}}"}'
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / "train.py")]
@@ -339,7 +339,7 @@ def test_a_process_that_dies_ends_the_training_with_one_line(tmp_path, monkeypat
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """The losses of every step, the metrics, and the weights: one process on the joined batch, and two."""
+    """Two processes have the losses of every step, the metrics and the weights of one process on the whole batch."""
     options = ["epochs=2", "dtype=float64", "trainer.compute_eval_losses=true", "+trainer.log_train_batch=true"]
     assert train.main(arguments("patchnr", tmp_path / "one", *options)) == 0
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / "train.py")]

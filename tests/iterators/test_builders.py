@@ -1,4 +1,4 @@
-"""deepinv's documented builders, with right costs, right gradients, and its own examples."""
+"""deepinv's documented builders, with correct costs, correct gradients, and deepinv's own examples."""
 
 import inspect
 
@@ -106,7 +106,7 @@ def test_has_cost_is_the_users():
 
 
 class Scaled(dinv.optim.Prior):
-    """A quadratic whose weight is learnt."""
+    """A quadratic whose weight is learned."""
 
     def __init__(self):
         super().__init__()

@@ -126,7 +126,7 @@ def test_scaling_the_objective_changes_nothing(scale):
 
 
 class Ridge(dinv.optim.Prior):
-    """Of real and complex images."""
+    """Half the weighted squared norm, of real and complex images."""
 
     def __init__(self, weight):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What parameters mean, by every road: schedules and numbers for each sample, what is trained, what is refused."""
+"""Parameters by class and by builder: schedules, numbers for each sample, and which are trained or refused."""
 
 import warnings
 
@@ -178,7 +178,7 @@ def test_every_option_is_accepted_or_refused_alike(name, option):
     kind, iteration, params, _ = ALGORITHMS[name]
     params = {**params, **{k: v for k, v in option.items() if k in ("stepsize", "lambda", "beta")}}
     option = {k: v for k, v in option.items() if k not in params}
-    # by default deepinv's builder trains all parameters, those too that are not numbers
+    # by default deepinv's builder trains all parameters, even those that are not numbers
     trained = {"trainable_params": []} if "unfold" in option or "DEQ" in option else {}
     common = {"data_fidelity": L2, "prior": Weighted(0.8), "max_iter": 3, **trained, **option}
     own = {"generator": Decoder()} if name == "LatentGD" else {}
