@@ -19,7 +19,7 @@ from .iterators import (
     nmapg,
     unfolded_builder,
 )
-from .latent import FlowPrior, LatentMAP
+from .latent import FlowPrior, LatentMAP, LatentSampler
 from .patchnr import DistributedPatchNR, PatchNR
 from .reconstruction import MAP, FlowDenoiser
 from .registry import register, registered, unregister
@@ -50,6 +50,7 @@ __all__ = [
     "LatentGD",
     "LatentGDIteration",
     "LatentMAP",
+    "LatentSampler",
     "LearnedPrimalDual",
     "LearnedPrimalDualIteration",
     "LineSplittingMaskGenerator",

@@ -1,4 +1,4 @@
-"""Images to learn from and to test on: of a folder, of scikit-image, or random phantoms."""
+"""Images to train and test on: those of a folder or of scikit-image, and random phantoms."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from .checks import check_choice, positive_int
 
 FILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy")
 EIGHT_BITS = ("1", "L", "LA", "P", "RGB", "RGBA")
-EVERY = 5  # the share of the images, or of their rows, that is held out
+EVERY = 5  # one in so many images, or rows of a single image, is held out
 
 
 def load_images(
@@ -23,15 +23,16 @@ def load_images(
     """
     Images as tensors of torch's default dtype, in [0, 1].
 
-    :param str data: a folder with images in it or below it, a file, or a name of those that come with scikit-image (``"camera"``,
-        ``"grass"``, ``"lfw_subset"``, ...); or a list of such. An ``.npy`` file holds (N, H, W) in [0, 1].
-    :param int channels: 1 for grey images, 3 for colour. Colour read as grey is said by a warning.
-    :param str part: ``"eval"`` for every fifth image, or the last of fewer than five, or the lowest fifth of the rows of one;
-        ``"train"`` for the rest; ``None`` for all.
-    :param int min_size: least number of pixels a side.
-    :return: list of (C, H, W), in the order of the files' names.
-    :raises FileNotFoundError: where there are no images.
-    :raises ValueError: for images that are too small, or not of 8 bits.
+    :param str data: a folder, which is searched with all folders below it; a file; the name of an image that comes with
+        scikit-image (``"camera"``, ``"grass"``, ``"lfw_subset"``, ...); or a list of these. An ``.npy`` file holds (N, H, W) in
+        [0, 1].
+    :param int channels: 1 for grey images, 3 for colour images. A warning is given when colour images are read as grey.
+    :param str part: ``"eval"`` for every fifth image (the last one of fewer than five, the lowest fifth of the rows of a single
+        image); ``"train"`` for the rest; ``None`` for all.
+    :param int min_size: least height and width of an image, in pixels.
+    :return: list of images (C, H, W), sorted by the names of their files.
+    :raises FileNotFoundError: when no images are found.
+    :raises ValueError: for images that are too small or do not have 8 bits.
 
     >>> from deepinv_flows import load_images
     >>> [image.shape for image in load_images("coins")]
@@ -47,7 +48,7 @@ def load_images(
     in_colour = sum(map(_in_colour, files)) if channels == 1 else 0
     if in_colour:
         warnings.warn(
-            f"{in_colour} of {len(files)} files of {data!r} are in colour and are read as grey; channels=3 keeps colours",
+            f"{in_colour} of {len(files)} files of {data!r} are in colour and are read as grey; channels=3 keeps the colours",
             stacklevel=2,
         )
     if part is not None and len(images) == 1:
@@ -76,13 +77,13 @@ def crops(
     """
     Square pieces of images, at random positions.
 
-    :param str data: as in :func:`load_images`; or ``"phantoms"``, for :func:`phantoms`.
-    :param int size: pixels a side.
+    :param str data: as in :func:`deepinv_flows.load_images`; or ``"phantoms"``, for random phantoms.
+    :param int size: height and width of a piece, in pixels.
     :param int number: number of pieces N.
-    :param int channels: as in :func:`load_images`.
-    :param str part: as in :func:`load_images`.
-    :param int seed: of the positions, or of the phantoms.
-    :return: (N, C, size, size)
+    :param int channels: as in :func:`deepinv_flows.load_images`.
+    :param str part: as in :func:`deepinv_flows.load_images`.
+    :param int seed: seed of the positions, or of the phantoms.
+    :return: tensor (N, C, size, size).
 
     >>> from deepinv_flows.images import crops
     >>> crops("grass", size=16, number=3).shape
@@ -105,10 +106,10 @@ def phantoms(number: int, size: int, ellipses: int = 6, generator: torch.Generat
     Sums of random ellipses, in [0, 1].
 
     :param int number: number of phantoms N.
-    :param int size: pixels a side.
-    :param int ellipses: ellipses in a phantom.
-    :param torch.Generator generator: source of the ellipses; ``None`` is one with a fixed seed.
-    :return: (N, 1, size, size)
+    :param int size: height and width of a phantom, in pixels.
+    :param int ellipses: number of ellipses in a phantom.
+    :param torch.Generator generator: source of the ellipses; ``None`` is a generator with a fixed seed.
+    :return: tensor (N, 1, size, size).
 
     >>> from deepinv_flows.images import phantoms
     >>> phantoms(2, 32).shape
@@ -134,7 +135,9 @@ def _files(name: str | os.PathLike) -> list[Path]:
     bundled = Path(skimage.origin).parent / "data" if skimage and skimage.origin else None
     found = [bundled / f"{name}{suffix}" for suffix in FILES if bundled and (bundled / f"{name}{suffix}").is_file()]
     if not found or len(path.parts) != 1:
-        raise FileNotFoundError(f"expected a folder of images, a file, or a name of scikit-image's; got {str(name)!r}")
+        raise FileNotFoundError(
+            f"expected a folder of images, a file, or the name of an image of scikit-image; got {str(name)!r}"
+        )
     return found
 
 

@@ -1,11 +1,12 @@
 """
-Put our classes where deepinv looks for them, and take them out again.
+Puts our classes where deepinv looks for them, and removes them again.
 
-deepinv 0.5.0 has no plugin loader: algorithms are found by name in ``deepinv.optim.optim_iterators``, all else by import.
-Everything here works unregistered, by passing objects; :func:`register` is for code that names deepinv's.
+deepinv 0.5.0 does not load plugins: it finds algorithms by name in ``deepinv.optim.optim_iterators``, and all else by import.
+All our objects also work without registration. :func:`deepinv_flows.register` is for code that uses deepinv's names.
 
-Names are ours while anybody holds them: :func:`register`, until :func:`unregister`, and each open :func:`registered` block, in
-whatever thread. The last one to leave restores deepinv.
+The names are ours as long as someone holds them. The holders are :func:`deepinv_flows.register`, until
+:func:`deepinv_flows.unregister`, and each open block of :func:`deepinv_flows.registered` in any thread. When the last one leaves,
+the names are deepinv's again.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from .splitting import EquivariantSplittingLoss
 _PUBLIC = [getattr(iterators, name) for name in iterators.__all__]
 _ITERATIONS = tuple(obj for obj in _PUBLIC if obj.__name__.endswith("Iteration"))
 _OPTIMIZERS = tuple(obj for obj in _PUBLIC if isinstance(obj, type) and obj not in _ITERATIONS)
-# by the entry-point groups of pyproject.toml: the objects, and the deepinv modules that hold the name
+# for each entry-point group of pyproject.toml: the objects, and the modules of deepinv that hold their names
 GROUPS = {
     "deepinv.priors": ((PatchNR,), ("deepinv.optim", "deepinv.optim.prior")),
     "deepinv.losses": ((EquivariantSplittingLoss,), ("deepinv.loss", "deepinv.loss.es")),
@@ -36,18 +37,18 @@ GROUPS = {
         ("deepinv.unfolded", "deepinv.unfolded.unfolded", "deepinv.unfolded.deep_equilibrium"),
     ),
 }
-# the groups whose names deepinv has not: these are added, and all others replaced where they are
+# the groups whose names deepinv does not have: they are added, and the names of all other groups replaced
 NEW = ("deepinv.optim_iterators", "deepinv.optimizers")
-# what the state of our class has and that of deepinv's has not, where those can be pickled
+# an attribute that tells a pickled state of our class from one of deepinv's class, where both can be pickled
 MARKS: dict[type, str] = {PatchNR: "patch_size"}
-# a reload of this module finds what it left
+# a reload of this module has to find what it left
 _ABSENT = globals().get("_ABSENT", object())
 Place = tuple[str, str]
 
 
 @dataclass
 class _State:
-    """Who holds the names, and what stood at each place (module, name) before our object did."""
+    """Who holds the names, and which object stood at each place (module, name) before ours."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     registered: bool = False
@@ -59,7 +60,7 @@ _state: _State = globals().get("_state") or _State()
 
 
 def _places() -> Iterator[tuple[str, str, object, bool]]:
-    """Module, name and object of each place, and whether the name is new there."""
+    """The module, name and object of each place, and whether the name is new there."""
     for group, (objects, modules) in GROUPS.items():
         for obj in objects:
             for module in modules:
@@ -72,7 +73,7 @@ def _current(module: str, name: str) -> object:
 
 
 def _check(found: object, module: str, name: str, ours: object, new: bool) -> None:
-    """Ours may stand where nothing does, or in the place of deepinv's own object, but not of one that deepinv has since."""
+    """Our object may replace nothing, itself or deepinv's object of that name, but not an object that is new to us."""
     origin = getattr(found, "__module__", None) or ""
     if found is _ABSENT or found is ours or (not new and origin.split(".")[0] == "deepinv"):
         return
@@ -86,7 +87,7 @@ def _check(found: object, module: str, name: str, ours: object, new: bool) -> No
 
 
 def _apply() -> None:
-    """Write what is missing, after checking all of it."""
+    """Check all places, and then set the names that are not ours yet."""
     missing = []
     for module, name, ours, new in _places():
         found = _current(module, name)
@@ -111,7 +112,7 @@ def _undo() -> None:
             if ours in MARKS and "__setstate__" in vars(ours):
                 delattr(ours, "__setstate__")
         if found is not ours:
-            warnings.warn(f"{module}.{name} was replaced by {found!r} since; it is left alone", stacklevel=4)
+            warnings.warn(f"{module}.{name} has since been replaced by {found!r}; it is left as it is", stacklevel=4)
         elif before is _ABSENT:
             delattr(importlib.import_module(module), name)
         else:
@@ -135,7 +136,7 @@ def _leave(registered: bool = False) -> None:
 
 
 def _arriving(inherited: Callable, theirs: type, mark: str) -> Callable:
-    """``__setstate__`` while pickle finds our class by deepinv's name: without the mark, the state is of deepinv's class."""
+    """``__setstate__`` while pickle finds our class under deepinv's name: a state without the mark is one of deepinv's class."""
 
     def __setstate__(self, state: dict) -> None:
         if mark in state:
@@ -147,7 +148,7 @@ def _arriving(inherited: Callable, theirs: type, mark: str) -> Callable:
 
 
 def _reduce(instance: Any) -> tuple:
-    """An instance of a class of deepinv's whose name is ours now: pickle finds its class by that name no more."""
+    """How to pickle an instance of a class of deepinv whose name is ours now, so that pickle cannot find the class by it."""
     state = tuple(instance.__reduce_ex__(2))[2:]
     return (
         _instance,
@@ -157,22 +158,23 @@ def _reduce(instance: Any) -> tuple:
 
 
 def _instance(module: str, name: str) -> Any:
-    """A new instance of the class that deepinv itself has at that place, whether or not ours stands there."""
+    """A new instance of the class that deepinv itself has at that place, whether our class is registered there or not."""
     before: Any = _state.replaced.get((module, name), (_current(module, name),))[0]
     return before.__new__(before)
 
 
 def register() -> None:
     """
-    Make deepinv's own names ours.
+    Make deepinv's names refer to our classes.
 
     Afterwards ``deepinv.optim.PatchNR`` is :class:`deepinv_flows.PatchNR`, ``deepinv.loss.EquivariantSplittingLoss`` is
     :class:`deepinv_flows.EquivariantSplittingLoss`, ``deepinv.unfolded``'s builders are ours, and our optimizers and iterations
-    stand beside deepinv's (``deepinv.optim.NMAPG``, ``optim_builder("NMAPG", ...)``). Calling it again does nothing, or, after
-    a deepinv module was reloaded, registers there anew. A name bound before by ``from deepinv.optim import PatchNR`` stays what
-    it was: register before such imports. Objects of deepinv's own classes, pickled before or since, load as what they are.
+    stand beside deepinv's (``deepinv.optim.NMAPG``, ``optim_builder("NMAPG", ...)``). A second call changes nothing, unless a
+    module of deepinv was reloaded, where it registers anew. A name that was imported before, by
+    ``from deepinv.optim import PatchNR``, keeps its object: register before such imports. Pickled objects of deepinv's classes
+    load as objects of these classes, whether they were pickled before or after.
 
-    :raises RuntimeError: when a name is taken by an object that is neither deepinv's nor ours; then nothing is changed.
+    :raises RuntimeError: when a name is taken by an object that is neither deepinv's nor ours. Then nothing is changed.
 
     >>> import deepinv as dinv
     >>> import deepinv_flows
@@ -188,9 +190,10 @@ def register() -> None:
 
 def unregister() -> None:
     """
-    Undo :func:`register`: every name holds again the object that it held, once no :func:`registered` block is open.
+    Undo :func:`deepinv_flows.register`. Every name refers to its former object again, as soon as all blocks of
+    :func:`deepinv_flows.registered` are closed.
 
-    A name that someone else has replaced since is left alone, and named in a warning.
+    A name that someone else has replaced since then is left as it is, and a warning names it.
 
     >>> import deepinv_flows
     >>> deepinv_flows.unregister()
@@ -201,7 +204,7 @@ def unregister() -> None:
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
     """
-    :func:`register` within a ``with`` block; blocks may nest and overlap, in threads too.
+    :func:`deepinv_flows.register` within a ``with`` block. Blocks may be nested, and may overlap in several threads.
 
     >>> import deepinv as dinv
     >>> import deepinv_flows

@@ -2,16 +2,16 @@ r"""
 Train what a YAML file describes
 ================================
 
-``python examples/train.py --config examples/configs/patchnr.yaml [key=value ...]`` runs a :class:`deepinv.Trainer` whose physics,
-model, losses, metrics, optimizer and data the file names by their import paths. Every key of the file can be given anew
-(``epochs=5``, ``optimizer.lr=1e-4``, ``data=/my/folder``), and one that it has not can be added (``+trainer.early_stop=3``).
+``python examples/train.py --config examples/configs/patchnr.yaml [key=value ...]`` runs a :class:`deepinv.Trainer`. The file
+names its physics, model, losses, metrics, optimizer and data by their import paths. The command line can change every key of the
+file (``epochs=5``, ``optimizer.lr=1e-4``, ``data=/my/folder``) and add new ones (``+trainer.early_stop=3``).
 
-With ``resume=true`` the training goes on from its newest checkpoint, as if it had not been interrupted; more epochs or another
-rate count from there on. ``mode=test [test_data=/my/folder]`` evaluates the best checkpoint of the newest run, or the one that
-``resume=`` names, and writes images beside it. ``torchrun --nproc_per_node 2 examples/train.py ...`` shares each batch out over
-two processes, with the losses of one.
+With ``resume=true`` the training continues from its newest checkpoint, as if it had not been interrupted; more epochs or another
+learning rate apply from there on. ``mode=test [test_data=/my/folder]`` evaluates the best checkpoint of the newest run, or the
+checkpoint that ``resume=`` names, and writes images to a folder beside it. ``torchrun --nproc_per_node 2 examples/train.py ...``
+divides each batch between two processes, with the losses of a single process.
 
-A file can name any function to call: run those that you trust.
+A file can name any function to be called, so run only files that you trust.
 """
 
 import argparse
@@ -41,11 +41,11 @@ from deepinv_flows.training import Resumes
 from deepinv_flows.weights import CheckpointError, guarded, read_torch
 
 PATHS = ("data", "test_data", "save_path", "resume")
-instantiate = functools.partial(hydra.utils.instantiate, _convert_="all")  # lists as lists
+instantiate = functools.partial(hydra.utils.instantiate, _convert_="all")  # lists become lists, not ListConfig
 
 
 def read_config(path: str, overrides: list[str]) -> DictConfig:
-    """The file, with some of its keys given anew."""
+    """The file, with the changes that the command line makes."""
     config = OmegaConf.load(path)
     if not OmegaConf.is_dict(config):
         raise ValueError(f"expected keys and values; got {type(config).__name__} in {path}")
@@ -66,7 +66,7 @@ def read_config(path: str, overrides: list[str]) -> DictConfig:
 
 
 def read_value(text: str, is_text: bool):
-    """An override: YAML, save that the words of a path or another text stand for themselves, whatever YAML reads in them."""
+    """The value of an override. It is read as YAML, but a path or another text is taken literally."""
     if is_text and not re.match(r"""\s*([\[{"']|(null|~|true|false)?\s*$)""", text):
         return text
     value = OmegaConf.create(f"value: {text}")["value"]
@@ -74,7 +74,7 @@ def read_value(text: str, is_text: bool):
 
 
 def at(node, name: str):
-    """What a file has under a key, if anything."""
+    """The value under a key of a file, or ``None``."""
     for part in name.split("."):
         if isinstance(node, list):
             node = node[int(part)] if part.isdecimal() and int(part) < len(node) else None
@@ -84,19 +84,20 @@ def at(node, name: str):
 
 
 def keys(node) -> list[str]:
-    """All keys of a file, those below others after dots."""
+    """All keys of a file; the keys of nested nodes are joined by dots."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [name for key, below in items for name in (str(key), *(f"{key}.{name}" for name in keys(below)))]
 
 
-def newest_checkpoint(config: DictConfig) -> tuple[Path | None, int]:
-    """What to go on from or to test, and the epochs that it has behind it; one that an interruption cut short is passed over."""
+def newest_checkpoint(config: DictConfig) -> Path | None:
+    """The checkpoint to resume from or to test. Files that an interruption cut short are skipped."""
     testing = config.get("mode") == "test"
     if config.resume and not isinstance(config.resume, bool):
         with guarded(config.resume):
-            return Path(config.resume), read_torch(config.resume)["epoch"] + 1
+            read_torch(config.resume)
+        return Path(config.resume)
     if not config.resume and not testing:
-        return None, 0
+        return None
     asked = "mode=test" if testing else "resume=true"
     if not config.save_path:
         raise ValueError(f"{asked} needs save_path, the folder of the training, or resume=<path of a checkpoint>")
@@ -105,27 +106,28 @@ def newest_checkpoint(config: DictConfig) -> tuple[Path | None, int]:
         paths = [path.parent / "ckp_best.pth.tar" for path in paths[:1]] + paths
     for path in paths:
         with contextlib.suppress(CheckpointError, OSError):
-            return path, read_torch(path)["epoch"] + 1
+            read_torch(path)
+            return path
     raise ValueError(
         f"{asked}: no readable checkpoint under {config.save_path}" + ("; resume=false starts anew" * (not testing))
     )
 
 
 def only_x(batch) -> torch.Tensor:
-    """The images or patches alone: the Trainer measures them."""
+    """The images or patches alone, which the Trainer measures."""
     return batch_as_dict(batch if isinstance(batch, dict) else default_collate(batch))["x"]
 
 
 @torch.no_grad()
 def measured(data: Dataset, physics, device: torch.device) -> Dataset:
-    """Each image with its measurement, made once."""
+    """The images with their measurements, which are made once."""
     batches = [(x, physics(x.to(device)).cpu()) for x in DataLoader(data, 16, collate_fn=only_x)]
     x, y = map(torch.cat, zip(*batches))
     return TensorDataset(x=x, y=y, use_dict_output=True)
 
 
 class ResumingTrainer(Resumes, DistributedTrainer):
-    """Leaves beside its checkpoints the file that made them."""
+    """A trainer that writes the config beside its checkpoints."""
 
     config: DictConfig | None = None
 
@@ -136,14 +138,14 @@ class ResumingTrainer(Resumes, DistributedTrainer):
 
 
 def generators(*things) -> tuple[torch.Generator, ...]:
-    """All sources of random numbers of modules and data, torch's own ahead."""
+    """All generators of random numbers that modules and data hold, after the global generator of torch."""
     parts = [part for thing in things for part in (thing.modules() if isinstance(thing, torch.nn.Module) else [thing])]
     found = [value for part in parts for value in vars(part).values() if isinstance(value, torch.Generator)]
     return torch.default_generator, *{id(generator): generator for generator in found}.values()
 
 
 def device_of(config: DictConfig) -> torch.device:
-    """The device, of this process among those of torchrun."""
+    """The device of this process, which may be one of those of torchrun."""
     device = torch.device(config.device)
     if "LOCAL_RANK" in os.environ:
         if device.type == "cuda":
@@ -154,7 +156,7 @@ def device_of(config: DictConfig) -> torch.device:
 
 
 def whole_folder(node) -> None:
-    """Take all images of what was to give the held-out ones."""
+    """Use all images of the data in this node, not the held-out part alone."""
     for key, below in node.items() if OmegaConf.is_dict(node) else ():
         if key == "part":
             node[key] = None
@@ -162,7 +164,7 @@ def whole_folder(node) -> None:
 
 
 def run(config: DictConfig) -> ResumingTrainer:
-    """Make all that the file names, and train or test."""
+    """Make all that the file names, and train or test the model."""
     check_choice("dtype", config.dtype, ("float32", "float64"))
     check_choice("mode", config.get("mode", "train"), ("train", "test"))
     testing = config.get("mode") == "test"
@@ -173,7 +175,7 @@ def run(config: DictConfig) -> ResumingTrainer:
         whole_folder(config.eval_data)
     torch.set_default_dtype(getattr(torch, config.dtype))
     device = device_of(config)
-    checkpoint, epoch = newest_checkpoint(config)
+    checkpoint = newest_checkpoint(config)
 
     torch.manual_seed(config.seed)
     physics = instantiate(config.physics).to(device)
@@ -212,7 +214,7 @@ def run(config: DictConfig) -> ResumingTrainer:
     if testing:
         test(trainer, eval_data, checkpoint.parent / "test", options.get("compare_no_learning", False))
     else:
-        torch.manual_seed(config.seed + epoch)  # for checkpoints that keep no random state
+        torch.manual_seed(config.seed)  # the order of the samples depends on it, also when the training is resumed
         train(trainer)
     return trainer
 
@@ -225,7 +227,7 @@ def train(trainer: ResumingTrainer) -> None:
 
 
 def test(trainer: ResumingTrainer, data: DataLoader, folder: Path, compare_no_learning: bool) -> None:
-    """Metrics, and images: measured, reconstructed and true ones, or samples of a flow."""
+    """Print metrics and write images: measured, reconstructed and true ones, or samples of a flow."""
     folder.mkdir(exist_ok=True)
     if not isinstance(trainer.model, FlowModel):
         trainer.test(data, folder, compare_no_learning)
@@ -243,7 +245,7 @@ def test(trainer: ResumingTrainer, data: DataLoader, folder: Path, compare_no_le
 
 
 def one_line(error: Exception) -> str:
-    """What was wrong, and under which key."""
+    """The cause of an error and the key of the file where it arose, in one line."""
     key = re.search(r"full_key: (\S+)", str(error)) if isinstance(error, InstantiationException) else None
     cause = error.__cause__ if key and error.__cause__ else error
     kind = "" if isinstance(cause, ValueError | InstantiationException) else f"{type(cause).__name__}: "
@@ -258,8 +260,10 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file")
-    parser.add_argument("--debug", action="store_true", help="show where an error arose")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the file, given anew")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the file to change, or with + to add"
+    )
     start, dtype = time.perf_counter(), torch.get_default_dtype()
     try:
         args = parser.parse_intermixed_args(argv)

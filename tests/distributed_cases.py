@@ -1,4 +1,4 @@
-"""What the tests of the trainer run in one process and in two: each case trains, and returns what has to agree."""
+"""Cases that the tests of the trainer run in one process and in two. Each trains, and returns what has to agree."""
 
 import importlib.util
 import os
@@ -40,7 +40,7 @@ class Network(dinv.models.Reconstructor):
 
 
 class Numbered(torch.utils.data.Dataset):
-    """Images that know their numbers; each is turned at random when it is asked for."""
+    """Images that are rotated at random whenever they are asked for."""
 
     def __init__(self, n=32, physics=None):
         x = torch.rand(n, *SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
@@ -57,7 +57,7 @@ class Numbered(torch.utils.data.Dataset):
 
 
 class Restless(Loss):
-    """Draws from the global stream as often as the data have it, as rejection sampling does, and notes what it saw."""
+    """A loss whose number of random draws depends on the data, as in rejection sampling, and which notes the samples it saw."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ def splitting(loss, noise):
 
 
 def few_entries():
-    """Masks that keep nothing of most samples are drawn again until one splits."""
+    """Masks that keep nothing of most samples; they are drawn again until one of them splits."""
     splits = dinv.physics.generator.BernoulliSplittingMaskGenerator(SIZE, 0.005)
     return fit(EquivariantSplittingLoss(mask_generator=splits), Numbered(), dinv.physics.Denoising())
 
@@ -148,7 +148,7 @@ def tested():
 
 
 def config(name):
-    """A file of ``examples/configs``, made small; what its checkpoint holds."""
+    """A case that trains a small version of a file of ``examples/configs`` and returns what its checkpoint holds."""
 
     def case(folder):
         spec = importlib.util.spec_from_file_location("train", EXAMPLES / "train.py")
@@ -161,7 +161,7 @@ def config(name):
 
 
 def arguments(name, folder):
-    """Of ``train.py``; plain gradient steps where they are of single precision, whose rounding Adam would blow up."""
+    """Arguments of ``train.py``. In single precision the steps are plain gradient steps, as Adam would amplify the rounding."""
     precision = "optimizer._target_=torch.optim.SGD optimizer.lr=1e-4" if name in SINGLE else "dtype=float64"
     overrides = f"{SMALL[name]} {precision} +trainer.compute_eval_losses=true +trainer.log_train_batch=true"
     where = ["--config", str(EXAMPLES / "configs" / f"{name}.yaml"), f"save_path={folder}/{name}"]
@@ -169,7 +169,7 @@ def arguments(name, folder):
 
 
 def read_checkpoint(folder, name):
-    """The newest, as far as the numbers of one process and of two have to agree."""
+    """The numbers of the newest checkpoint that have to agree between one process and two."""
     newest = max(Path(f"{folder}/{name}").glob("*/ckp_[0-9]*"), key=lambda file: file.stat().st_mtime)
     found = torch.load(newest, weights_only=False)
     weights = {k: v.tolist() for k, v in found["state_dict"].items() if v.is_floating_point()}
@@ -200,7 +200,7 @@ CASES = {name: config(name) for name in SMALL} | {
 
 
 def work(rank, world, folder):
-    """All cases, as one of several processes; at last the others die."""
+    """Run all cases as one of several processes. At the end, all processes but the first die."""
     global RANK
     RANK = rank
     torch.set_num_threads(1)
@@ -219,7 +219,7 @@ def work(rank, world, folder):
 
 
 class Mortal(Restless):
-    """Ends all processes but the first in their third step."""
+    """A loss that ends all processes but the first in their third step."""
 
     def __init__(self, rank):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Problems with known answers, and every algorithm of ours by every road, for the tests of the iterators."""
+"""Problems with known answers, and each of our algorithms as class, by instance and by name, for the tests of the iterators."""
 
 import copy
 
@@ -28,7 +28,7 @@ N = 6
 
 
 class Weighted(dinv.optim.Prior):
-    """Half a weighted sum of squared distances to the level ``g_param``, the weight learnable."""
+    """Half a weighted sum of squared distances to the level ``g_param``, with a learnable weight."""
 
     def __init__(self, weight=1.0):
         super().__init__()
@@ -58,7 +58,7 @@ class NonNegative(dinv.optim.Prior):
 
 
 class Near(dinv.optim.Prior):
-    """What L2 is on the identity, as a prior."""
+    """Half the squared distance to y, as a prior."""
 
     def __init__(self, y):
         super().__init__()

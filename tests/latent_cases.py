@@ -16,7 +16,7 @@ def image_prior(spread=0.1, dtype=torch.float64, **options):
 
 
 class Gaussian(torch.nn.Module):
-    """The flow z = (x - mean) / std on images, whose posteriors are known."""
+    """The flow z = (x - mean) / std on images, for which posteriors are known."""
 
     def __init__(self, mean=0.4, std=0.3):
         super().__init__()
@@ -28,7 +28,7 @@ class Gaussian(torch.nn.Module):
 
 
 class Narrow(torch.nn.Module):
-    """A generator that is not a flow: 3 numbers to an image; its bias makes images far away not finite."""
+    """A generator that is not a flow, from 3 numbers to an image."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the splitting tests and the bias benchmark share: consistency losses, and the values that they estimate."""
+"""Consistency losses and the values that they estimate, for the splitting tests and the bias benchmark."""
 
 import deepinv as dinv
 import torch
@@ -49,7 +49,7 @@ class Convolution(dinv.models.Reconstructor):
 
 
 class FixedMasks(PhysicsGenerator):
-    """The masks given, one after another; what they keep is decided by the test."""
+    """A generator of given masks, one after another."""
 
     def __init__(self, *masks):
         super().__init__()
@@ -79,7 +79,7 @@ def full_loss(**kwargs):
 
 
 def biased(values):
-    """Whether (draws,) lie further than 3 standard errors from zero."""
+    """Whether the mean of values (draws,) is more than 3 standard errors from zero."""
     return abs(values.mean()) > 3 * values.std() / len(values) ** 0.5
 
 
@@ -118,7 +118,7 @@ def variance(noise, x):
 
 
 def losses_and_truths(loss_class, name, x, transform=None, evaluate=False, draws=DRAWS, **options):
-    """(draws,) the loss, and the supervised value that it estimates by its theory, each from its own noise and mask."""
+    """The loss and the supervised value that it estimates in theory, (draws,) each, with a noise and a mask for each draw."""
     noise, make = CONSISTENCY[name]
     consistency = make()
     loss = loss_class(mask_generator=masks(), consistency_loss=consistency, transform=transform, **options)

@@ -1,4 +1,4 @@
-"""Images from folders and of scikit-image, their pieces, and phantoms."""
+"""Images of folders and of scikit-image, pieces of images, and phantoms."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from deepinv_flows.images import crops, load_images, phantoms
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven images, each of the grey level of its number."""
+    """Seven images, whose grey levels are their numbers."""
     (tmp_path / "more").mkdir()
     for k in range(7):
         Image.fromarray(np.full((10, 12), k, np.uint8)).save(tmp_path / ("more" if k > 4 else "") / f"{k}.png")
@@ -49,8 +49,8 @@ def test_colours_and_their_grey():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda path: load_images(path / "none"), "expected a folder of images, a file, or a name"),
-        (lambda path: load_images("../data/camera"), "expected a folder of images, a file, or a name"),
+        (lambda path: load_images(path / "none"), "expected a folder of images, a file, or the name"),
+        (lambda path: load_images("../data/camera"), "expected a folder of images, a file, or the name"),
         (lambda path: load_images(path / "more" / "empty"), "expected data to name images"),
         (lambda path: load_images(None), "expected data to name images; got None"),
         (lambda path: load_images(path, min_size=11), r"at least 11 x 11 pixels; got \(1, 10, 12\)"),
@@ -89,7 +89,7 @@ def test_phantoms_of_training_and_evaluation_differ():
 
 
 def test_a_phantom_is_the_sum_of_its_ellipses():
-    """Against pixel after pixel, and ellipse after ellipse."""
+    """The phantoms equal those made pixel by pixel and ellipse by ellipse."""
     found = phantoms(2, 12, ellipses=3, generator=torch.Generator().manual_seed(5))
     u0, v0, a, b, angle, value = torch.rand(6, 2, 3, generator=torch.Generator().manual_seed(5)).double()
     grid = torch.linspace(-1, 1, 12).double()
@@ -111,7 +111,7 @@ def test_colour_read_as_grey_is_said(folder, recwarn):
     assert not recwarn.list
     Image.fromarray(np.dstack([np.full((10, 12), k, np.uint8) for k in (1, 2, 3)])).save(folder / "colour.png")
     with pytest.warns(
-        UserWarning, match="1 of 9 files of .* are in colour and are read as grey; channels=3 keeps colours"
+        UserWarning, match="1 of 9 files of .* are in colour and are read as grey; channels=3 keeps the colours"
     ):
         load_images(folder)
     assert len(load_images(folder, channels=3)) == 9

@@ -1,4 +1,4 @@
-"""deepinv's modules are ours while registered, and afterwards what they were, object for object."""
+"""deepinv's names refer to our objects while registered, and to the same objects as before afterwards."""
 
 import copy
 import importlib
@@ -114,7 +114,7 @@ def test_context_restores_on_exceptions_and_nests():
 
 
 def test_reload_registers_again():
-    # in a process of its own: a reload makes new classes of all of deepinv's priors
+    # in a separate process, since a reload replaces the classes of all priors of deepinv
     code = """
 import importlib, deepinv as dinv, deepinv_flows
 old = dinv.optim.PatchNR

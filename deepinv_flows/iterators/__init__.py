@@ -1,7 +1,7 @@
 """
-Iterators that deepinv lacks, each with its optimizer in a module of its name, and builders of unfolded and equilibrium models.
+Iterations that deepinv lacks, each with its optimizer in a module of its name, and builders of unfolded and equilibrium models.
 
-What iterations share is in ``base`` and ``search``, what optimizers share in ``optimizer``.
+``base`` and ``search`` hold what the iterations share, ``optimizer`` and ``parameters`` what the optimizers share.
 """
 
 from .builders import DEQ_builder, unfolded_builder

@@ -12,24 +12,24 @@ from ..solvers import dot, rounding
 from .search import DEFAULT, shorten
 from .terms import ProximableTerm, Term, check_not_nan, coefficient, pick, square
 
-# energies may rise by little until t_k is of this size: a step that climbs early climbs far, as nothing is near a minimum yet
+# energies may hardly rise until t_k reaches this size: early on, far from a minimum, a step that rises may rise far
 PATIENCE = 8
 
 
 @dataclass
 class History:
-    """What an iteration remembers of those before it; each tensor has a row for each sample."""
+    """What an iteration remembers of the iterations before it; each tensor has a row for each sample."""
 
-    # where the next step begins to be searched, (B, 1, ...)
+    # the step from which the next search begins, (B, 1, ...)
     step: Tensor
-    # of the acceleration: the x before this one, and the numbers t_{k-1} and t_k
+    # the acceleration: the previous x, and the numbers t_{k-1} and t_k
     x_before: Tensor
     t_before: Tensor
     t: Tensor
-    # the last extrapolated point and the gradient there, which tell the curvature
+    # the last extrapolated point and the gradient there, from which the curvature is estimated
     y: Tensor
     grad_y: Tensor
-    # F(x), and the ceiling c of the next energy with the weight q of the mean that c is
+    # F(x); the ceiling c of the next energy, which is a mean of energies; and the weight q of that mean
     F: Tensor
     c: Tensor
     q: Tensor
@@ -38,17 +38,17 @@ class History:
 
     @classmethod
     def starting(cls, x: Tensor, F: Tensor, step: Tensor) -> "History":
-        """No iteration yet: with y = x no curvature is known, whatever the gradient there."""
+        """The history before the first iteration. With y = x, no curvature is known, whatever the gradient there."""
         one = torch.ones_like(F)
         return cls(step, x, 0 * one, one, x, x, F, F, one, torch.ones_like(F, dtype=torch.bool))
 
     def after(self, x: Tensor, y: Tensor, grad_y: Tensor) -> "History":
-        """As the next iteration, from x by y, finds it."""
+        """The history that the next iteration finds, after this one went from x through y."""
         t = (torch.sqrt(4 * self.t**2 + 1) + 1) / 2
         return replace(self, x_before=x, t_before=self.t, t=t, y=y, grad_y=grad_y)
 
     def with_energy(self, F: Tensor, eta: float | Tensor, accepted: Tensor) -> "History":
-        """The mean c goes on with F, of the samples that accepted a step; it begins with the first finite F."""
+        """With F added to the mean c of those samples that accepted a step. The mean begins with the first finite F."""
         q = eta * (1 - 1 / self.t) ** PATIENCE * self.q + 1
         known = torch.isfinite(self.c)
         c, q = torch.where(known, self.c + (F - self.c) / q, F), torch.where(known, q, torch.ones_like(q))
@@ -56,16 +56,16 @@ class History:
         return replace(self, F=F, c=c, q=q, accepted=accepted)
 
     def restarted(self, x: Tensor, which: Tensor) -> "History":
-        """Without acceleration, of some samples."""
+        """With the acceleration of some samples started anew."""
         t_before, t = self.t_before.masked_fill(which, 0), self.t.masked_fill(which, 1)
         return replace(self, x_before=pick(which, x, self.x_before), t_before=t_before, t=t)
 
     def rows(self, which: Tensor) -> "History":
-        """Of some samples."""
+        """The history of some samples."""
         return History(*(value[which] for value in self._values()))
 
     def with_rows(self, which: Tensor, rows: "History") -> "History":
-        """With ``rows`` in the place of those samples."""
+        """With ``rows`` as the history of these samples."""
         return History(*(a.index_put((which,), b) for a, b in zip(self._values(), rows._values())))
 
     def _values(self) -> list[Tensor]:
@@ -74,26 +74,26 @@ class History:
 
 @dataclass
 class Trial:
-    """A proximal gradient step of each sample: where it leads, the smooth term and the energy there."""
+    """A proximal gradient step of each sample: the point that it leads to, and the smooth term and the energy there."""
 
     step: Tensor
     point: Tensor
     f: Tensor
     F: Tensor
-    # by how much F should fall, and whether the search ended because a step was enough
+    # the decrease of F that is asked for, and whether the search ended because a step achieved it
     fall: Tensor
     enough: Tensor
 
     def admitted(self, c: Tensor) -> Tensor:
-        """Whether F falls enough below the ceiling c; where that is infinite, whether the search found a step."""
+        """Whether F is below the ceiling c by the decrease asked for or, where c is infinite, whether the search found a step."""
         return below(c, self.F + self.fall) | (~torch.isfinite(c) & self.enough)
 
     def not_above(self, c: Tensor) -> Tensor:
-        """As :meth:`admitted`, but for the fall."""
+        """As :meth:`admitted`, without the decrease."""
         return below(c, self.F) | (~torch.isfinite(c) & self.enough)
 
     def unless(self, condition: Tensor, other: "Trial") -> "Trial":
-        """This trial of the samples for which the condition does not hold, ``other`` of those for which it does."""
+        """``other`` for the samples for which the condition holds, this trial for the rest."""
         pairs = ((getattr(other, field.name), getattr(self, field.name)) for field in fields(self))
         return Trial(*(pick(condition, a, b) for a, b in pairs))
 
@@ -104,7 +104,7 @@ def below(bound: Tensor, F: Tensor) -> Tensor:
 
 
 def barzilai_borwein(move: Tensor, change: Tensor, otherwise: Tensor) -> Tensor:
-    """Squared move over its curvature, of each sample, where that is positive."""
+    """The squared move of each sample over its curvature, and ``otherwise`` where that is not positive."""
     curvature = dot(move, change)
     step = square(move) / curvature
     return pick((curvature > 0) & torch.isfinite(step) & (step > 0), step.view_as(otherwise), otherwise)
@@ -112,8 +112,9 @@ def barzilai_borwein(move: Tensor, change: Tensor, otherwise: Tensor) -> Tensor:
 
 class Advance:
     """
-    The iteration from x to the next x as :class:`NMAPG` defines it: extrapolate to y, take a step from y, and where the
-    energy there is above the ceiling c, take one from x too. ``config=None`` takes the steps of the history as they are.
+    The iteration from x to the next x that :class:`deepinv_flows.NMAPG` defines: extrapolate to y and take a step from y; for
+    samples whose energy is then above the ceiling c, take a step from x too. With ``config=None`` the steps of the history are
+    taken as they are.
     """
 
     def __init__(self, smooth: Term, proximable: ProximableTerm, config: BacktrackingConfig | None, eta: float):
@@ -128,7 +129,7 @@ class Advance:
         return f, f + self.proximable.value(u)
 
     def energy(self, x: Tensor) -> Tensor:
-        """F(x), or 0 where a term has no value."""
+        """F(x), or 0 if a term does not have a value."""
         return self.values(x)[1] if self.monitored else torch.zeros_like(x.detach().real.flatten(1)[:, 0])
 
     def __call__(self, x: Tensor, z: Tensor, past: History) -> tuple[Tensor, Tensor, History]:
@@ -149,7 +150,7 @@ class Advance:
         return self.settled(x, past.after(x, y, grad_y), from_y, best, accepted, step)
 
     def extrapolated(self, x: Tensor, z: Tensor, past: History) -> tuple[Tensor, Tensor]:
-        """The point y and the gradient there; x where the gradient at y is not finite."""
+        """The point y and the gradient there; for samples whose gradient at y is not finite, y is x."""
         t, t_before = coefficient(past.t, x), coefficient(past.t_before, x)
         y = x + t_before / t * (z - x) + (t_before - 1) / t * (x - past.x_before)
         grad = self.smooth.grad(y)
@@ -172,8 +173,9 @@ class Advance:
 
     def searched(self, u: Tensor, grad: Tensor, past: History, or_below_start: bool = False) -> Trial:
         """
-        The first step from u to below the ceiling c; with ``or_below_start``, and where c is infinite, also one to below
-        F(u), or where F(u) is infinite to below the model of the smooth term that proximal gradient descent minimises.
+        The first step from u that leads below the ceiling c. With ``or_below_start``, and where c is infinite, a step that leads
+        below F(u) is enough too, or, where F(u) is infinite, a step after which the smooth term is below the quadratic model
+        that proximal gradient descent minimises.
         """
         if self.config is None:
             return self.tried(u, grad, past.step)
@@ -194,7 +196,11 @@ class Advance:
         return replace(trial, step=step, enough=ok)
 
     def settled(self, x: Tensor, past: History, from_y: Trial, best: Trial, accepted: Tensor, step: Tensor):
-        """x stays where no step was accepted; the acceleration starts anew there, and where the search from y failed."""
+        """
+        The next x, z and history.
+
+        Samples that accepted no step keep x. Their acceleration starts anew, as does that of samples whose search from y failed.
+        """
         x_new, F = pick(accepted, best.point, x), torch.where(accepted, best.F, past.F)
         going = accepted & from_y.enough
         z = pick(going, from_y.point, x_new)

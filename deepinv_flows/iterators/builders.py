@@ -1,4 +1,4 @@
-"""deepinv's ``unfolded_builder`` and ``DEQ_builder`` with right costs and gradients, for deepinv's algorithms and ours."""
+"""deepinv's ``unfolded_builder`` and ``DEQ_builder`` with correct costs and gradients, for deepinv's algorithms and ours."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -27,18 +27,18 @@ OURS = (
     LearnedPrimalDualIteration,
     NMAPGIteration,
 )
-# as deepinv's documentation spells it
+# names in deepinv's documentation, and in its code
 SYNONYMS = {"PDCP": "CP"}
-# what deepinv's classes set and its builders forget
+# parameters that deepinv's classes set and its builders do not
 FORGOTTEN: dict[str, dict] = {"FISTA": {"a": 3}, "CP": {"stepsize_dual": 1.0}}
-# arguments of BaseOptim's that it calls by another name, or that Optim adds
+# arguments that deepinv's builders know by another name, or that Optim adds to those of BaseOptim
 FURTHER = ("F_fn", "g_param", "sigma_denoiser")
-# of deepinv's, those whose next estimate depends on the estimate alone
+# the algorithms of deepinv whose next estimate depends on the estimate alone
 FIXED_POINT_IN_X = ("GD", "PGD", "HQS", "MD", "PMD")
 
 
 def _objective(x, data_fidelity, prior, cur_params, y, physics, at=lambda x, cur_params: (x, x)) -> Tensor:
-    """f(x) + lambda g(x), or at the points that ``at`` gives, for each sample."""
+    """f(x) + lambda g(x) for each sample; ``at`` may give other points at which f and g are evaluated."""
     at_f, at_g = at(x, cur_params)
     value = DataTerm(data_fidelity, y, physics).value(at_f)
     term = PriorTerm(prior, cur_params["lambda"], cur_params["g_param"])
@@ -51,7 +51,7 @@ def _behind_K(x: Tensor, cur_params: dict, g_first: bool) -> tuple[Tensor, Tenso
 
 
 class _DualStep(gStep):
-    """Chambolle-Pock's on the prior; deepinv's takes its proximity operator with lambda sigma, where the step is sigma."""
+    """The dual step of Chambolle and Pock on the prior; in deepinv's, lambda sigma takes the place of the step sigma."""
 
     def forward(self, x: Tensor, w: Tensor, cur_prior: Prior, cur_params: dict) -> Tensor:
         sigma = coefficient(cur_params["stepsize_dual"], x)
@@ -94,13 +94,30 @@ def _build(iteration, params_algo, trainable_params, device, cost_fn, g_first, b
         kwargs["cost_fn"] = cost_fn
         if kwargs.get("DEQ") and not isinstance(iteration, Iteration) and name not in FIXED_POINT_IN_X:
             raise ValueError(
-                f"{name} has no DEQ: its next estimate does not depend on the estimate alone; "
+                f"{name} has no DEQ, since its next estimate does not depend on the estimate alone; "
                 f"got DEQ_builder({name!r}), expected one of {', '.join(FIXED_POINT_IN_X)}, NMAPG, IPiano, DavisYin"
             )
+    else:
+        _check_made(iteration, cost_fn, g_first, bregman_potential)
     params.setdefault("lambda", 1.0)
     names = [ALIASES.get(name, name) for name in trainable_params]
-    names = [name for name in names if name in params or name != "stepsize"]  # deepinv's default trains it everywhere
+    names = [
+        name for name in names if name in params or name != "stepsize"
+    ]  # deepinv's default names it for every algorithm
     return Optim(params, iterator=iteration, trainable_params=names, **kwargs).to(device)
+
+
+def _check_made(
+    iteration: OptimIterator, cost_fn: Callable | None, g_first: bool, bregman_potential: Bregman | None
+) -> None:
+    """Refuse options of an iteration beside an iteration that was made without them; deepinv ignores them."""
+    name = type(iteration).__name__
+    if g_first and not getattr(iteration, "g_first", False):
+        raise ValueError(f"expected {name}(g_first=True) beside g_first=True; got one with g_first=False")
+    if cost_fn is not None and cost_fn not in (getattr(iteration, "user_cost", None), iteration.cost_fn):
+        raise ValueError(f"expected {name}(cost_fn=...) with the cost_fn of the builder; got another one")
+    if bregman_potential is not None and bregman_potential is not getattr(iteration, "bregman_potential", None):
+        raise ValueError(f"expected {name}(bregman_potential=...) with that of the builder; got another one")
 
 
 def unfolded_builder(
@@ -117,26 +134,29 @@ def unfolded_builder(
     **kwargs,
 ) -> Optim:
     r"""
-    Unfold an algorithm; deepinv's ``unfolded_builder`` with its signature, and our algorithms too.
+    Unfold an algorithm: deepinv's ``unfolded_builder`` with the same signature, which knows our algorithms too.
 
-    The cost is :math:`f(x) + \lambda g(x)` for each sample, where deepinv's sums g over the batch and refuses a
-    :math:`\lambda` that is an integer or trainable. The result is a :class:`deepinv.optim.BaseOptim` with ``unfold=True``; it
-    reads the state dicts of deepinv's ``BaseUnfold``, and writes them.
+    The cost is :math:`f(x) + \lambda g(x)` for each sample; that of deepinv sums g over the batch and fails for a
+    :math:`\lambda` that is an integer or trainable. The result is a :class:`deepinv.optim.BaseOptim` with ``unfold=True``, whose
+    state dicts have the form of those of deepinv's ``BaseUnfold``.
 
     :param str, deepinv.optim.OptimIterator iteration: name of an algorithm (``"PGD"``, ``"NMAPG"``, ...), or an iteration.
-    :param dict params_algo: parameters and operands; a number, a tensor with a number for each sample, (B,) or (B, 1, 1, 1), or a
-        list of ``max_iter`` of these, one for each iteration. A single module is one operand, a list of modules one for each
-        iteration.
+    :param dict params_algo: parameters and operands. A parameter is a number, a tensor with a number for each sample, (B,) or
+        (B, 1, 1, 1), or a list of ``max_iter`` of these, one for each iteration. An operand is a module, or a list of modules,
+        one for each iteration.
     :param deepinv.optim.DataFidelity data_fidelity: f, or a list of ``max_iter``.
     :param deepinv.optim.Prior prior: g, or a list of ``max_iter``.
     :param int max_iter: number of iterations.
     :param list[str] trainable_params: names of the parameters to train, beside the weights of priors and other modules.
-    :param torch.device device: where the model goes.
-    :param Callable cost_fn: the user's own cost, one number for each sample.
+    :param torch.device device: device of the model.
+    :param Callable cost_fn: a cost of the user's own, ``cost_fn(x, data_fidelity, prior, cur_params, y, physics)``, with one
+        number for each sample.
     :param bool g_first: exchanges the roles of f and g.
     :param deepinv.optim.Bregman bregman_potential: for ``"MD"`` and ``"PMD"``.
     :param kwargs: further arguments of :class:`deepinv.optim.BaseOptim`.
-    :raises ValueError: for an unknown name, a parameter that cannot be trained, or an option that the algorithm refuses.
+    :raises ValueError: for an unknown name, a parameter that cannot be trained, an option that the algorithm refuses, and an
+        option beside an iteration that was made without it.
+    :raises TypeError: for an argument that does not exist.
 
     >>> import deepinv as dinv, torch
     >>> from deepinv_flows import unfolded_builder
@@ -172,24 +192,31 @@ def DEQ_builder(
     **kwargs,
 ) -> Optim:
     r"""
-    Deep equilibrium model of an algorithm; deepinv's ``DEQ_builder`` with its arguments, whose backward pass fails in 0.5.0.
+    Deep equilibrium model of an algorithm: deepinv's ``DEQ_builder``, whose backward pass fails in 0.5.0, with its arguments.
 
-    The gradient is that of the fixed point, by the implicit function theorem; give enough ``max_iter`` to get there. The result
-    is a :class:`deepinv.optim.BaseOptim` with ``DEQ=DEQConfig(...)``; it reads the state dicts of deepinv's ``BaseDEQ``, and
-    writes them.
+    The gradient is that of the fixed point, by the implicit function theorem; ``max_iter`` has to be large enough to reach the
+    fixed point. The result is a :class:`deepinv.optim.BaseOptim` with ``DEQ=DEQConfig(...)``, whose state dicts have the form of
+    those of deepinv's ``BaseDEQ``.
 
-    :param str, deepinv.optim.OptimIterator iteration: as in :func:`unfolded_builder`, one whose fixed point depends on the
-        estimate alone.
-    :param dict params_algo: as in :func:`unfolded_builder`; ``None`` is ``{"lambda": 1.0, "stepsize": 1.0, "g_param": 0.03}``.
+    :param str, deepinv.optim.OptimIterator iteration: as in :func:`deepinv_flows.unfolded_builder`; its fixed point has
+        to depend on the estimate alone.
+    :param dict params_algo: as in :func:`deepinv_flows.unfolded_builder`; ``None`` is
+        ``{"lambda": 1.0, "stepsize": 1.0, "g_param": 0.03}``.
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is ``L2()``.
     :param deepinv.optim.Prior prior: g.
     :param int max_iter: number of iterations to the fixed point.
     :param list[str] trainable_params: names of the parameters to train.
-    :param int max_iter_backward: bound on the iterations of the backward pass.
-    :param bool anderson_acceleration_backward: whether to accelerate those, with the three parameters that follow.
-    :param bool jacobian_free: whether to leave out the inverse Jacobian.
+    :param Callable cost_fn: as in :func:`deepinv_flows.unfolded_builder`, like ``g_first``, ``bregman_potential`` and ``device``.
+    :param int max_iter_backward: largest number of iterations of the backward pass.
+    :param bool anderson_acceleration_backward: whether to accelerate the backward pass.
+    :param int history_size_backward: number of iterates that this acceleration remembers.
+    :param float beta_anderson_acc_backward: momentum of this acceleration.
+    :param float eps_anderson_acc_backward: regularisation of this acceleration.
+    :param bool jacobian_free: whether to leave the inverse Jacobian out of the gradient.
     :param kwargs: further arguments of :class:`deepinv.optim.BaseOptim`.
-    :raises ValueError: for an algorithm whose fixed point does not depend on the estimate alone, and as :func:`unfolded_builder`.
+    :raises ValueError: for an algorithm whose fixed point does not depend on the estimate alone, and where
+        :func:`deepinv_flows.unfolded_builder` raises it.
+    :raises TypeError: for an argument that does not exist.
 
     >>> import deepinv as dinv, torch
     >>> from deepinv_flows import DEQ_builder

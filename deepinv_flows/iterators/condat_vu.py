@@ -1,4 +1,4 @@
-"""Condat-Vu: a smooth term, a proximable term, and a proximable term behind a linear operator."""
+"""Condat-Vu: a smooth term, a proximable term, and a proximable term composed with a linear operator."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def _operators(problem: Problem) -> tuple[Callable, Callable]:
 
 class CondatVuIteration(Iteration):
     """
-    One iteration of :class:`CondatVu`; ``est`` is (x, z, u). A missing z is x, a missing u is 0.
+    One iteration of :class:`deepinv_flows.CondatVu`. ``est`` is (x, z, u); a missing z is x, and a missing u is 0.
 
     ``params_algo`` holds ``stepsize``, ``stepsize_dual``, ``lambda``, ``beta``, and optionally ``K`` with ``K_adjoint``,
     ``prior_2``, ``lambda_2``, ``g_param_2``.
@@ -34,9 +34,9 @@ class CondatVuIteration(Iteration):
 
     defaults = {"K": None, "K_adjoint": None, "stepsize_dual": 1.0, "beta": 1.0}
     refuses = {
-        "DEQ": "its fixed point is one of (x, u), and deepinv differentiates in x alone",
-        "anderson_acceleration": "its fixed point is one of (x, u), and deepinv accelerates x alone",
-        "backtracking": "its cost need not fall from one iterate to the next",
+        "DEQ": "its fixed point is that of (x, u), and deepinv differentiates with respect to x alone",
+        "anderson_acceleration": "its fixed point is that of (x, u), and deepinv accelerates x alone",
+        "backtracking": "its cost may rise from one iterate to the next",
     }
 
     def objective(self, est: tuple[Tensor, ...], problem: Problem) -> Tensor:
@@ -61,7 +61,7 @@ class CondatVuIteration(Iteration):
 
 class CondatVu(Optim):
     r"""
-    Primal-dual splitting of three terms, one of them behind a linear operator K.
+    Primal-dual splitting of three terms, one of them composed with a linear operator K.
 
     .. math::
 
@@ -79,24 +79,24 @@ class CondatVu(Optim):
     :math:`\frac1\tau - \sigma \|K\|^2 \ge \frac{L}{2}` with the Lipschitz constant L of :math:`\nabla f`. With f = 0 it is
     Chambolle and Pock's algorithm.
 
-    Unfolded, all numbers are trainable. DEQ and Anderson acceleration are refused, as the fixed point is one of (x, u) and
-    deepinv follows x alone; so is backtracking, as the cost need not fall.
+    In an unfolded model, all numbers are trainable. DEQ and Anderson acceleration are refused, since the fixed point is that of
+    (x, u) and deepinv follows x alone. Backtracking is refused, since the cost may rise from one iterate to the next.
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: h; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
-        or a list with one for each iteration.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`. Like every number here, it is one number, a tensor (B,) with one for
+        each sample, or a list with one for each iteration.
     :param float, torch.Tensor stepsize: :math:`\tau`.
     :param float, torch.Tensor stepsize_dual: :math:`\sigma`.
     :param float beta: :math:`\beta`.
-    :param Callable K: linear operator, images (B, ...) to (B, ...); ``None`` is the identity.
-    :param Callable K_adjoint: its adjoint.
-    :param deepinv.optim.Prior prior_2: g, such as a constraint's indicator; ``None`` is 0.
+    :param Callable K: linear operator, which maps images (B, ...) to (B, ...); ``None`` is the identity.
+    :param Callable K_adjoint: adjoint of K.
+    :param deepinv.optim.Prior prior_2: g, such as the indicator of a constraint; ``None`` is 0.
     :param float, torch.Tensor lambda_reg_2: :math:`\lambda_2`.
     :param float g_param_2: the parameter of ``prior_2``.
     :param kwargs: ``g_param, sigma_denoiser, max_iter, crit_conv, thres_conv, early_stop, custom_metrics, custom_init, unfold,
         trainable_params, cost_fn, params_algo, get_output``, as in :class:`deepinv.optim.PDCP`.
-    :raises ValueError: for steps that are not positive, K without K_adjoint, or an option that is refused.
+    :raises ValueError: for step sizes that are not positive, K without K_adjoint, and an option that is refused.
 
     Sources: Condat, "A primal-dual splitting method for convex optimization involving Lipschitzian, proximable and linear
     composite terms", J. Optim. Theory Appl. 158 (2013); Vu, "A splitting algorithm for dual monotone inclusions involving

@@ -9,7 +9,7 @@ from .optimizer import Optim
 
 class DavisYinIteration(Iteration):
     """
-    One iteration of :class:`DavisYin`; ``est`` is (x, z), and a missing z is x.
+    One iteration of :class:`deepinv_flows.DavisYin`. ``est`` is (x, z), and a missing z is x.
 
     ``params_algo`` holds ``stepsize``, ``lambda``, ``beta``, and optionally ``prior_2``, ``lambda_2``, ``g_param_2``.
 
@@ -23,8 +23,8 @@ class DavisYinIteration(Iteration):
 
     defaults = {"beta": 1.0}
     refuses = {
-        "anderson_acceleration": "its fixed point is one of z, and deepinv accelerates x alone",
-        "backtracking": "its cost need not fall from one iterate to the next",
+        "anderson_acceleration": "its fixed point is that of z, and deepinv accelerates x alone",
+        "backtracking": "its cost may rise from one iterate to the next",
     }
 
     def reasons(self, params: dict, unfolded: bool = False) -> dict[str, str]:
@@ -32,7 +32,7 @@ class DavisYinIteration(Iteration):
             return self.refuses
         return {
             **self.refuses,
-            "DEQ": "with prior_2 its fixed point is one of z, and deepinv differentiates in x alone",
+            "DEQ": "with prior_2 its fixed point is that of z, and deepinv differentiates with respect to x alone",
         }
 
     def step(self, X: dict, problem: Problem) -> dict:
@@ -60,19 +60,19 @@ class DavisYin(Optim):
         z_{k+1} &= z_k + \beta\, (x_{k+1} - v_k)
 
     With ``g_first=True`` data fidelity and prior change places: a flow prior enters by its gradient and f by its proximity
-    operator, beside a constraint or a second prior. Without ``prior_2`` it is proximal gradient descent, without the smooth
-    term Douglas-Rachford splitting.
+    operator, beside a constraint or a second prior. Without ``prior_2`` it is proximal gradient descent, and without the smooth
+    term it is Douglas-Rachford splitting.
 
     **Steps.** For convex terms it converges when :math:`0 < \gamma < 2/L` with the Lipschitz constant L of the smooth gradient,
     and :math:`0 < \beta < 2 - \gamma L / 2`.
 
-    Unfolded, all numbers are trainable. DEQ is possible without ``prior_2``, where the fixed point depends on x alone, and
-    refused with it; Anderson acceleration and backtracking are refused.
+    In an unfolded model, all numbers are trainable. DEQ is possible without ``prior_2``, when the fixed point is that of x alone,
+    and refused with it. Anderson acceleration and backtracking are refused.
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
-        or a list with one for each iteration.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`. Like every number here, it is one number, a tensor (B,) with one for
+        each sample, or a list with one for each iteration.
     :param float, torch.Tensor stepsize: :math:`\gamma`.
     :param float beta: relaxation :math:`\beta`.
     :param deepinv.optim.Prior prior_2: :math:`g_2`; ``None`` is 0.
@@ -81,7 +81,7 @@ class DavisYin(Optim):
     :param bool g_first: whether the prior is the smooth term and the data fidelity the proximable one.
     :param kwargs: ``g_param, sigma_denoiser, max_iter, crit_conv, thres_conv, early_stop, custom_metrics, custom_init, unfold,
         trainable_params, DEQ, cost_fn, params_algo, get_output``, as in :class:`deepinv.optim.DRS`.
-    :raises ValueError: for a step that is not positive, or an option that is refused.
+    :raises ValueError: for a step size that is not positive, and an option that is refused.
 
     Source: Davis & Yin, "A three-operator splitting scheme and its optimization applications", Set-Valued Var. Anal. 25
     (2017), arXiv 1504.01032.

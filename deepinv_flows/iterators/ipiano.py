@@ -9,13 +9,13 @@ from .optimizer import Optim
 from .search import SearchIteration, shorten
 from .terms import coefficient, flat, square, unchanged
 
-# of the longest admissible step 2 (1 - inertia) / L
+# the fraction taken of the longest admissible step, 2 (1 - inertia) / L
 SAFETY = 0.99
 
 
 class IPianoIteration(SearchIteration):
     """
-    One iteration of :class:`IPiano`; ``est`` is (x, previous x), and a missing previous x is x.
+    One iteration of :class:`deepinv_flows.IPiano`. ``est`` is (x, previous x), and a missing previous x is x.
 
     ``params_algo`` holds ``stepsize``, ``lambda``, ``inertia`` and ``backtracking``.
 
@@ -68,26 +68,27 @@ class IPiano(Optim):
     its gradient.
 
     **Steps.** It converges to a critical point when :math:`0 \le \mu < 1` and :math:`\alpha < 2 (1 - \mu) / L` with the Lipschitz
-    constant L of the smooth gradient. Backtracking, on unless unfolded, begins with ``stepsize`` and shortens it whenever
+    constant L of the smooth gradient. Backtracking is on by default, except in an unfolded model. It begins with ``stepsize`` and
+    shortens the step of each sample on its own whenever
     :math:`f(x_{k+1}) > f(x_k) + \langle \nabla f(x_k), x_{k+1} - x_k \rangle + \frac{L_k}{2} \|x_{k+1} - x_k\|^2`
-    with :math:`L_k = 1.98\, (1 - \mu) / \alpha`, for each sample on its own.
+    with :math:`L_k = 1.98\, (1 - \mu) / \alpha`.
 
-    Unfolded, ``stepsize``, ``lambda``, ``inertia`` and ``g_param`` are trainable and steps are the given ones. DEQ differentiates
-    at the fixed point with the shortest accepted step. Anderson acceleration takes it as a map of x.
+    In an unfolded model, ``stepsize``, ``lambda``, ``inertia`` and ``g_param`` are trainable, and the given steps are taken. DEQ
+    differentiates at the fixed point with the shortest accepted step. Anderson acceleration treats the iteration as a map of x.
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
-        or a list with one for each iteration.
-    :param float, torch.Tensor stepsize: :math:`\alpha`, with backtracking its first value. A list switches the search off.
-    :param float, torch.Tensor inertia: :math:`\mu` in [0, 1). Not ``beta``, which deepinv sets to 1 for every algorithm.
-    :param bool, deepinv.optim.BacktrackingConfig backtracking: ``eta`` shortens a step, at most ``max_iter`` times an iteration;
-        ``gamma`` is not used.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`. Like every number here, it is one number, a tensor (B,) with one for
+        each sample, or a list with one for each iteration.
+    :param float, torch.Tensor stepsize: :math:`\alpha`; with backtracking, its first value. A list switches the search off.
+    :param float, torch.Tensor inertia: :math:`\mu` in [0, 1). The name ``beta`` is avoided, as deepinv sets it to 1.
+    :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search. In each iteration a step is multiplied by its
+        ``eta`` at most ``max_iter`` times; its ``gamma`` is not used.
     :param bool g_first: whether the prior is the smooth term and the data fidelity the proximable one.
     :param kwargs: ``g_param, sigma_denoiser, max_iter, crit_conv, thres_conv, early_stop, custom_metrics, custom_init, unfold,
         trainable_params, DEQ, anderson_acceleration, cost_fn, params_algo, get_output``, as in :class:`deepinv.optim.PGD`.
-    :raises ValueError: for an inertia outside [0, 1), a step that is not positive, or backtracking on a smooth term without
-        value.
+    :raises ValueError: for an inertia outside [0, 1), a step size that is not positive, and backtracking with a smooth term that
+        does not have a value.
 
     Source: Ochs, Chen, Brox & Pock, "iPiano: inertial proximal algorithm for nonconvex optimization", SIAM J. Imaging Sci. 7
     (2014), arXiv 1404.4805.

@@ -11,7 +11,7 @@ from .optimizer import Optim
 
 
 def _joined(y: Tensor | TensorList) -> Tensor:
-    """Stacked measurements along their channels."""
+    """Stacked measurements as one tensor, joined along their channels."""
     if torch.is_tensor(y):
         return y
     if len({part.shape[:1] + part.shape[2:] for part in y}) > 1:
@@ -33,8 +33,8 @@ def _copies(x: Tensor, n: int) -> Tensor:
 
 class LearnedPrimalDualIteration(Iteration):
     """
-    One iteration of :class:`LearnedPrimalDual`; ``est`` is (image, primal variable, dual variable). From an image alone the
-    primal variable is ``n_primal`` copies of it and the dual variable 0.
+    One iteration of :class:`deepinv_flows.LearnedPrimalDual`. ``est`` is (image, primal variable, dual variable). If only the
+    image is given, the primal variable starts as ``n_primal`` copies of it and the dual variable as 0.
 
     ``params_algo`` holds ``primal_blocks`` and ``dual_blocks``, one for each iteration or one for all, as a list or, when
     unfolded by deepinv's own builder, a :class:`torch.nn.ModuleList`; and optionally ``n_primal`` and ``n_dual``.
@@ -53,7 +53,7 @@ class LearnedPrimalDualIteration(Iteration):
     defaults = {"n_primal": 5, "n_dual": 5}
     constants = ("n_primal", "n_dual")
     refuses = dict.fromkeys(
-        ("DEQ", "anderson_acceleration", "backtracking"), "its iterations are learned and minimise nothing"
+        ("DEQ", "anderson_acceleration", "backtracking"), "its iterations are learned and do not minimise an objective"
     )
 
     def step(self, X: dict, problem: Problem) -> dict:
@@ -79,29 +79,30 @@ class LearnedPrimalDual(Optim):
         p_{k+1} = \Lambda_k\big(p_k,\; A^\top h_{k+1}^{(1)}\big)
 
     with ``n_primal`` images p and ``n_dual`` measurements h, and deepinv's convolutional blocks :math:`\Gamma_k`
-    (:class:`deepinv.models.PDNet_DualBlock`) and :math:`\Lambda_k` (:class:`deepinv.models.PDNet_PrimalBlock`), each adding to
-    its first argument. The estimate is :math:`p^{(1)}`. It starts from copies of ``init``, by default :math:`A^\top y`, and h =
-    0; ``custom_init=lambda y, physics: physics.A_dagger(y)`` starts from a pseudo-inverse. Scale the physics so that its norm is
-    about 1.
+    (:class:`deepinv.models.PDNet_DualBlock`) and :math:`\Lambda_k` (:class:`deepinv.models.PDNet_PrimalBlock`), each of which
+    adds to its first argument. The estimate is :math:`p^{(1)}`. The start is h = 0 and copies of ``init``, by default of
+    :math:`A^\top y`; ``custom_init=lambda y, physics: physics.A_dagger(y)`` starts from the pseudo-inverse. Scale the physics so
+    that its norm is about 1.
 
-    It is always unfolded: train it with :class:`deepinv.Trainer`. The channels of stacked measurements of one size are joined.
-    DEQ, Anderson acceleration and backtracking are refused, as it minimises nothing.
+    The model is always unfolded: train it with :class:`deepinv.Trainer`. The channels of stacked measurements of one size are
+    joined. DEQ, Anderson acceleration and backtracking are refused, since the model does not minimise an objective.
 
     :param int max_iter: number of iterations.
-    :param int channels: channels of an image.
-    :param int measurement_channels: channels of a measurement, in all; ``None`` is as many as of an image.
-    :param int n_primal: images p.
-    :param int n_dual: measurements h.
-    :param int depth: convolutions in a block.
-    :param int nf: features between them.
+    :param int channels: number of channels of an image.
+    :param int measurement_channels: number of channels of a measurement, of all parts together if it is stacked; ``None`` is
+        ``channels``.
+    :param int n_primal: number of images p.
+    :param int n_dual: number of measurements h.
+    :param int depth: number of convolutions in a block.
+    :param int nf: number of features between the convolutions.
     :param int dim: 2 for images (B, C, H, W), 3 for volumes.
     :param bool tied: whether one pair of blocks serves all iterations.
-    :param list[torch.nn.Module] primal_blocks: blocks called as ``block(p, image)``, instead of deepinv's.
-    :param list[torch.nn.Module] dual_blocks: blocks called as ``block(h, measurement, y)``, instead of deepinv's.
-    :param torch.Generator generator: source of the weights; ``None`` is torch's global one.
+    :param list[torch.nn.Module] primal_blocks: blocks that replace those of deepinv, called as ``block(p, image)``.
+    :param list[torch.nn.Module] dual_blocks: blocks that replace those of deepinv, called as ``block(h, measurement, y)``.
+    :param torch.Generator generator: source of the initial weights; ``None`` is torch's global generator.
     :param kwargs: ``data_fidelity`` (reported as cost), ``crit_conv, thres_conv, early_stop, custom_metrics, custom_init,
         cost_fn, get_output``, as in :class:`deepinv.optim.BaseOptim`.
-    :raises ValueError: for fewer blocks than iterations, or an option that is refused.
+    :raises ValueError: for fewer blocks than iterations, and an option that is refused.
 
     Source: Adler & Oktem, "Learned primal-dual reconstruction", IEEE Trans. Med. Imaging 37 (2018), arXiv 1707.06474.
 
@@ -142,7 +143,9 @@ class LearnedPrimalDual(Optim):
             if dual_blocks is None:
                 dual_blocks = [PDNet_DualBlock(dual + 2 * seen, dual, **sizes) for _ in blocks]
         if "unfold" in kwargs and not kwargs.pop("unfold"):
-            raise ValueError("LearnedPrimalDual is learned, so always unfolded; got unfold=False")
+            raise ValueError(
+                "expected unfold=True, since LearnedPrimalDual is learned and so always unfolded; got unfold=False"
+            )
         parameters = {
             "primal_blocks": primal_blocks,
             "dual_blocks": dual_blocks,

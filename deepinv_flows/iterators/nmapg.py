@@ -1,4 +1,4 @@
-"""Non-monotone accelerated proximal gradient descent, as an optimizer and as a function of any energy."""
+"""Non-monotone accelerated proximal gradient descent, as an optimizer and as a function that minimises any energy."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ import torch
 from deepinv.optim import BacktrackingConfig, DataFidelity, Prior
 from torch import Tensor
 
-from ..checks import at_iteration
+from ..checks import at_iteration, check_autograd, positive_int
 from .accelerated import Advance, History
 from .base import Problem
 from .optimizer import Optim
@@ -18,7 +18,8 @@ from .terms import EnergyTerm, PriorTerm, square, unchanged
 
 class NMAPGIteration(SearchIteration):
     """
-    One iteration of :class:`NMAPG`; ``est`` is (x, z), and a missing z is x. The rest of its history is in ``"nmapg"``.
+    One iteration of :class:`deepinv_flows.NMAPG`. ``est`` is (x, z), and a missing z is x; ``"nmapg"`` holds the rest of the
+    history.
 
     ``params_algo`` holds ``stepsize``, ``lambda``, ``eta`` and ``backtracking``.
 
@@ -32,14 +33,14 @@ class NMAPGIteration(SearchIteration):
 
     defaults = {**SearchIteration.defaults, "eta": 0.8}
     constants = ("eta",)
-    refuses = {"anderson_acceleration": "it accelerates itself, and deepinv drops the history it needs"}
+    refuses = {"anderson_acceleration": "it has an acceleration of its own, and deepinv drops the history it needs"}
 
     def step(self, X: dict, problem: Problem) -> dict:
         x, z = X["est"][0], X["est"][-1]
         smooth, proximable = problem.smooth, problem.proximable
         past, terms = X.get("nmapg"), [smooth.identity, proximable.identity]
         kept = [unchanged(*pair) for pair in zip(X.get("terms", terms), terms)]
-        # where the smooth term is another, steps may grow
+        # another smooth term may allow longer steps
         last = None if past is None else past.step if kept[0] else 2 * past.step
         step, config = self.first_step(problem, x, last)
         if config is not None:
@@ -59,7 +60,7 @@ class NMAPGIteration(SearchIteration):
 
     def changed(self, past: History, x: Tensor, z: Tensor, F: Tensor, same_smooth: bool) -> tuple[History, Tensor]:
         """
-        What is still known under another objective, and z: the step, and where the smooth term is the same its curvature. An
+        The history and z under another objective: the step is kept, and the curvature if the smooth term is the same. An
         unfolded model keeps its acceleration too, since its iterations are one network.
         """
         new = History.starting(x, F, past.step)
@@ -87,38 +88,44 @@ class NMAPG(Optim):
         x_{k+1} &\in \{z_{k+1},\ v_{k+1} = \operatorname{prox}_{\alpha \lambda g}(x_k - \alpha \nabla f(x_k))\}
         \quad \text{of least } F \text{ otherwise}
 
-    with :math:`t_{k+1} = \frac12 (1 + \sqrt{4 t_k^2 + 1})` and :math:`c_k` a mean of the energies so far in which each older one
-    weighs :math:`\eta (1 - 1/t_k)^8` times the next: F hardly rises at first, when a rise from a poor start would be large, and
-    ``eta=0`` makes it monotone throughout. When the objective is another than in the iteration before (a list of parameters,
-    priors or data fidelities), the mean and the acceleration start anew.
+    with :math:`t_{k+1} = \frac12 (1 + \sqrt{4 t_k^2 + 1})`. The ceiling :math:`c_k` is a weighted mean of the energies so far, in
+    which each energy weighs :math:`\eta (1 - 1/t_k)^8` times as much as the one after it. F can therefore hardly rise at first,
+    when a rise from a poor start would be large; with ``eta=0`` it never rises. When the objective differs from that of the
+    iteration before (by a list of parameters, priors or data fidelities), the mean and the acceleration start anew.
 
-    **Steps.** Each begins with Barzilai and Borwein's :math:`\alpha = \|s\|^2 / \langle s, r \rangle` of the last move s and
-    change of gradient r, the first with ``stepsize``, and is shortened until F falls enough, for each sample on its own: no
-    Lipschitz constant is needed, and every limit point is critical. With ``backtracking=False``, and unfolded, all steps are
-    ``stepsize``; then :math:`\alpha < 1 / L`.
+    **Steps.** The first search begins with ``stepsize``. Each later one begins with the step of Barzilai and Borwein,
+    :math:`\alpha = \|s\|^2 / \langle s, r \rangle` for the last move s and the change r of the gradient along it. The step is
+    shortened until F decreases enough, for each sample on its own. No Lipschitz constant is needed, and every limit point is
+    critical. With ``backtracking=False``, and in an unfolded model, all steps are ``stepsize``, which then has to be less than
+    1 / L for the Lipschitz constant L of the smooth gradient.
 
-    Unfolded, ``stepsize``, ``lambda`` and ``g_param`` are trainable; a prior without a value (a denoiser) is admitted there, and
-    :math:`x_{k+1} = z_{k+1}`. DEQ differentiates at the fixed point with the shortest accepted step. Anderson acceleration is
-    refused.
+    In an unfolded model, ``stepsize``, ``lambda`` and ``g_param`` are trainable, and a prior without a value (a denoiser) is
+    allowed; then :math:`x_{k+1} = z_{k+1}`. DEQ differentiates at the fixed point with the shortest accepted step. Anderson
+    acceleration is refused.
+
+    **Batches.** deepinv's stopping rule ends the search for all samples of a batch together. A sample that has converged is still
+    evaluated until then, since ``physics`` may hold parameters of each sample and so measures the whole batch alone.
+    :func:`deepinv_flows.nmapg` with ``data`` leaves out the samples that have converged.
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
-    :param float, torch.Tensor lambda_reg: :math:`\lambda`; like all numbers here one, a tensor with one for each sample, (B,),
-        or a list with one for each iteration.
+    :param float, torch.Tensor lambda_reg: :math:`\lambda`. Like every number here, it is one number, a tensor (B,) with one for
+        each sample, or a list with one for each iteration.
     :param float, torch.Tensor stepsize: the first :math:`\alpha`. A list switches the search off.
     :param float eta: :math:`\eta` in [0, 1).
-    :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search: ``eta`` shortens a step, at most ``max_iter``
-        times; ``gamma`` is :math:`\delta`.
+    :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search. A step is multiplied by its ``eta`` at most
+        ``max_iter`` times; its ``gamma`` is :math:`\delta`.
     :param bool g_first: whether the prior is the smooth term and the data fidelity the proximable one.
     :param kwargs: ``g_param, sigma_denoiser, max_iter, crit_conv, thres_conv, early_stop, custom_metrics, custom_init, unfold,
         trainable_params, DEQ, cost_fn, params_algo, get_output``, as in :class:`deepinv.optim.FISTA`.
-    :raises ValueError: for an eta outside [0, 1), a step that is not positive, or a line search on a term without value.
+    :raises ValueError: for an eta outside [0, 1), a step size that is not positive, and a line search with a term that does not
+        have a value.
 
     Source: Li & Lin, "Accelerated proximal gradient methods for nonconvex programming", NeurIPS 2015, supplement,
-    algorithm 4. This differs from it: 1. the fall is measured by :math:`\delta / \alpha` instead of :math:`\delta`, so that
-    scaling F changes nothing; 2. the weights of the mean, constant there; 3. while :math:`c_k` is infinite (a start that violates
-    a constraint) a step is accepted by the quadratic model of the smooth term at the point it starts from; 4. after a search
-    in which no step was accepted the acceleration starts anew.
+    algorithm 4. This differs from it: 1. the decrease is measured with :math:`\delta / \alpha` instead of :math:`\delta`, so that
+    scaling F changes nothing; 2. the weights of the mean vary with k, where theirs are constant; 3. while :math:`c_k` is infinite
+    (after a start that violates a constraint), a step is accepted if the smooth term is below its quadratic model at the point
+    where the step starts; 4. the acceleration starts anew after a search that accepted no step.
 
     >>> import deepinv as dinv, torch
     >>> from deepinv_flows import NMAPG
@@ -158,26 +165,29 @@ def nmapg(
     callback: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     r"""
-    A critical point of :math:`f(x) + g(x)` by :class:`NMAPG`, without physics or measurements.
+    A critical point of :math:`f(x) + g(x)`, by the algorithm of :class:`deepinv_flows.NMAPG`, without physics or measurements.
 
-    Each sample stops on its own. With ``data``, ``energy(x, *data)`` and ``prior`` are evaluated on the samples that go on
-    and on their data alone; without, ``energy(x)`` is always given the whole batch.
+    Each sample stops on its own. With ``data``, the functions ``energy(x, *data)`` and ``prior`` are evaluated only on samples
+    that have not converged, with the data of these samples. Without ``data``, ``energy(x)`` always gets the whole batch.
 
-    :param Callable energy: f, tensors (B, ...) to (B,), differentiable by autograd.
+    :param Callable energy: f, a function that maps tensors (B, ...) to (B,) and that autograd can differentiate.
     :param torch.Tensor x: where to start, (B, ...), real or complex.
     :param deepinv.optim.Prior prior: g, proximable and with a value; ``None`` is 0.
-    :param list[torch.Tensor] data: tensors with a row for each sample that ``energy`` takes beside x; may be empty.
-    :param float, torch.Tensor stepsize: the first step, one number or one for each sample.
-    :param float eta: 0 makes the energy fall at every iteration.
-    :param int max_iter: number of iterations at most.
-    :param float tol: a sample has converged when an accepted step moves it by at most this times its norm.
-    :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search, as in :class:`NMAPG`.
-    :param Callable callback: called after each iteration with x and its energies (B,).
+    :param list[torch.Tensor] data: tensors (B, ...) that ``energy`` takes after x, each with an entry for each sample; the list
+        may be empty.
+    :param float, torch.Tensor stepsize: the first step size, one number or one for each sample, (B,).
+    :param float eta: :math:`\eta` in [0, 1); with 0 the energy never rises.
+    :param int max_iter: largest number of iterations.
+    :param float tol: a sample has converged when an accepted step moves it by at most ``tol`` times its norm.
+    :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search, as in :class:`deepinv_flows.NMAPG`.
+    :param Callable callback: called after each iteration as ``callback(x, F)`` with the energies F (B,) of x.
     :return: tensor like x, without a graph.
-    :raises ValueError: for an option out of its range, and naming the iteration, when the gradient is not finite or the energy
-        is NaN.
+    :raises ValueError: for an option out of its range and for data of another number of samples; and, naming the iteration, when
+        the gradient is not finite or the energy is NaN.
+    :raises TypeError: when x is not a tensor of 32 or 64 bit numbers, or ``data`` not a list of tensors.
+    :raises RuntimeError: under :func:`torch.inference_mode`.
 
-    Source: as :class:`NMAPG`.
+    Source: that of :class:`deepinv_flows.NMAPG`.
 
     >>> import torch
     >>> from deepinv_flows import nmapg
@@ -185,7 +195,9 @@ def nmapg(
     tensor([[ 1.],
             [-1.]])
     """
-    check_ranges({"stepsize": [stepsize], "eta": [eta]})
+    _check_problem(x, data)
+    check_ranges({"stepsize": [stepsize], "eta": [eta], "tol": [tol]})
+    positive_int(max_iter=max_iter)
     config, g = as_config(backtracking), PriorTerm(prior)
     if config is not None:
         check_explicit("nmapg", g)
@@ -207,3 +219,23 @@ def nmapg(
         if not alive.any():
             break
     return x
+
+
+def _check_problem(x: Tensor, data: Sequence[Tensor] | None) -> None:
+    check_autograd("nmapg")
+    if (
+        not torch.is_tensor(x)
+        or torch.finfo(x.dtype if x.is_floating_point() or x.is_complex() else torch.half).bits < 32
+    ):
+        raise TypeError(f"expected x to be a real or complex tensor of single or double precision; got {_kind(x)}")
+    if x.ndim < 2:
+        raise ValueError(f"expected a batch (B, ...); got shape {tuple(x.shape)}: pass numbers as x[:, None]")
+    if torch.is_tensor(data) or not all(torch.is_tensor(d) for d in data or ()):
+        raise TypeError(f"expected data to be a list of tensors; got {_kind(data)}")
+    for d in data or ():
+        if len(d) != len(x):
+            raise ValueError(f"expected data with an entry for each of {len(x)} samples; got shape {tuple(d.shape)}")
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if torch.is_tensor(value) else repr(value)

@@ -1,4 +1,4 @@
-"""What the optimizers share: parameters normalised and checked, and what cannot be right refused."""
+"""What the optimizers share: parameters are normalised and checked, and options that cannot be right are refused."""
 
 from collections.abc import Callable
 
@@ -15,15 +15,15 @@ from .terms import coefficient
 
 
 def estimate(X: dict) -> Tensor:
-    """deepinv's default output; a function with a name, so that models pickle."""
+    """deepinv's default output. It is a function with a name, so that models can be pickled."""
     return X["est"][0]
 
 
 class Optim(BaseOptim):
     """
-    deepinv's optimizer with its parameters normalised, and with what cannot be right refused when it is made.
+    deepinv's optimizer, whose parameters are normalised, and which refuses options that cannot be right when it is made.
 
-    A subclass names its ``iteration`` and gives its own parameters to ``__init__``; the builders give an ``iterator``.
+    A subclass names its ``iteration`` and passes its own parameters to ``__init__``; the builders pass an ``iterator``.
     """
 
     iteration: type[Iteration]
@@ -64,14 +64,14 @@ class Optim(BaseOptim):
             get_output=get_output,
             **options,
         )
-        # deepinv's asks the prior alone, not the user
+        # deepinv derives it from the prior alone and ignores what the user asked for
         self.has_cost: bool = has_cost and (self.has_cost or cost_fn is not None)
         iterator.has_cost = self.has_cost
         if not has_cost and (self.backtracking or self.crit_conv == "cost"):
             raise ValueError("expected has_cost=True for backtracking or crit_conv='cost'; got has_cost=False")
 
     def init_iterate_fn(self, y: Tensor, physics: object, init: object = None, cost_fn: Callable | None = None) -> dict:
-        """As deepinv's; where the iteration has a start of its own, from that."""
+        """The first iterate, as in deepinv, or that of ``iterator.start`` if the iteration has one."""
         iterator = self.fixed_point.iterator
         if not isinstance(iterator, Iteration) or iterator.start is None:
             X = super().init_iterate_fn(y, physics, init, cost_fn)
@@ -84,7 +84,7 @@ class Optim(BaseOptim):
         return X
 
     def update_params_fn(self, it: int) -> dict:
-        """As deepinv's; a number for each sample is shaped so that deepinv's iterations multiply images by it."""
+        """As in deepinv; numbers for each sample are shaped so that deepinv's iterations can multiply images by them."""
         params = super().update_params_fn(it)
         if self._like is None or isinstance(self.fixed_point.iterator, Iteration):
             return params
@@ -92,13 +92,13 @@ class Optim(BaseOptim):
         return params | {name: coefficient(params[name], self._like) for name in each}
 
     def DEQ_additional_step(self, X: dict, y: Tensor, physics: object, **kwargs) -> Tensor:
-        """As deepinv's, then ``get_output``."""
+        """As in deepinv, followed by ``get_output``."""
         x = super().DEQ_additional_step(X, y, physics, **kwargs)
         return self.get_output({**X, "est": (x, *X["est"][1:])})
 
     def check_conv_fn(self, it: int, X_prev: dict, X: dict) -> bool:
-        """As deepinv's; the backward iteration of DEQ has no cost and no output, only a vector."""
-        # there X has no cost; accelerated it has None, beside a list, where a forward iteration would have its cost
+        """As in deepinv; the backward iteration of DEQ has neither cost nor output, so its vector decides."""
+        # a backward iteration has no cost; if it is accelerated, its cost is None and its estimate a list
         if "cost" in X and not (X["cost"] is None and isinstance(X["est"], list)):
             return super().check_conv_fn(it, X_prev, X)
         v_prev, v = X_prev["est"][0].flatten(1), X["est"][0].flatten(1)
@@ -107,7 +107,7 @@ class Optim(BaseOptim):
     def extra_repr(self) -> str:
         return f"{describe(self.init_params_algo)}, max_iter={self.max_iter}, unfold={self.unfold}, DEQ={self.DEQ}"
 
-    # deepinv's metric holds a lambda, which does not pickle
+    # deepinv's metric holds a lambda, which cannot be pickled
     def __getstate__(self) -> dict:
         modules = {name: module for name, module in self._modules.items() if name != "psnr"}
         return {**self.__dict__, "_modules": modules}

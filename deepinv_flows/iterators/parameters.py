@@ -1,4 +1,4 @@
-"""Parameters of an optimizer: normalised, checked, and those that can be trained."""
+"""Parameters of an optimizer: how they are normalised and checked, and which of them can be trained."""
 
 import difflib
 import inspect
@@ -14,10 +14,10 @@ ALIASES = {"lambda_reg": "lambda", "sigma_denoiser": "g_param", "lambda_reg_2": 
 
 def normalise(params: dict) -> dict:
     """
-    ``params_algo``, changed in place: deepinv's own names, and for each one value or a list of ``max_iter``.
+    ``params_algo``, changed in place: the names become those of deepinv, and each value one value or a list of ``max_iter``.
 
     A tensor is one value, whatever its shape, and so is a module, even one that can be iterated over (a FrEIA chain). Lists
-    of modules become :class:`torch.nn.ModuleList`, so that their weights are the model's.
+    of modules become a :class:`torch.nn.ModuleList`, so that their weights belong to the model.
     """
     for name in list(params):
         value = params.pop(name)
@@ -37,7 +37,7 @@ def _numbers(value) -> bool:
 
 
 def trainable(names: Iterable[str] | None, params: dict, constants: tuple[str, ...] = ()) -> list[str]:
-    """The names to train: all that are numbers unless given, and every one given is there to be trained."""
+    """The names of the parameters to train; by default all that are numbers. Names that cannot be trained are refused."""
     able = [name for name, value in params.items() if name not in constants and _numbers(value)]
     names = able if names is None else list(names)
     if not set(names) <= set(able):
@@ -46,7 +46,7 @@ def trainable(names: Iterable[str] | None, params: dict, constants: tuple[str, .
 
 
 def trained(names: Iterable[str] | None, params: dict, iterator) -> tuple[dict, list[str]]:
-    """Parameters and the names of those to train, the iteration's defaults among them where they are named."""
+    """All parameters and the names of those to train. A default of the iteration becomes a parameter if it is to be trained."""
     defaults = getattr(iterator, "defaults", {"beta": 1.0})
     names = None if names is None else [ALIASES.get(name, name) for name in names]
     params = {**{name: defaults[name] for name in names or () if name in defaults}, **params}
@@ -54,7 +54,7 @@ def trained(names: Iterable[str] | None, params: dict, iterator) -> tuple[dict, 
 
 
 def describe(params: Mapping) -> str:
-    """Those that are numbers, as a model prints them."""
+    """The parameters that are numbers, as a model prints them."""
 
     def brief(values: list) -> str:
         each = [f"{float(v):.4g}" if torch.as_tensor(v).numel() == 1 else f"{tuple(v.shape)}" for v in values]
@@ -72,6 +72,7 @@ RANGES = {
     "beta": ("real", lambda v: v == v),
     "inertia": ("in [0, 1)", lambda v: (v >= 0) & (v < 1)),
     "eta": ("in [0, 1)", lambda v: (v >= 0) & (v < 1)),
+    "tol": ("non-negative", lambda v: v >= 0),
 }
 
 
@@ -92,13 +93,13 @@ def check_ranges(params: Mapping) -> None:
 
 
 def arguments(function: Callable) -> set[str]:
-    """Names of the keyword arguments that a function declares."""
+    """The names of the keyword arguments that a function declares."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds} - {"self"}
 
 
 def check_keywords(name: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse keyword arguments that nobody takes; deepinv ignores them."""
+    """Refuse unknown keyword arguments, which deepinv ignores."""
     known = sorted({*known, *arguments(BaseOptim.__init__)} - {"self", "kwargs", "iterator", "args"})
     for argument in given:
         if argument not in known:

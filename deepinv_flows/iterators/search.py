@@ -1,4 +1,4 @@
-"""Step sizes by line search, each sample its own."""
+"""Line search of step sizes, for each sample on its own."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -9,14 +9,14 @@ from deepinv.optim import BacktrackingConfig, BaseOptim
 from torch import Tensor
 
 from .base import Iteration, Problem, is_unfolded
-from .terms import coefficient, unchanged
+from .terms import coefficient
 
-#: of our line searches; deepinv's own default shortens a step by a tenth at most twenty times
+#: the default of our line searches; that of deepinv multiplies a step by 0.9 at most twenty times, which is too little
 DEFAULT = BacktrackingConfig(gamma=1e-4, eta=0.5, max_iter=40)
 
 
 def as_config(backtracking: BacktrackingConfig | bool | None) -> BacktrackingConfig | None:
-    """``True`` is :data:`DEFAULT`, ``False`` and ``None`` no search; checked."""
+    """The checked configuration of a line search: ``True`` is ``DEFAULT``; ``False`` and ``None`` are ``None``, no search."""
     if backtracking is None or backtracking is False:
         return None
     config = DEFAULT if backtracking is True else backtracking
@@ -30,17 +30,18 @@ def as_config(backtracking: BacktrackingConfig | bool | None) -> BacktrackingCon
 
 
 def as_steps(stepsize: float | Tensor, x: Tensor) -> Tensor:
-    """A real step for each sample, shaped to multiply ``x``: (B, 1, ...)."""
+    """A real step size for each sample, of shape (B, 1, ...), so that it multiplies ``x``."""
     step = torch.as_tensor(coefficient(stepsize, x), dtype=x.real.dtype, device=x.device)
     return step * torch.ones(x.shape[0], *[1] * (x.ndim - 1), dtype=step.dtype, device=x.device)
 
 
 def shorten(trial: Callable[[Tensor], tuple], enough: Callable[..., Tensor], step: Tensor, config: BacktrackingConfig):
     """
-    Try the steps s, eta s, eta^2 s, ... of each sample until ``enough(step, *trial(step))`` holds; samples for which it
-    holds keep their step while the others go on.
+    Try the steps s, eta s, eta^2 s, ... of each sample until ``enough(step, *trial(step))`` holds. Samples for which it
+    holds keep their step while the search goes on for the others.
 
-    :return: the last trial; its steps, shortened once more where it was not enough; and for which samples (B,) it was.
+    :return: the last trial; its steps, shortened once more for samples for which the condition does not hold; and the samples
+        for which it holds, (B,).
     """
     for _ in range(config.max_iter):
         found = trial(step)
@@ -53,15 +54,15 @@ def shorten(trial: Callable[[Tensor], tuple], enough: Callable[..., Tensor], ste
 
 class SearchIteration(Iteration):
     """
-    Base of the iterations that search their steps, unless they are unfolded or have a list of steps: then they take those.
+    Base of the iterations that search their step sizes. Unfolded, or with a list of step sizes, they take the given steps.
 
-    A DEQ model runs to its fixed point without a graph, then records two iterations, the second without their history.
-    Both take the shortest step of that run: any would give the same derivative, but the backward iteration needs one at
-    which the iteration contracts, and a step that was accepted along one direction need not.
+    A DEQ model runs to its fixed point without a graph and then records two iterations, the second without the history of the
+    first. Both take the shortest step of that run. Every step would give the same derivative, but the backward iteration
+    converges only if the recorded iteration is a contraction, which a step accepted along one direction does not ensure.
     """
 
     defaults = {"backtracking": True}
-    #: set when an optimizer adopts the iteration
+    #: these three are set when an optimizer adopts the iteration
     unfolded = False
     scheduled = False
     backtracking: BacktrackingConfig | bool | None = None
@@ -71,10 +72,10 @@ class SearchIteration(Iteration):
         self.shortest = None
 
     def reasons(self, params: dict, unfolded: bool = False) -> dict[str, str]:
-        return {**self.refuses, "backtracking": "unfolded, the given steps are taken"} if unfolded else self.refuses
+        return {**self.refuses, "backtracking": "an unfolded model takes the given steps"} if unfolded else self.refuses
 
     def adopted(self, optimizer: BaseOptim, params: dict, options: dict) -> None:
-        """As :meth:`Iteration.adopted`; ``backtracking`` becomes our search, and deepinv's is switched off."""
+        """As the base class; ``backtracking`` then means our line search, and that of deepinv is switched off."""
         super().adopted(optimizer, params, options)
         self.unfolded, self.backtracking = is_unfolded(optimizer), options.get("backtracking")
         optimizer.backtracking, optimizer.backtracking_config = False, None
@@ -87,13 +88,13 @@ class SearchIteration(Iteration):
         self.scheduled = isinstance(steps, Iterable) and len(list(steps)) > 1
         if searches and self.scheduled:
             warnings.warn(
-                "the line search is switched off, as stepsize is a list: each iteration takes the step given for it "
+                "the line search is switched off, since stepsize is a list: each iteration takes the step given for it "
                 "(backtracking=False avoids this warning)",
                 stacklevel=6,
             )
 
     def first_step(self, problem: Problem, x: Tensor, last: Tensor | None) -> tuple[Any, BacktrackingConfig | None]:
-        """The step to begin with, and how to search from it, if at all; then it is a tensor (B, 1, ...)."""
+        """The step, and ``None`` if it is taken as it is; or else the first step to try, (B, 1, ...), and how to search."""
         given = problem.coefficient("stepsize", x)
         config = as_config(problem["backtracking"] if self.backtracking is None else self.backtracking)
         if config is None or self.unfolded or self.scheduled:
@@ -115,14 +116,9 @@ class SearchIteration(Iteration):
 
 
 def check_explicit(name: str, *terms) -> None:
-    """Refuse a line search on a term without a value."""
+    """Refuse a line search with a term that does not have a value."""
     if not all(term.explicit for term in terms):
         raise ValueError(
-            f"the line search of {name} needs the value of its terms, and this prior has none; "
-            "got backtracking=True: give a stepsize and backtracking=False"
+            f"the line search of {name} needs the value of each term, and this prior does not have one; "
+            "got backtracking=True: pass a stepsize and backtracking=False"
         )
-
-
-def still(X: dict, *terms) -> bool:
-    """Whether the last iteration, which noted its terms in X, had these same terms."""
-    return "terms" in X and all(unchanged(*pair) for pair in zip(X["terms"], [term.identity for term in terms]))

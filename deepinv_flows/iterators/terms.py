@@ -1,4 +1,4 @@
-"""The terms of an objective as iterations use them: one value for each sample, gradients, proximity operators."""
+"""The terms of an objective as iterations use them: a value for each sample, gradients and proximity operators."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -13,7 +13,7 @@ from ..solvers import dot, per_sample
 
 
 def coefficient(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number, or a tensor with a number for each sample, shaped so that it multiplies ``x``."""
+    """One number, or a tensor with a number for each sample, shaped so that it multiplies ``x``."""
     if not torch.is_tensor(value):
         return value
     if value.numel() == 1:
@@ -24,7 +24,7 @@ def coefficient(value: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 def flat(value: float | Tensor) -> float | Tensor:
-    """A :func:`coefficient` shaped so that it multiplies values (B,)."""
+    """The result of ``coefficient``, shaped so that it multiplies values (B,)."""
     return value.reshape(-1) if torch.is_tensor(value) else value
 
 
@@ -39,13 +39,13 @@ def square(x: Tensor) -> Tensor:
 
 
 def check_not_nan(what: str, value: Tensor) -> None:
-    """Refuse NaN; a value may be infinite, where a constraint is violated."""
+    """Refuse NaN. A value may be infinite, where a constraint is violated."""
     if bool(torch.isnan(value.detach()).any()):
         raise ValueError(f"{what} of samples {torch.isnan(value).nonzero().flatten().tolist()} is NaN{iteration()}")
 
 
 def _values(value: Tensor, x: Tensor) -> Tensor:
-    """What a term returned, as one real value for each sample of ``x``."""
+    """The output of a term as one real value for each sample of ``x``."""
     if value.ndim == 0 and x.shape[0] == 1:
         value = value.reshape(1)
     if value.ndim == 0 or value.shape[0] != x.shape[0]:
@@ -58,12 +58,12 @@ def _values(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _guarded(x: Tensor) -> Tensor:
-    # deepinv's default grad sets requires_grad on its argument: without a graph it gets a copy that nobody sees
+    # deepinv's default grad sets requires_grad on its argument: outside of a graph it gets a copy instead
     return x if torch.is_grad_enabled() else x.detach()
 
 
 def _constant(value: object) -> object:
-    """A parameter to compare later values with, safe from changes in place."""
+    """A copy of a parameter, with which later values are compared even if the parameter is changed in place."""
     return value.detach().clone() if torch.is_tensor(value) else value
 
 
@@ -95,13 +95,13 @@ class Term(Protocol):
 
 
 class ProximableTerm(Term, Protocol):
-    """One with a proximity operator."""
+    """A term with a proximity operator."""
 
     def prox(self, x: Tensor, gamma: float | Tensor) -> Tensor: ...
 
 
 class DataTerm:
-    """The data fidelity f, its measurements bound."""
+    """The data fidelity f with its measurements bound."""
 
     explicit = True
 
@@ -110,7 +110,7 @@ class DataTerm:
 
     @property
     def identity(self) -> tuple:
-        """What :func:`unchanged` compares to tell whether a later term is the same function."""
+        """The objects and numbers that ``unchanged`` compares to decide whether a later term is the same function."""
         return (self.data_fidelity, *self.bound)
 
     def value(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class DataTerm:
         return _values(self.data_fidelity(x, *self.bound), x)
 
     def _poisson(self, x: Tensor) -> Tensor:
-        """deepinv adds the logarithms of the whole batch to the value of each sample."""
+        """The Poisson value; that of deepinv adds the logarithms of the whole batch to the value of each sample."""
         (y, physics), d = self.bound, self.data_fidelity.d
         y, z = y / d.gain if d.denormalize else y, physics.A(x) / d.gain + d.bkg
         return _values(z - y - y * torch.log(z), x)
@@ -139,13 +139,13 @@ class PriorTerm:
 
     @property
     def identity(self) -> tuple:
-        """What :func:`unchanged` compares to tell whether a later term is the same function."""
+        """The objects and numbers that ``unchanged`` compares to decide whether a later term is the same function."""
         prior = ZeroPrior if isinstance(self.prior, ZeroPrior) else self.prior
         return prior, _constant(self.weight), _constant(self.g_param)
 
     @property
     def explicit(self) -> bool:
-        """Whether the prior has a value; a denoiser has none."""
+        """Whether the prior has a value; a denoiser does not."""
         return self.prior.explicit_prior
 
     def value(self, x: Tensor) -> Tensor:
@@ -165,14 +165,14 @@ class PriorTerm:
 
     def _prox(self, x: Tensor, gamma: float | Tensor) -> Tensor:
         if isinstance(self.prior, WaveletPrior):
-            # thresholds are (B,), and by default a tenth of what the proximity operator of its value has
+            # it takes thresholds of shape (B,); by default they are a tenth of those of the true proximity operator
             exact = {"ths": 1.0} if self.prior.p == 1 else {}
             return self.prior.prox(x, self.g_param, gamma=flat(gamma), **exact)
         return self.prior.prox(x, self.g_param, gamma=gamma)
 
 
 class EnergyTerm:
-    """A function (B, ...) to (B,) as a smooth term, differentiated by autograd without a graph of the gradient."""
+    """A function that maps (B, ...) to (B,) as a smooth term; autograd computes its gradient, which does not have a graph."""
 
     explicit = True
 

@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo on a batch of chains, each with its own step size."""
+"""Hamiltonian Monte Carlo on a batch of chains, each with a step size of its own."""
 
 import math
 
@@ -11,14 +11,14 @@ from .preconditioner import Metric
 
 class Kernel:
     """
-    Chains with the density exp(-U(z)), for a potential U known by its value and gradient.
+    Chains with the density exp(-U(z)), for a potential U that is known by its value and gradient.
 
-    :param Callable value_and_grad: of U, latents (B, ...) to values (B,) and gradients (B, ...).
-    :param torch.Tensor z: where the chains start, with finite values.
+    :param Callable value_and_grad: maps latents (B, ...) to the values (B,) and gradients (B, ...) of U.
+    :param torch.Tensor z: latents (B, ...) where the chains start; U has to be finite there.
     :param Metric metric: covariance of the momenta.
     :param int num_steps: largest number of leapfrog steps in an iteration.
-    :param float acceptance: the rate to which step sizes are adapted.
-    :param torch.Generator generator: source of all randomness.
+    :param float acceptance: acceptance rate to which the step sizes are adapted.
+    :param torch.Generator generator: source of all random numbers.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class Kernel:
         self.value_and_grad, self.z, self.metric, self.num_steps = value_and_grad, z, metric, num_steps
         self.acceptance, self.generator = acceptance, generator
         self.value, self.grad = value_and_grad(z)
-        # leapfrog in d dimensions of unit curvature accepts at a step of about d^(-1/4)
+        # in d dimensions of unit curvature, leapfrog steps longer than about d^(-1/4) are mostly rejected
         self.log_step = torch.full_like(self.value, -0.25 * math.log(z[0].numel()))
         self.average, self.error, self.count = self.log_step.clone(), torch.zeros_like(self.value), 0
         self.anchor = self.log_step + math.log(10)
 
     def step(self, adapt: bool) -> Tensor:
-        """One iteration; returns the probabilities (B,) with which it was accepted."""
+        """One iteration of each chain; returns the acceptance probabilities (B,)."""
         step = (self.log_step if adapt else self.average).exp()
         p = self.metric.root(self._normal())
         energy = self.value + 0.5 * dot(p, self.metric.inverse(p))
@@ -63,7 +63,7 @@ class Kernel:
         return probability
 
     def _adapt(self, probability: Tensor) -> None:
-        """Dual averaging of log step sizes, with the constants of Hoffman & Gelman (2014)."""
+        """Dual averaging of the log step sizes, with the constants of Hoffman & Gelman (2014)."""
         self.count += 1
         weight = 1 / (self.count + 10)
         self.error = (1 - weight) * self.error + weight * (self.acceptance - probability)

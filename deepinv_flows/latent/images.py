@@ -1,4 +1,4 @@
-"""What a prior or a reconstruction of whole images takes as its flow."""
+"""The flows and generators that priors and reconstructions of whole images accept."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from ..flows import ImageGenerator
 
 def images_of(flow: nn.Module) -> ImageGenerator:
     """
-    A flow or generator, or the flow of a prior, as a generator of images.
+    A generator of images made of a flow, of another generator, or of the flow that a prior holds.
 
     :raises TypeError: for anything else, such as a prior on patches.
     """

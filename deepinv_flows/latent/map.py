@@ -20,7 +20,7 @@ from .metrics import Metrics
 from .start import first_finite, known_init, start
 
 PENALTIES = ("norm", "squared")
-# optimizers that treat every entry by itself, with a step for latents of variance 1
+# torch's optimizers that update every entry on its own, each with a step size for latents of variance 1
 FIRST_ORDER = {
     "adam": (torch.optim.Adam, 0.05),
     "adamax": (torch.optim.Adamax, 0.05),
@@ -39,52 +39,54 @@ class LatentMAP(Reconstructor):
         \hat x = G(\hat z), \qquad \hat z \in \arg\min_z \; f(G(z), y, A) + \lambda\, r(z)
 
     An invertible G can represent every image, so images unlike those it was trained on are recovered too. Started at z = 0,
-    the optimizer goes to likely images first, and needs no penalty when there is little noise.
+    the optimizer reaches likely images first, and needs no penalty when there is little noise.
 
-    Each image of a batch is a problem of its own: its steps, line search and end do not depend on the others'. A step to
-    where the objective is not finite is rejected, and what is returned is the best iterate. The units of y, A and f do not
-    matter to any optimizer but ``"sgd"``, whose step is ``stepsize`` times the gradient.
+    Each image of a batch is a problem of its own: its steps, its line search and its stopping do not depend on the other images.
+    A step to where the objective is not finite is rejected, and the best iterate is returned. The units of y, A and f do not
+    matter, except to ``"sgd"``, whose step is ``stepsize`` times the gradient.
 
-    **Physics.** Any of deepinv's that takes the images that G makes: nonlinear ones, those whose measurements or images are
-    complex, and stacks, of which each operator has its own data fidelity, or all the same. Images for MRI have two channels, the
-    real and the imaginary part. Not ``Haze``, which takes an image with its depth and light, and, with a flow on images
-    (N, C, H, W), not ``DynamicMRI`` and ``SequentialMRI``, whose images have a time axis. ``SinglePhotonLidar`` of deepinv 0.5.0
-    measures one image at a time.
+    **Physics.** LatentMAP takes every physics of deepinv that can measure the images of G: nonlinear ones, those whose
+    measurements or images are complex, and stacks, with one data fidelity for all operators or one for each. Images for MRI have
+    two channels, the real and the imaginary part. LatentMAP does not take ``Haze``, which measures an image together with its
+    depth and light; nor, with a flow on images (N, C, H, W), ``DynamicMRI`` and ``SequentialMRI``, whose images have a time axis.
+    ``SinglePhotonLidar`` of deepinv 0.5.0 measures one image at a time.
 
-    **Conditional flows**, p(x | c), take ``c``; as a function of y and physics, such as
-    ``lambda y, physics: physics.A_dagger(y)``, it makes a posterior flow p(x | y) of one that was trained on such pairs.
+    **Conditional flows**, p(x | c), take conditions ``c``. A flow that was trained on pairs of images and reconstructions is a
+    posterior flow p(x | y) if ``c`` is a function that computes the reconstruction, such as
+    ``lambda y, physics: physics.A_dagger(y)``.
 
-    :param torch.nn.Module flow: a flow, run in reverse as G; a :class:`deepinv_flows.FlowPrior`; or any generator, z to images.
-        Also one compiled by :func:`torch.compile` or in ``DataParallel``.
+    :param torch.nn.Module flow: a flow, run in reverse as G; a :class:`deepinv_flows.FlowPrior`; or any generator, a module that
+        maps z to images. It may be compiled by :func:`torch.compile` or wrapped in ``DataParallel``.
     :param deepinv.optim.DataFidelity data_fidelity: f, with a value for each image; ``None`` is ``L2()``,
-        :math:`\frac12\|Ax-y\|^2`. Of stacked physics it is summed over the operators, unless it is a
+        :math:`\frac12\|Ax-y\|^2`. With stacked physics it is summed over the operators, unless it is a
         ``StackedPhysicsDataFidelity``.
-    :param float lambda_reg: weight :math:`\lambda \ge 0`; with ``L2(sigma=noise)`` and ``"squared"``, 1 is the most likely z
-        given y.
+    :param float lambda_reg: weight :math:`\lambda \ge 0`, one number or one for each image. With ``L2(sigma=noise)`` and
+        ``"squared"``, the weight 1 gives the most likely z for y.
     :param str penalty: ``"norm"``, :math:`r(z) = \|z\|`, as published, or ``"squared"``, :math:`\frac12\|z\|^2`.
     :param str optimizer: ``"lbfgs"``, or one of torch's that treat each entry by itself: ``"adam"``, ``"adamax"``, ``"nadam"``,
         ``"rmsprop"``, ``"sgd"``.
-    :param float stepsize: of the optimizer; for L-BFGS the first trial step, as a multiple of the quasi-Newton step. ``None``
-        is 1 for L-BFGS, and for others what suits latents of variance 1.
-    :param int max_iter: bound on the number of iterations. One of L-BFGS takes one evaluation of G and its gradient, or a
-        few.
+    :param float stepsize: step size of the optimizer. For L-BFGS it is the first trial step, as a multiple of the quasi-Newton
+        step. ``None`` is 1 for L-BFGS, and for the others a step that suits latents of variance 1.
+    :param int max_iter: largest number of iterations. An iteration of L-BFGS takes one or a few evaluations of G and its
+        gradient.
     :param str, torch.Tensor, Callable init: where to start: ``"zero"``; ``"random"``, normal of standard deviation
         ``init_std``; ``"pinv"``, the latent of ``physics.A_dagger(y)``; latents (B, ...) or (1, ...); or a function of y and
         physics that returns latents. Images whose objective is not finite there start at zero, with a warning.
     :param float init_std: standard deviation of a random start.
     :param bool early_stop: end the search for an image once it has converged.
-    :param float thres_conv: an image has converged when an iteration lowers its objective by less than this times the objective,
-        or to less than the square of this times the objective at the start (``"lbfgs"``); or when an iteration moves z by less
-        than this times its length (the other optimizers).
-    :param int history: steps that L-BFGS remembers; each takes the memory of two latents.
-    :param tuple latent_shape: shape of a latent; needed for a generator that is not a flow, unless ``init`` tells.
-    :param torch.Tensor, list, Callable c: conditions of a conditional flow, or the only one, each (B, C', H, W); or a function
-        of y and physics that returns them.
-    :param torch.Generator generator: source of random starts; ``None`` is one of its own, with a fixed seed.
-    :param bool show_progress_bar: show the iterations.
+    :param float thres_conv: tolerance t of convergence. For ``"lbfgs"``, an image has converged when an iteration lowers its
+        objective by less than t times the objective, or when the objective is less than t squared times that at the start. For
+        the other optimizers, an image has converged when an iteration moves z by less than t times the norm of z.
+    :param int history: number of steps that L-BFGS remembers; each takes the memory of two latents.
+    :param tuple latent_shape: shape of the latent of one image; needed for a generator that is not a flow, unless ``init``
+        returns or is a tensor of latents.
+    :param torch.Tensor, list, Callable c: conditions of a conditional flow, a list or a single one, each (B, C', H, W); or a
+        function of y and physics that returns them.
+    :param torch.Generator generator: source of random starts; ``None`` is a generator of the model's own, with a fixed seed.
+    :param bool show_progress_bar: show a progress bar over the iterations.
     :raises ValueError: for an unknown choice, or a number out of range.
-    :raises TypeError: for what is not a flow or generator, for a prior on patches, and for a flow that is called in another way
-        than ``flow(x, rev=False)``.
+    :raises TypeError: for anything but a flow or generator, for a prior on patches, and for a flow that is not called as
+        ``flow(x, rev=False)``.
 
     Sources: Asim et al., "Invertible generative models for inverse problems", ICML 2020, arXiv 1905.11672; for generators that
     are not invertible Bora et al., "Compressed sensing using generative models", ICML 2017, arXiv 1703.03208.
@@ -147,7 +149,7 @@ class LatentMAP(Reconstructor):
 
     @property
     def images(self) -> ImageGenerator:
-        """The flow as the generator G."""
+        """The flow, as the generator G."""
         known = self.__dict__.get("_images")
         if known is None or known.module is not self.flow:
             known = self.__dict__["_images"] = ImageGenerator(self.flow)
@@ -167,16 +169,17 @@ class LatentMAP(Reconstructor):
         Recover images from their measurements.
 
         :param torch.Tensor y: measurements (B, ...), or a list of them from stacked physics.
-        :param deepinv.physics.Physics physics: of the measurements.
-        :param init: in place of that of the constructor.
+        :param deepinv.physics.Physics physics: physics of the measurements.
+        :param init: start that replaces the one of the constructor.
         :param torch.Tensor x_gt: true images, for the PSNR.
         :param bool compute_metrics: also return ``cost``, ``residual`` and, with ``x_gt``, ``psnr`` of each image after each
             iteration, as deepinv's optimizers do.
-        :param c: conditions in place of those of the constructor.
+        :param c: conditions that replace those of the constructor.
         :return: images (B, C, H, W), without a graph; with ``compute_metrics`` a tuple of images and metrics.
-        :raises ValueError: when y is empty or not finite, or not what physics makes of G's images; when the objective is not
-            finite where the search starts or, with the iteration, no longer where it was.
-        :raises TypeError: when y is not in the precision of the flow's weights.
+        :raises ValueError: when y is empty or not finite, or does not have the shape that physics gives to images of G; when the
+            objective is not finite where the search starts; and, naming the iteration, when an evaluation of the same latents
+            is no longer finite.
+        :raises TypeError: when y does not have the precision of the flow's weights.
         :raises RuntimeError: under :func:`torch.inference_mode`.
         """
         with torch.no_grad():
@@ -201,9 +204,10 @@ class LatentMAP(Reconstructor):
         c: Conditions | Callable = None,
     ) -> tuple[Objective, Tensor, Callable[[Tensor], Tensor]]:
         """
-        The problem that measurements pose, checked; the parameters are those of the call.
+        The problem that the measurements pose, checked. The parameters are those of :meth:`forward`.
 
-        :return: the objective and its gradient as a function of z; latents to start from; and G at the conditions.
+        :return: a function that maps z to the objective and its gradient; latents to start from; and G with its conditions
+            bound.
         """
         check_autograd("LatentMAP")
         check_measurements(y, like_weights(self.flow, parts(y)[0].real if torch.is_tensor(parts(y)[0]) else None))
@@ -225,7 +229,7 @@ class LatentMAP(Reconstructor):
     def generate(self, z: Tensor, c: Conditions = None) -> Tensor:
         """
         :param torch.Tensor z: latents (B, ...).
-        :param torch.Tensor, list c: conditions of a conditional flow, or the only one.
+        :param torch.Tensor, list c: conditions of a conditional flow, a list or a single one.
         :return: the images G(z).
         """
         return self.images.decode(z, c)
@@ -234,13 +238,13 @@ class LatentMAP(Reconstructor):
         self, z: Tensor, y: Tensor | TensorList, physics: Physics, c: Conditions = None
     ) -> tuple[Tensor, Tensor]:
         """
-        Objective and its gradient in the latents.
+        The objective and its gradient with respect to the latents.
 
         :param torch.Tensor z: latents (B, ...).
         :param torch.Tensor y: measurements (B, ...), or a list of them from stacked physics.
-        :param deepinv.physics.Physics physics: of the measurements.
-        :param torch.Tensor, list c: conditions of a conditional flow, or the only one.
-        :return: (B,), and a tensor like z.
+        :param deepinv.physics.Physics physics: physics of the measurements.
+        :param torch.Tensor, list c: conditions of a conditional flow, a list or a single one.
+        :return: the objective (B,), and its gradient, a tensor like z.
         """
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
@@ -250,9 +254,9 @@ class LatentMAP(Reconstructor):
 
     def objective(self, z: Tensor, y: Tensor | TensorList, physics: Physics, c: Conditions = None) -> Tensor:
         """
-        The objective, differentiable as often as G and the data fidelity are; the parameters are those of :meth:`value_and_grad`.
+        The objective, differentiable as often as G and the data fidelity are. The parameters are those of :meth:`value_and_grad`.
 
-        :return: (B,)
+        :return: the objective, (B,).
         """
         x = as_physics_takes(self.generate(z, c), physics)
         value = fidelity_of_each(self.data_fidelity, physics)(x, y, physics)
@@ -266,10 +270,12 @@ class LatentMAP(Reconstructor):
         self, value_and_grad: Objective, z: Tensor, callback: Callable[[Tensor, Tensor], None] = lambda z, value: None
     ) -> Tensor:
         """
-        :param Callable value_and_grad: an objective and its gradient, as :meth:`problem` returns it.
+        Minimise an objective over the latents, by the optimizer of this model.
+
+        :param Callable value_and_grad: function that maps z to the objective and its gradient, as :meth:`problem` returns it.
         :param torch.Tensor z: latents to start from, (B, ...).
-        :param Callable callback: is shown latents and values after each iteration.
-        :return: the latents of the least value found for each image.
+        :param Callable callback: called as ``callback(z, value)`` after each iteration.
+        :return: for each image the latents of least objective that were found, (B, ...).
         """
         options = dict(max_iter=self.max_iter, tol=self.thres_conv if self.early_stop else 0.0, callback=callback)
         if self.optimizer == "lbfgs":

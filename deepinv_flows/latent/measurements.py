@@ -1,4 +1,4 @@
-"""Measurements and the physics that made them: checks at the boundary, stacks of operators, complex images."""
+"""Measurements and their physics: checks at the boundary, stacks of operators, complex images."""
 
 import torch
 from deepinv.optim import DataFidelity
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def parts(y: Tensor | TensorList) -> list[Tensor]:
-    """Measurements of each operator of a stack, or of the only one."""
+    """The measurements of each operator of a stack, or of the only operator."""
     return list(y.x) if isinstance(y, TensorList) else [y]
 
 
 def check_measurements(y: Tensor | TensorList, like: Tensor) -> None:
     """
-    Refuse what is not a batch of finite measurements in the precision of ``like``.
+    Refuse everything but a batch of finite measurements in the precision of ``like``.
 
     :raises TypeError: for anything but real or complex floating-point tensors of this precision.
-    :raises ValueError: for an empty batch, or entries that are NaN or infinite.
+    :raises ValueError: for an empty batch, and for NaN or infinite entries.
     """
     for part in parts(y):
         if not torch.is_tensor(part):
@@ -35,7 +35,7 @@ def check_measurements(y: Tensor | TensorList, like: Tensor) -> None:
 
 
 def as_physics_takes(x: Tensor, physics: Physics) -> Tensor:
-    """Images in the dtype of physics that takes complex ones."""
+    """The images ``x``, converted to a complex dtype if the physics takes complex images."""
     operators = physics.physics_list if isinstance(physics, StackedPhysics) else [physics]
     dtypes = [operator.dtype for operator in operators if getattr(operator, "dtype", None) is not None]
     return x.to(next((dtype for dtype in dtypes if dtype.is_complex), x.dtype))
@@ -43,15 +43,15 @@ def as_physics_takes(x: Tensor, physics: Physics) -> Tensor:
 
 def check_physics(x: Tensor, y: Tensor | TensorList, physics: Physics) -> None:
     """
-    Refuse measurements that are not what physics makes of images like x, or physics that cannot take these.
+    Refuse measurements of another shape than the physics gives to images like x, and physics that cannot take such images.
 
-    :raises ValueError: with the shapes of both.
+    :raises ValueError: with the shapes of both sides.
     """
     try:
         made = physics.A(as_physics_takes(x, physics))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
-            f"{type(physics).__name__} cannot measure what the generator makes, {x.dtype} of shape {tuple(x.shape)}: {error}"
+            f"{type(physics).__name__} cannot measure the images of the generator, {x.dtype} of shape {tuple(x.shape)}: {error}"
         ) from error
     found, expected = ([tuple(part.shape) for part in parts(those)] for those in (y, made))
     if found != expected:
@@ -62,7 +62,7 @@ def check_physics(x: Tensor, y: Tensor | TensorList, physics: Physics) -> None:
 
 
 def fidelity_of_each(data_fidelity: DataFidelity, physics: Physics) -> DataFidelity:
-    """The sum over the operators of a stack, each with this data fidelity, unless it is such a sum already."""
+    """For a stack of operators the sum of this data fidelity over them, unless it is such a sum already."""
     one = isinstance(data_fidelity, DataFidelity) and not isinstance(data_fidelity, StackedPhysicsDataFidelity)
     if not (isinstance(physics, StackedPhysics) and one):
         return data_fidelity

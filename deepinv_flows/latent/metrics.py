@@ -1,4 +1,4 @@
-"""What deepinv's optimizers record in each iteration, under the same names."""
+"""The metrics that deepinv's optimizers record in each iteration, under the same names."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 class Metrics:
     """
-    PSNR, objective and relative change of each image.
+    PSNR, objective and relative change of each image, iteration by iteration.
 
-    :param Callable generate: latents to images.
+    :param Callable generate: maps latents to images.
     :param torch.Tensor z: latents where the search starts.
-    :param torch.Tensor x_gt: true images, for the PSNR; ``None`` records none.
+    :param torch.Tensor x_gt: true images, for the PSNR; with ``None`` the PSNR is not recorded.
     """
 
     def __init__(self, generate: Callable[[Tensor], Tensor], z: Tensor, x_gt: Tensor | None):

@@ -1,12 +1,13 @@
 r"""
-The directions in which an objective bends most, as the covariance of momenta.
+The directions in which an objective curves most, as the covariance of momenta.
 
 .. math::
 
     M = \delta I + V E V^\top
 
-with the largest positive eigenvalues E of the Hessian, less :math:`\delta`, and their eigenvectors V, by subspace iteration on
-differences of gradients (Halko, Martinsson & Tropp 2011, arXiv 0909.4061). Each sample of a batch has its own.
+where V holds the eigenvectors of the largest eigenvalues of the Hessian and E these eigenvalues minus :math:`\delta`, or 0 where
+that is negative. They are found by subspace iteration on differences of gradients (Halko, Martinsson & Tropp 2011,
+arXiv 0909.4061). Each sample of a batch has an M of its own.
 """
 
 from dataclasses import dataclass
@@ -21,14 +22,14 @@ ROUNDS = 3
 
 @dataclass
 class Metric:
-    """M, by its floor, the eigenvectors (B, D, k) and what they add to it, (B, k)."""
+    """M, stored as its floor :math:`\\delta`, the eigenvectors V (B, D, k) and the diagonal of E (B, k)."""
 
     floor: float
     vectors: Tensor
     added: Tensor
 
     def root(self, p: Tensor) -> Tensor:
-        """M^(1/2) p, of covariance M for a normal p, (B, ...)."""
+        """M^(1/2) p, (B, ...): it has the covariance M if p is standard normal."""
         return self._apply(p, lambda eigenvalues: eigenvalues.sqrt())
 
     def inverse(self, p: Tensor) -> Tensor:
@@ -46,15 +47,15 @@ def curvature(value_and_grad: Objective, z: Tensor, rank: int, floor: float, gen
     """
     The metric of an objective at z.
 
-    :param Callable value_and_grad: latents (B, ...) to values (B,) and gradients (B, ...).
+    :param Callable value_and_grad: maps latents (B, ...) to values (B,) and gradients (B, ...).
     :param torch.Tensor z: latents (B, ...).
     :param int rank: number of eigenvectors k.
-    :param float floor: the curvature that every direction has.
+    :param float floor: the least curvature :math:`\\delta`, that of the prior, which every direction has.
     :param torch.Generator generator: source of the first subspace.
     """
     shape = (len(z), z[0].numel(), min(rank, z[0].numel()))
     vectors = torch.randn(shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
-    # central differences, whose error is least for steps near the cube root of the rounding error
+    # the error of central differences is least for steps near the cube root of the rounding error
     length = torch.finfo(z.dtype).eps ** (1 / 3) * norm(z).clamp_min(shape[1] ** 0.5)
 
     def hessian(vectors: Tensor) -> Tensor:

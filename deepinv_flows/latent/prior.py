@@ -23,17 +23,17 @@ class FlowPrior(Prior):
 
         g(x) = -\log p(x) = \tfrac12\|z\|^2 + \tfrac D2 \log 2\pi - \log|\det J_f(x)|, \qquad z = f(x)
 
-    in nats. Beside ``L2(sigma=noise)``, ``lambda_reg=1`` is the maximum a posteriori estimate and, as ``alpha`` of
-    deepinv's Langevin samplers, the posterior.
+    in nats. With ``L2(sigma=noise)`` as data fidelity, ``lambda_reg=1`` gives the maximum a posteriori estimate, and
+    ``alpha=1`` makes deepinv's Langevin samplers draw from the posterior.
 
     :param torch.nn.Module normalizing_flow: a flow on images (N, C, H, W), such as :func:`deepinv_flows.image_flow`'s, or any
         module that :func:`deepinv_flows.as_flow` adapts.
-    :param str pretrained: path of weights written by :meth:`save`, or name of shipped weights. They bring their own
-        architecture; a ``normalizing_flow`` given as well has to be of it.
+    :param str pretrained: path of weights written by :meth:`save`, or name of shipped weights. The file holds the architecture
+        too; a ``normalizing_flow`` that is also given must have the same one.
     :param bool per_dim: divide g by the number D of entries of an image.
-    :param torch.Generator generator: source of samples; ``None`` is one of its own, with a fixed seed.
-    :raises ValueError: when there is neither a flow nor weights, weights that cannot be used, or a flow on vectors.
-    :raises TypeError: for a prior on patches, or a flow that is called in another way.
+    :param torch.Generator generator: source of samples; ``None`` is a generator of the prior's own, with a fixed seed.
+    :raises ValueError: without flow and weights, for weights that cannot be used, and for a flow on vectors.
+    :raises TypeError: for a prior on patches, and for a flow that is not called as ``flow(x, rev=False)``.
 
     Source: Asim et al., "Invertible generative models for inverse problems: mitigating representation error and dataset
     bias", ICML 2020, arXiv 1905.11672.
@@ -75,10 +75,10 @@ class FlowPrior(Prior):
 
     def given(self, c: Tensor | Sequence[Tensor]) -> "FlowPrior":
         """
-        The prior of a conditional flow at fixed conditions, for the optimizers of deepinv, which pass none.
+        The prior of a conditional flow with its conditions bound, for deepinv's optimizers, which do not pass conditions.
 
-        :param torch.Tensor, list c: conditions, or the only one, each (B, C', H, W) or (1, C', H, W).
-        :return: a prior on batches of B images, with the same weights.
+        :param torch.Tensor, list c: conditions, a list or a single one, each (B, C', H, W) or (1, C', H, W).
+        :return: a prior on batches of B images, which shares its weights with this one.
         """
         return FlowPrior(Given(self.normalizing_flow, c), per_dim=self.per_dim, generator=self.generator)
 
@@ -87,9 +87,9 @@ class FlowPrior(Prior):
         Negative log-likelihood of each image.
 
         :param torch.Tensor x: images (B, C, H, W).
-        :param torch.Tensor, list c: conditions of a conditional flow, or the only one, each (B, C', H, W).
-        :return: (B,) in nats, with the constant; divided by D with ``per_dim``.
-        :raises ValueError: for another shape, NaN or infinite entries.
+        :param torch.Tensor, list c: conditions of a conditional flow, a list or a single one, each (B, C', H, W).
+        :return: (B,) in nats, including the constant; divided by D with ``per_dim``.
+        :raises ValueError: for another shape, and for NaN or infinite entries.
         :raises TypeError: when x is not a real floating-point tensor of the weights' dtype.
         """
         self.check(x)
@@ -101,11 +101,11 @@ class FlowPrior(Prior):
 
     def grad(self, x: Tensor, *args, c: Conditions = None, **kwargs) -> Tensor:
         """
-        Gradient of g at images x, which is left untouched.
+        Gradient of g at images x. The tensor x itself is not changed.
 
         :param torch.Tensor x: images (B, C, H, W).
         :param c: conditions, as in :meth:`fn`.
-        :return: tensor like x; with a graph if x asks for a gradient and gradients are enabled.
+        :return: tensor like x, with a graph if x requires a gradient and gradients are enabled.
         :raises RuntimeError: under :func:`torch.inference_mode`.
         """
         check_autograd("FlowPrior")
@@ -129,13 +129,13 @@ class FlowPrior(Prior):
         Differentiable in x, gamma and the weights by the implicit function theorem.
 
         :param torch.Tensor x: images (B, C, H, W).
-        :param float, torch.Tensor gamma: one number >= 0, or one an image.
+        :param float, torch.Tensor gamma: one number >= 0, or one for each image.
         :param float stepsize_inter: length of the first trial step.
-        :param int max_iter_inter: bound on the number of steps.
-        :param float tol_inter: stop once a step is shorter than this times the norm of u.
+        :param int max_iter_inter: largest number of steps.
+        :param float tol_inter: stop when a step is shorter than this times the norm of u.
         :param c: conditions, as in :meth:`fn`.
         :return: tensor like x.
-        :raises ValueError: for a gamma that is negative or not finite, or a trial step that is not positive and finite.
+        :raises ValueError: for a gamma that is negative or not finite, and for a trial step that is not positive and finite.
         """
         self.check(x)
         gamma = solvers.gamma_like(gamma, x)
@@ -153,18 +153,19 @@ class FlowPrior(Prior):
 
     def encode(self, x: Tensor, c: Conditions = None) -> Tensor:
         """
-        Latents of images.
+        The latents of images.
 
         :param torch.Tensor x: images (B, C, H, W).
         :param c: conditions, as in :meth:`fn`.
-        :return: z, as many numbers; :meth:`deepinv_flows.image_flow`'s ``to_levels`` parts them by level.
+        :return: z, (B, ...) with as many entries as x. The method ``to_levels`` of a flow that
+            :func:`deepinv_flows.image_flow` made splits z into levels.
         """
         self.check(x)
         return evaluate(self.normalizing_flow, x, c=c)[0]
 
     def decode(self, z: Tensor, c: Conditions = None) -> Tensor:
         """
-        Images of latents.
+        The images of latents.
 
         :param torch.Tensor z: latents, shaped as :meth:`encode` returns them.
         :param c: conditions, as in :meth:`fn`.
@@ -184,14 +185,15 @@ class FlowPrior(Prior):
         Draw images from the flow.
 
         :param int n: number of images.
-        :param tuple img_size: their size (C, H, W), which flows of :func:`deepinv_flows.image_flow` know.
-        :param float, list std: standard deviation of the latents, Glow's temperature; below 1 images are more typical. A list
-            has one for each level, from the finest to the coarsest.
-        :param torch.Generator generator: source of the latents; ``None`` is the prior's own.
-        :param c: conditions, each (n, C', H, W), of a conditional flow.
+        :param tuple img_size: size of the images, (C, H, W). Flows of :func:`deepinv_flows.image_flow` know it; for others it
+            must be given.
+        :param float, list std: standard deviation of the latents, called temperature in Glow. Values below 1 give more typical
+            images. A list holds one for each level, from the finest to the coarsest.
+        :param torch.Generator generator: source of the latents; ``None`` is the generator of the prior.
+        :param c: conditions of a conditional flow, each (n, C', H, W).
         :return: images (n, C, H, W).
-        :raises ValueError: for a temperature that is negative or not finite, an unknown size, or temperatures of levels that the
-            flow does not have.
+        :raises ValueError: for a standard deviation that is negative or not finite, for an unknown size, and for a list where
+            the flow has no levels or another number of them.
         """
         flow = unwrapped(self.normalizing_flow)
         img_size = getattr(flow, "img_size", None) if img_size is None else img_size
@@ -206,15 +208,15 @@ class FlowPrior(Prior):
 
     def save(self, path: str | os.PathLike) -> None:
         """
-        Write weights and architecture as safetensors, for ``pretrained``.
+        Write weights and architecture to a safetensors file, which ``pretrained`` reads.
 
-        :param str path: file to write; left as it was if writing is interrupted.
-        :raises ValueError: when the flow is not one of our builders'.
+        :param str path: file to write. If writing is interrupted, an existing file stays as it was.
+        :raises ValueError: for a flow that was not made by a builder of this package.
         """
         checkpoints.write(path, self.normalizing_flow)
 
     def check(self, x: Tensor) -> None:
-        """Refuse what is not a batch of images that the flow knows."""
+        """Refuse everything but a batch of images that the flow takes."""
         found = x.shape[1:2] if torch.is_tensor(x) and x.ndim == 4 else (1,)
         channels = getattr(unwrapped(self.normalizing_flow), "img_size", found)[0]
         check_input(x, like_weights(self, x), patch_size=1, channels=channels, images_only=True)
@@ -228,7 +230,7 @@ def _temperatures(std: float | Sequence[float]) -> Tensor:
 
 
 def _scaled(flow: Any, z: Tensor, stds: Tensor) -> Tensor:
-    """Latents times a number, or each of their levels times one."""
+    """Latents times one number, or each of their levels times a number of its own."""
     flow = flow.flow if isinstance(flow, Given) else flow
     if stds.ndim == 0:
         return float(stds) * z
@@ -241,7 +243,7 @@ def _scaled(flow: Any, z: Tensor, stds: Tensor) -> Tensor:
 
 
 def _loaded(flow: nn.Module | None, pretrained: str | os.PathLike) -> nn.Module:
-    """The flow that weights are for, or this flow with them."""
+    """The given flow with these weights, or a new flow of the architecture in the file."""
     with checkpoints.guarded(pretrained):
         weights = checkpoints.find(pretrained)
         if flow is None:

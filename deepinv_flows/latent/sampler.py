@@ -1,5 +1,6 @@
 """Samples from the posterior of images, by Hamiltonian Monte Carlo in latent space."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,45 +20,46 @@ from .preconditioner import curvature
 
 class LatentSampler(Reconstructor):
     r"""
-    The posterior of an image, sampled in the latent space of a flow.
+    Samples from the posterior of an image, drawn in the latent space of a flow.
 
     .. math::
 
         x = G(z), \qquad z \sim \exp\big( -f(G(z), y, A) - \tfrac12 \|z\|^2 / \tau^2 \big)
 
-    With :math:`\tau = 1` and f the negative log-likelihood of y, x has the posterior of the flow's density and y: the determinant
-    of G is that of the density. The chain is Hamiltonian Monte Carlo with a Metropolis test, started at the most likely z. Every
-    image has a chain of its own, whose step size is adapted during the warm-up. Momenta have the covariance
-    :math:`I / \tau^2 + V E V^\top` of the ``rank`` directions in which f bends most at the start, so that a step does not have to
-    be as short as the best measured direction asks.
+    With :math:`\tau = 1` and f the negative log-likelihood of y, the images x follow the posterior whose prior is the density of
+    the flow. No Jacobian determinant appears, since the one of the change of variables x = G(z) cancels the one of the density.
+    The chain is Hamiltonian Monte Carlo with a Metropolis test, started at the most likely z. Every image has a chain of its own,
+    whose step size is adapted during the warm-up. The momenta have the covariance :math:`I / \tau^2 + V E V^\top`, where V holds
+    the ``rank`` directions in which f curves most at the start and E the curvatures there. Without :math:`V E V^\top` the
+    direction that is measured best would dictate a short step for all directions.
 
-    ``sampler(y, physics)`` returns the posterior mean, and ``sampler.sample(y, physics)`` mean and variance, as the samplers of
-    :mod:`deepinv.sampling` do.
+    ``sampler(y, physics)`` returns the posterior mean. ``sampler.sample(y, physics)`` returns the mean and the variance, as the
+    samplers of :mod:`deepinv.sampling` do.
 
     :param torch.nn.Module flow: a flow, run in reverse as G, or a :class:`deepinv_flows.FlowPrior`.
     :param deepinv.optim.DataFidelity data_fidelity: f, with a value for each image; ``None`` is ``L2()``. For Gaussian noise of
-        standard deviation s the posterior has ``L2(sigma=s)``.
-    :param float temperature: :math:`\tau`, the standard deviation of the latents a priori; above 1 for a flow that is too
-        sure of itself.
+        standard deviation s, ``L2(sigma=s)`` gives the posterior.
+    :param float temperature: :math:`\tau`, the standard deviation of the latents under the prior. A value above 1 widens the
+        posterior of a flow that is overconfident.
     :param int max_iter: number of samples of each chain.
-    :param int warm_up: iterations before these, in which the step size is adapted.
-    :param int num_steps: leapfrog steps of an iteration; 1 is Langevin's algorithm with a Metropolis test. Their number is drawn
-        between half of this and this, so that no direction is in resonance.
-    :param float acceptance: share of accepted iterations to which the step size is adapted.
-    :param int rank: number of directions in the covariance of momenta; 0 for none.
+    :param int warm_up: number of iterations before the first sample, in which the step size is adapted.
+    :param int num_steps: largest number of leapfrog steps in an iteration. Each iteration draws its number between half of this
+        and this, so that no direction returns to where it began. 1 is Langevin's algorithm with a Metropolis test.
+    :param float acceptance: acceptance rate to which the step size is adapted, between 0 and 1.
+    :param int rank: number of directions V in the covariance of the momenta; 0 for none.
     :param int map_iter: iterations of the :class:`deepinv_flows.LatentMAP` that finds the start; 0 starts at z = 0.
     :param torch.Tensor, list, Callable c: conditions of a conditional flow, as in :class:`deepinv_flows.LatentMAP`.
-    :param tuple latent_shape: shape of a latent, where the flow does not tell.
-    :param torch.Generator generator: source of the chain; ``None`` is one of its own, with a fixed seed.
-    :param bool verbose: show the iterations.
+    :param tuple latent_shape: shape of the latent of one image; needed where the flow does not know it.
+    :param torch.Generator generator: source of all random numbers of the chain; ``None`` is a generator of the sampler's own,
+        with a fixed seed.
+    :param bool verbose: show a progress bar over the iterations.
     :raises ValueError: for numbers out of range.
 
     Sources: Neal, "MCMC using Hamiltonian dynamics", 2011, arXiv 1206.1901; Hoffman & Gelman, "The No-U-Turn Sampler", JMLR 2014,
     arXiv 1111.4246, for the adaptation; flows as priors as in Asim et al. 2020, arXiv 1905.11672.
 
     >>> import torch, deepinv as dinv
-    >>> from deepinv_flows import image_flow
-    >>> from deepinv_flows.latent import LatentSampler
+    >>> from deepinv_flows import LatentSampler, image_flow
     >>> flow = image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4)
     >>> physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5)
     >>> sampler = LatentSampler(flow, dinv.optim.L2(sigma=0.1), max_iter=20, warm_up=10)
@@ -84,19 +86,22 @@ class LatentSampler(Reconstructor):
         verbose: bool = False,
     ):
         super().__init__()
-        positive_int(max_iter=max_iter, warm_up=warm_up, num_steps=num_steps)
+        self.max_iter, self.warm_up, self.num_steps = positive_int(
+            max_iter=max_iter, warm_up=warm_up, num_steps=num_steps
+        )
         for name, number in dict(rank=rank, map_iter=map_iter).items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise ValueError(f"expected {name} to be an integer >= 0; got {number!r}")
         check_positive(temperature=temperature)
+        if math.isinf(temperature):
+            raise ValueError(f"expected a finite temperature; got {temperature}")
         if not 0 < acceptance < 1:
             raise ValueError(f"expected 0 < acceptance < 1; got {acceptance}")
         fidelity = L2() if data_fidelity is None else data_fidelity
         self.map = LatentMAP(
             flow, fidelity, temperature**-2, "squared", max_iter=max(1, map_iter), c=c, latent_shape=latent_shape
         )
-        self.temperature, self.max_iter, self.warm_up, self.num_steps = temperature, max_iter, warm_up, num_steps
-        self.acceptance, self.rank, self.map_iter = acceptance, rank, map_iter
+        self.temperature, self.acceptance, self.rank, self.map_iter = temperature, acceptance, rank, map_iter
         self.generator = torch.Generator() if generator is None else generator
         self.verbose = verbose
         self.accepted: Tensor | None = None
@@ -109,8 +114,9 @@ class LatentSampler(Reconstructor):
         """
         The posterior mean.
 
-        :param torch.Tensor y: measurements (B, ...).
-        :param deepinv.physics.Physics physics: of the measurements.
+        :param torch.Tensor y: measurements (B, ...), or a list of them from stacked physics.
+        :param deepinv.physics.Physics physics: physics of the measurements.
+        :param kwargs: further arguments of :meth:`sample`.
         :return: images (B, C, H, W).
         """
         return self.sample(y, physics, **kwargs)[0]
@@ -126,15 +132,16 @@ class LatentSampler(Reconstructor):
         callback: Callable[[Tensor, Tensor], None] = lambda x, z: None,
     ) -> tuple[Tensor, Tensor]:
         """
-        Mean and variance of a statistic of the posterior, by default of the image itself.
+        Posterior mean and variance of a statistic of the image, by default of the image itself.
 
         :param torch.Tensor y: measurements (B, ...), or a list of them from stacked physics.
-        :param deepinv.physics.Physics physics: of the measurements.
+        :param deepinv.physics.Physics physics: physics of the measurements.
         :param init: where the search for the start begins, as in :class:`deepinv_flows.LatentMAP`.
         :param Callable g_statistics: images (B, C, H, W) to the statistic, (B, ...).
-        :param c: conditions in place of those of the constructor.
-        :param Callable callback: is shown each sample x and its latent z.
-        :return: the two, shaped as the statistic. The share of accepted iterations of each image is in ``accepted``.
+        :param c: conditions that replace those of the constructor.
+        :param Callable callback: called as ``callback(x, z)`` with each sample x of the batch and its latent z.
+        :return: mean and variance, both of the shape of the statistic. The attribute ``accepted`` (B,) then holds the mean
+            acceptance probability of each image.
         :raises ValueError: as :class:`deepinv_flows.LatentMAP` raises.
         """
         value_and_grad, z, generate = self.map.problem(y, physics, init, c)

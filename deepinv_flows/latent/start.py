@@ -1,4 +1,4 @@
-"""Where a search or a chain in latent space starts."""
+"""The latents at which a search or a chain starts."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ INITS = ("zero", "random", "pinv")
 
 def known_init(init: str | Tensor | Callable) -> str | Tensor | Callable:
     """
-    ``init`` itself.
+    ``init`` itself, checked.
 
-    :raises TypeError: for what is not a name, a tensor or a function.
+    :raises TypeError: for anything but a name, a tensor or a function.
     :raises ValueError: for an unknown name.
     """
     if torch.is_tensor(init) or callable(init):
@@ -36,7 +36,7 @@ def known_init(init: str | Tensor | Callable) -> str | Tensor | Callable:
 
 
 def start(model: "LatentMAP", y: Tensor | TensorList, physics: Physics, init, c: Conditions) -> Tensor:
-    """Latents (B, ...) to start from."""
+    """The latents (B, ...) at which the search for ``y`` starts."""
     batch, like = len(parts(y)[0]), like_weights(model.flow, parts(y)[0].real)
     if callable(init) or torch.is_tensor(init):
         z = init(y, physics) if callable(init) else init
@@ -64,8 +64,8 @@ def _latent_shape(model, y, physics, like, c) -> Sequence[int]:
         raise ValueError(f"expected latent_shape, as {model.images.name} is not a flow; got None")
     if not hasattr(physics, "A_adjoint"):
         raise ValueError(
-            f"expected latent_shape, as neither {model.images.name} nor {type(physics).__name__}, which does not have an "
-            "adjoint, tells the size of an image; got None"
+            f"expected latent_shape, since {model.images.name} does not know the size of its images and "
+            f"{type(physics).__name__} does not have an adjoint that would show it; got None"
         )
     x = physics.A_adjoint(y)
     return model.images.encode(torch.zeros_like(x.real).to(like), c).shape[1:]
@@ -73,9 +73,9 @@ def _latent_shape(model, y, physics, like, c) -> Sequence[int]:
 
 def first_finite(value_and_grad: Objective, z: Tensor) -> Tensor:
     """
-    z, or 0 for samples where the objective is not finite at z, with a warning.
+    z, with 0 in place of those samples where the objective is not finite; a warning names them.
 
-    :raises ValueError: where it is not finite at 0 either.
+    :raises ValueError: where the objective is not finite at 0 either.
     """
     good = finite(*value_and_grad(z))
     if good.all():
@@ -84,8 +84,10 @@ def first_finite(value_and_grad: Objective, z: Tensor) -> Tensor:
     bad = (~finite(*value_and_grad(z))).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"the objective of images {bad} of the batch is not finite where the search starts, nor at z = 0"
+            f"the objective of images {bad} of the batch is finite neither where the search starts nor at z = 0"
         )
     moved = (~good).nonzero().flatten().tolist()
-    warnings.warn(f"the objective of images {moved} of the batch is not finite at their start: z = 0", stacklevel=5)
+    warnings.warn(
+        f"the objective of images {moved} of the batch is not finite at their start: they start at z = 0", stacklevel=5
+    )
     return z

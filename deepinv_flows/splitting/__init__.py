@@ -1,8 +1,9 @@
 """
 Equivariant splitting: a loss that trains a reconstructor without ground truth.
 
-``loss`` puts together the ``model`` that splits its input, by ``masks`` with two ``parts`` and after ``recorruption``, and the
-``terms`` of the loss; ``joint`` draws for batches that several processes share; ``pickling`` copies and compares deepinv's parts.
+``loss`` combines the ``model`` that splits its input with the ``terms`` of the loss. ``masks`` and ``parts`` say how the
+measurements are split, ``recorruption`` adds noise before that, ``joint`` draws random numbers for batches that several processes
+share, and ``pickling`` copies and compares deepinv's transforms and generators.
 """
 
 from .loss import EquivariantSplittingLoss

@@ -1,4 +1,4 @@
-"""Random numbers for the samples of a batch of which this process may have only a share."""
+"""Random numbers for the samples of a batch that several processes may share."""
 
 from contextlib import contextmanager
 
@@ -9,11 +9,11 @@ from torch.overrides import TorchFunctionMode
 
 class Alone:
     """
-    The batch of one process, which is whole.
+    The batch of a training by one process, which holds all of it.
 
-    A trainer that shares batches out over several processes puts an object of the same methods in the place of this one, as the
-    attribute ``joint_draws`` of the model. All processes then draw the same numbers for the whole batch, and each takes its
-    share: together they train as one process does.
+    A trainer that divides batches between several processes sets the attribute ``joint_draws`` of the model to an object with the
+    same methods. All processes then draw the same numbers for the whole batch, and each takes its share, so that together they
+    train as one process does.
     """
 
     def size(self, n: int) -> int:
@@ -21,7 +21,7 @@ class Alone:
         return n
 
     def whole(self, share: Tensor) -> Tensor:
-        """The whole batch, of which each process has a share."""
+        """The whole batch, put together from the shares of all processes."""
         return share
 
     def share(self, whole: Tensor) -> Tensor:
@@ -35,12 +35,12 @@ class Alone:
 
 class JointNoise(TorchFunctionMode):
     """
-    Context in which noise filled into a tensor of a given shape is drawn for the whole batch.
+    Context in which noise that fills a tensor of a given shape is drawn for the whole batch.
 
-    deepinv's SURE losses draw the directions of their divergences so, by ``torch.empty_like(y).normal_()``.
+    deepinv's SURE losses draw the directions of their divergences in this way, by ``torch.empty_like(y).normal_()``.
 
-    :param joint: as :class:`Alone`.
-    :param torch.Size shape: of the share.
+    :param joint: an object with the methods of ``Alone``.
+    :param torch.Size shape: shape of the share of this process.
     """
 
     FILLS = (Tensor.normal_, Tensor.uniform_)
@@ -51,7 +51,7 @@ class JointNoise(TorchFunctionMode):
 
     @contextmanager
     def pause(self):
-        """Context in which noise is drawn as if this were not there."""
+        """Context in which noise is drawn as it is outside of this one."""
         self.paused = True
         try:
             yield
@@ -66,5 +66,5 @@ class JointNoise(TorchFunctionMode):
 
 
 def of_all(values: Tensor, y: Tensor, joint) -> Tensor:
-    """Values of each sample in y as those of the whole batch; a value of all samples as it is."""
+    """The values of the whole batch, if there is one for each sample of y; a value for all samples is returned as it is."""
     return joint.whole(values) if len(values) == len(y) else values

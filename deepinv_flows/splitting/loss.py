@@ -32,33 +32,36 @@ class EquivariantSplittingLoss(Loss):
         + \tfrac1{m_2}\|A_2 R(y_1, A_1) - A_2 x\|^2 \Big\}, \qquad
         R(y, A) = \tfrac1{|G|} \sum_{g \in G} T_g \tilde R(y, A T_g)
 
-    It takes the place of :class:`deepinv.loss.EquivariantSplittingLoss`: same arguments, same checkpoints. The first term,
-    consistency, is estimated by ``consistency_loss`` and the second, prediction, by ``prediction_loss``, each for every sample
-    on its own and per entry of its mask; the expectation of each is in :mod:`deepinv_flows.splitting.terms`. In evaluation each
-    of the ``eval_n_samples`` splits' own reconstruction meets its own targets.
+    It replaces :class:`deepinv.loss.EquivariantSplittingLoss`, with the same arguments and the same checkpoints. The first term,
+    consistency, is estimated by ``consistency_loss``, and the second, prediction, by ``prediction_loss``. Both are computed for
+    each sample on its own, as means over the entries of its mask; :mod:`deepinv_flows.splitting.terms` gives their expectations.
+    In evaluation, the reconstruction of each of the ``eval_n_samples`` splits is compared with the measurements that this split
+    held out.
 
     Source: Sechaud, Scanvic, Barthelemy, Abry, Tachella, *Equivariant splitting* (arXiv 2510.00929).
 
-    :param deepinv.physics.generator.PhysicsGenerator mask_generator: distribution of the splittings. By default Bernoulli masks
-        of the shape ``img_size`` that keep 0.9 of the entries, pixelwise. For vectors (B, m),
-        ``BernoulliSplittingMaskGenerator((m,), ratio, pixelwise=False)``; for the angles of a sinogram,
+    :param deepinv.physics.generator.PhysicsGenerator mask_generator: generator of the splitting masks. The default draws
+        Bernoulli masks of the shape ``img_size`` that keep 0.9 of the pixels. For vectors (B, m) use
+        ``BernoulliSplittingMaskGenerator((m,), ratio, pixelwise=False)``, and for the angles of a sinogram
         :class:`deepinv_flows.LineSplittingMaskGenerator`.
     :param deepinv.loss.Loss consistency_loss: :class:`deepinv.loss.MCLoss` (default) for noiseless measurements;
         :class:`deepinv.loss.SureGaussianLoss`, :class:`deepinv.loss.SurePoissonLoss`, :class:`deepinv.loss.SurePGLoss` or
         :class:`deepinv.loss.R2RLoss` for noisy ones. With ``unsure=True`` the noise levels are buffers of the adapted model, and
-        ascend with the backward pass; its state dict holds them as metadata, so that models without them load the same file.
-    :param deepinv.loss.Loss prediction_loss: :class:`deepinv.loss.MCLoss` by default, up to a constant unbiased for noise that is
-        independent between the two parts.
-    :param int eval_n_samples: splittings averaged in evaluation; with R2R, times its own ``eval_n_samples``.
-    :param deepinv.transform.Transform transform: random motion :math:`T_g` in training; ``None`` for a reconstructor that is
+        each backward pass takes an ascent step on them. The state dict holds them as metadata, so that models without them load
+        the same file.
+    :param deepinv.loss.Loss prediction_loss: :class:`deepinv.loss.MCLoss` by default, which is unbiased up to a constant if the
+        noise of the two parts is independent.
+    :param int eval_n_samples: number of splittings averaged in evaluation; R2R multiplies it by its own ``eval_n_samples``.
+    :param deepinv.transform.Transform transform: random transform :math:`T_g` in training; ``None`` for a reconstructor that is
         equivariant by itself.
-    :param deepinv.transform.Transform eval_transform: the same in evaluation, such as the whole group; ``transform`` by default.
+    :param deepinv.transform.Transform eval_transform: transform in evaluation, such as all elements of the group; ``None`` is
+        ``transform``.
     :param tuple img_size: shape of the measurements without batch, for the default masks: (C, H, W), (C, N, H, W) for N coils,
         which are all split alike, or (m,) for vectors.
-    :raises ValueError: without masks or their shape, for ``eval_transform`` without ``transform``, for R2R or an unknown noise
-        level in the prediction term.
-    :raises TypeError: for a loss that has no meaning on a split, such as :class:`deepinv.loss.Neighbor2Neighbor`, and for
-        lists of losses or transforms.
+    :raises ValueError: without masks or their shape, for ``eval_transform`` without ``transform``, and for R2R or an unknown
+        noise level in the prediction term alone.
+    :raises TypeError: for a loss that is not defined on a split, such as :class:`deepinv.loss.Neighbor2Neighbor`, and for lists
+        of losses or transforms.
 
     >>> import torch, deepinv as dinv
     >>> from deepinv_flows import EquivariantSplittingLoss
@@ -116,12 +119,13 @@ class EquivariantSplittingLoss(Loss):
 
     def adapt_model(self, model: nn.Module, **kwargs) -> nn.Module:
         """
-        The reconstructor that splits its input, averaged over the transforms.
+        The reconstructor that splits its input and averages over the transforms.
 
-        :param torch.nn.Module model: reconstructor ``model(y, physics)``; one adapted by an equal loss is returned as it is, so
-            that several losses share it.
-        :return: the adapted model, ``model(y, physics, update_parameters=False)``; its parameters are those of ``model``.
-        :raises ValueError: for a model that another splitting loss has adapted otherwise.
+        :param torch.nn.Module model: reconstructor ``model(y, physics)``. A model that a loss of equal settings has adapted is
+            returned as it is, so that several losses can share it.
+        :return: the adapted model, ``model(y, physics, update_parameters=False)``, whose parameters are those of ``model``.
+        :raises ValueError: for a model that a splitting loss of other settings has adapted.
+        :raises TypeError: for anything but a module.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a reconstructor, a torch.nn.Module; got {type(model).__name__}")
@@ -130,7 +134,8 @@ class EquivariantSplittingLoss(Loss):
             if any(isinstance(m, SplittingLoss.SplittingModel | R2RModel) for m in model.modules()):
                 raise ValueError(
                     "expected a model that no other splitting or R2R loss has adapted, since their masks and noise would nest; "
-                    "list EquivariantSplittingLoss before SplittingLoss, or use R2RLoss as its consistency_loss"
+                    "list EquivariantSplittingLoss before a plain SplittingLoss, use R2RLoss as its consistency_loss, and "
+                    "leave out any other loss that adapts the model"
                 )
             if self.transform is not None:
                 model = SplitReconstructor(model, self.transform, self.eval_transform)
@@ -147,12 +152,12 @@ class EquivariantSplittingLoss(Loss):
         """
         The loss of the last forward pass with ``update_parameters=True``.
 
-        :param torch.Tensor x_net: (B, ...) its reconstruction.
-        :param torch.Tensor y: (B, ...) measurements.
-        :param deepinv.physics.Physics physics: their operator.
+        :param torch.Tensor x_net: reconstruction of that pass, (B, ...).
+        :param torch.Tensor y: measurements, (B, ...).
+        :param deepinv.physics.Physics physics: physics of the measurements.
         :param torch.nn.Module model: the adapted model, or a wrapper of it (DistributedDataParallel, torch.compile).
-        :return: (B,) in squared units of y for the default metrics.
-        :raises ValueError: before such a pass, or for another y or x_net than that pass had.
+        :return: the loss of each sample, (B,), with the default metrics in squared units of y.
+        :raises ValueError: before such a pass, and when y or x_net are not those of that pass.
         :raises RuntimeError: for a model that is not adapted, or that another loss has wrapped.
         """
         adapted, terms, observed = _the_splitting_model(model), [], observed_mask(physics, y)
@@ -175,7 +180,7 @@ class EquivariantSplittingLoss(Loss):
 
 
 def _splitting_models(model: nn.Module) -> list[EquivariantSplittingModel]:
-    # searched for, not registered: wrappers such as DistributedDataParallel and torch.compile hold it somewhere inside
+    # wrappers such as DistributedDataParallel and torch.compile hold the adapted model somewhere inside
     return [m for m in model.modules() if isinstance(m, EquivariantSplittingModel)]
 
 
@@ -191,7 +196,7 @@ def _the_splitting_model(model: nn.Module) -> EquivariantSplittingModel:
     if outer is not found[0] and not found[0].splits:
         raise RuntimeError(
             f"expected the adapted model; got {type(outer).__name__} around it, which does not pass update_parameters=True on. "
-            "If another loss of the training has wrapped the model, leave that loss out: R2RLoss belongs into this one, as its "
+            "If another loss of the training has wrapped the model, remove that loss; R2RLoss is passed to this loss as its "
             "consistency_loss"
         )
     return found[0]
@@ -202,7 +207,7 @@ def _recorruption(loss: Loss) -> Recorruption | None:
 
 
 def _check_equal_settings(loss: EquivariantSplittingLoss, adapted: EquivariantSplittingModel) -> None:
-    """Losses share an adapted model that each of them would have made."""
+    """Refuse an adapted model that this loss would have made with other settings."""
     averaging = adapted.model if isinstance(adapted.model, SplitReconstructor) else None
     recorruption = _recorruption(loss.consistency_loss)
     settings = {
@@ -223,16 +228,14 @@ def _default_masks(img_size: tuple[int, ...] | None) -> BernoulliSplittingMaskGe
             "expected img_size to be the shape of the measurements without batch, such as (1, 64, 64) or (100,); "
             f"got {img_size!r}"
         )
-    pixelwise = len(img_size) > 1  # a vector has no channels
+    pixelwise = len(img_size) > 1  # a vector does not have channels
     return BernoulliSplittingMaskGenerator(tuple(img_size), split_ratio=0.9, pixelwise=pixelwise)
 
 
 def _check_kind(kind: type, **values) -> None:
     for name, value in values.items():
         if not isinstance(value, kind):
-            hint = (
-                ": one for each term, none of them a list" if isinstance(value, list | tuple) and kind is Loss else ""
-            )
+            hint = ": pass one loss for each term" if isinstance(value, list | tuple) and kind is Loss else ""
             raise TypeError(f"expected {name} to be a deepinv {kind.__name__}; got {type(value).__name__}{hint}")
 
 
@@ -242,7 +245,7 @@ def _check_transforms(**transforms: Transform | None) -> None:
             continue
         if not isinstance(transform, Transform):
             raise TypeError(
-                f"expected {name} to be a deepinv Transform; got {type(transform).__name__}: combine several by * or |"
+                f"expected {name} to be a deepinv Transform; got {type(transform).__name__}: combine several transforms by * or |"
             )
         if type(transform).__name__ == "StackTransform":
             raise ValueError(
@@ -262,8 +265,8 @@ def _check_inner(consistency: Loss, prediction: Loss) -> None:
         if isinstance(loss, Neighbor2Neighbor):
             raise TypeError(
                 "expected a loss of the measurements on their own grid; got Neighbor2Neighbor, which compares two images of half "
-                "their size: no operator or mask of the split applies to these, and the entries left out, zero, "
-                "would count as neighbours. Use R2RLoss, or SureGaussianLoss(unsure=True) if the noise level is unknown"
+                "their size. The operators and masks of the split do not apply to these, and the zeros of the entries left "
+                "out would count as neighbours. Use R2RLoss, or SureGaussianLoss(unsure=True) if the noise level is unknown"
             )
         if type(loss).adapt_model is not Loss.adapt_model and not isinstance(loss, R2RLoss):
             raise TypeError(
@@ -273,5 +276,5 @@ def _check_inner(consistency: Loss, prediction: Loss) -> None:
         raise ValueError("expected a known noise level in prediction_loss, whose divergence is 0; got unsure=True")
     if isinstance(prediction, R2RLoss) and not isinstance(consistency, R2RLoss):
         raise ValueError(
-            "expected R2RLoss as consistency_loss, since both terms see its noise; got it as prediction_loss alone"
+            "expected R2RLoss as consistency_loss too, since its noise enters both terms; got it as prediction_loss alone"
         )

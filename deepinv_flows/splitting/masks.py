@@ -1,4 +1,4 @@
-"""Splitting masks that deepinv has no generator for."""
+"""Splitting masks for which deepinv does not have a generator."""
 
 from contextlib import contextmanager
 
@@ -9,17 +9,18 @@ from torch import Tensor
 
 class LineSplittingMaskGenerator(BernoulliSplittingMaskGenerator):
     r"""
-    Splits whole lines of the measurements at random: the angles of a sinogram, the columns of a k-space.
+    Splits whole lines of the measurements at random, such as the angles of a sinogram or the columns of a k-space.
 
-    Of the lines :math:`y_{\cdot,\dots,j}` that hold observed entries, ``split_ratio`` go to :math:`A_1`, always at least one and
-    never all.
-    Projections at different angles are split so in Noise2Inverse (Hendriksen, Pelt, Batenburg, arXiv 2001.11801).
+    Of the lines :math:`y_{\cdot,\dots,j}` that hold observed entries, the fraction ``split_ratio`` goes to :math:`A_1`, always at
+    least one line and never all of them.
+
+    Source: Noise2Inverse splits projections by their angles in this way (Hendriksen, Pelt, Batenburg, arXiv 2001.11801).
 
     :param tuple img_size: shape of the measurements without batch, (C, N, A) for :class:`deepinv.physics.Tomography` with N
         detectors and A angles.
     :param float split_ratio: fraction of the lines kept, in (0, 1).
-    :param int dim: dimension of ``img_size`` that numbers the lines; -1 for tomography.
-    :param dict kwargs: ``device, dtype, rng`` of :class:`deepinv.physics.generator.BernoulliSplittingMaskGenerator`.
+    :param int dim: dimension of ``img_size`` along which the lines are numbered; -1 for tomography.
+    :param kwargs: ``device, dtype, rng`` of :class:`deepinv.physics.generator.BernoulliSplittingMaskGenerator`.
     :raises ValueError: for a ratio outside (0, 1).
 
     >>> from deepinv_flows import LineSplittingMaskGenerator
@@ -36,8 +37,10 @@ class LineSplittingMaskGenerator(BernoulliSplittingMaskGenerator):
 
     def batch_step(self, input_mask: Tensor | None = None, img_size: tuple | None = None) -> Tensor:
         """
-        :param torch.Tensor input_mask: observed entries, of the shape ``img_size``; ``None`` for all of them.
-        :param tuple img_size: replaces the last two sizes.
+        One splitting mask, which deepinv calls for each sample.
+
+        :param torch.Tensor input_mask: mask of the observed entries, of the shape ``img_size``; ``None`` for all of them.
+        :param tuple img_size: size that replaces the last two dimensions.
         :return: the mask, without batch.
         """
         if input_mask is None or input_mask.numel() == 1:
@@ -53,12 +56,12 @@ class LineSplittingMaskGenerator(BernoulliSplittingMaskGenerator):
 @contextmanager
 def sized(generator: PhysicsGenerator, observed: Tensor | None):
     """
-    Context in which a generator made for the shape of the measurements draws masks of the shape of the operator's own mask.
+    Context in which a generator made for the shape of the measurements draws masks of the shape of the operator's mask.
 
     The measurements (C, N, H, W) of N coils have one dimension more than the mask of their operator.
 
-    :param torch.Tensor observed: the operator's mask (B, ...), which may have no dimension for the coils.
-    :raises ValueError: for a generator made for fewer dimensions than the operator's mask has.
+    :param torch.Tensor observed: mask of the operator, (B, ...), which may lack the dimension of the coils.
+    :raises ValueError: for a generator of masks with fewer dimensions than the mask of the operator.
     """
     size = getattr(generator, "img_size", None)
     if size is None or observed is None or len(size) == observed.ndim - 1:

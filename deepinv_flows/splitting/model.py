@@ -1,4 +1,4 @@
-"""The reconstructor inside an equivariant splitting loss: splits (and re-corrupts) its input, and remembers how."""
+"""The reconstructor inside an equivariant splitting loss, which splits and re-corrupts its input and remembers how."""
 
 from dataclasses import dataclass
 
@@ -19,11 +19,11 @@ _LEVELS = ("sigma2", "gain")
 
 
 class RandomState:
-    """Every random state that a module's forward pass may draw from, to run it again with the same draws."""
+    """The random states from which the forward pass of a module may draw, so that it can run again with the same draws."""
 
     @staticmethod
     def sources(module: nn.Module) -> list[torch.Generator]:
-        """The generators that the module holds."""
+        """The generators that a module holds."""
         found = {id(v): v for m in module.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
         return list(found.values())
 
@@ -33,7 +33,7 @@ class RandomState:
         self.common = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self.cuda]
 
     def run(self, function, *args):
-        """``function(*args)`` with the draws of then; the random states of now are kept."""
+        """``function(*args)`` with the draws of the remembered pass; the current random states are restored afterwards."""
         now = [(generator, generator.get_state()) for generator, _ in self.own]
         with torch.random.fork_rng(devices=self.cuda):
             torch.set_rng_state(self.common[0])
@@ -50,7 +50,7 @@ class RandomState:
 
 @dataclass
 class Split:
-    """One splitting of one forward pass: its mask, the measurement it was applied to, and what else repeats it."""
+    """One splitting of a forward pass: its mask, the measurements it was applied to, and all that is needed to repeat it."""
 
     mask: Tensor
     y: Tensor
@@ -60,16 +60,17 @@ class Split:
 
 
 class SplitReconstructor(Portable, EquivariantReconstructor):
-    """deepinv's Reynolds averaging, which pickles."""
+    """deepinv's Reynolds averaging, made picklable."""
 
 
 class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
     """
-    deepinv's splitting model, which also re-corrupts, remembers each evaluation split's own reconstruction, and can repeat it.
+    deepinv's splitting model, which also re-corrupts its input, remembers its splits with their reconstructions, and can repeat
+    them.
 
     :param torch.nn.Module model: reconstructor of split measurements.
-    :param deepinv.physics.generator.PhysicsGenerator mask_generator: distribution of the splittings.
-    :param int eval_n_samples: splittings averaged in evaluation.
+    :param deepinv.physics.generator.PhysicsGenerator mask_generator: generator of the splitting masks.
+    :param int eval_n_samples: number of splittings averaged in evaluation.
     :param Recorruption recorruption: noise added to the input before it is split, for R2R.
     """
 
@@ -83,17 +84,19 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
 
     def forward(self, y: Tensor, physics: Physics, update_parameters: bool = False) -> Tensor:
         """
+        Reconstruct from split measurements.
+
         :param torch.Tensor y: measurements (B, ...).
-        :param deepinv.physics.Physics physics: their operator.
+        :param deepinv.physics.Physics physics: physics of the measurements.
         :param bool update_parameters: whether to remember the splits, for the loss.
-        :return: the reconstruction from one split in training, the average over ``eval_n_samples`` in evaluation.
+        :return: the reconstruction from one split in training, and the average over ``eval_n_samples`` splits in evaluation.
         :raises TypeError: for stacked measurements.
-        :raises ValueError: for masks that do not fit the measurements, or never split them.
+        :raises ValueError: for masks that do not fit the measurements, or that never split them.
         """
         if isinstance(physics, StackedPhysics) or not torch.is_tensor(y):
             raise TypeError(
                 f"expected a tensor of measurements of one operator; got {type(y).__name__} of {type(physics).__name__}. "
-                "Stacked measurements have no splitting mask: write the stack as one operator with one tensor"
+                "A splitting mask applies to one tensor: write the stack as one operator with one tensor of measurements"
             )
         repeats = 1 if self.recorruption is None else self.recorruption.eval_n_samples
         n_samples = 1 if self.training else self.eval_n_samples * repeats
@@ -116,14 +119,14 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
 
     def get_splits(self) -> list[Split]:
         """The splits of the last pass with ``update_parameters=True``."""
-        self.get_masks()  # raises where there are none
+        self.get_masks()  # raises an error if there are none
         return self.splits
 
     def check_pass(self, y: Tensor, x_net: Tensor) -> None:
         """
         Refuse measurements or a reconstruction that are not those of the last pass with ``update_parameters=True``.
 
-        :raises ValueError: for such ones, or before such a pass.
+        :raises ValueError: when one of them differs, and before such a pass.
         """
         self.get_masks()
         for name, given, known in zip(("y", "x_net"), (y, x_net), self.seen):
@@ -134,7 +137,7 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
                 )
 
     def draw(self, y: Tensor, physics) -> Tensor:
-        """A checked splitting mask for these measurements, (B, ...) of zeros and ones, of observed entries alone."""
+        """A checked splitting mask for these measurements, (B, ...), of zeros and ones; entries not observed are 0."""
         joint, seen = self.joint_draws, observed_mask(physics, y)
         observed, n_samples = None if seen is None else of_all(seen, y, joint), joint.size(len(y))
 
@@ -156,7 +159,7 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
         return kept(mask.to(y.real.dtype), seen)
 
     def _check_ratio(self, mask, observed, step) -> None:
-        # a small mask may keep all or nothing by chance: only what does so again and again is a mistake
+        # a small mask may keep all or nothing by chance; it is a mistake only if this happens in every draw
         for _ in range(_REDRAWS):
             first, second = (bool((shares(part) > 0).any()) for part in parts(mask, observed))
             if first and second:
@@ -181,8 +184,8 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
         """
         Hold the noise levels that UNSURE learns, as buffers.
 
-        State dicts have them in their metadata, where they survive ``torch.save``, so that a model adapted by deepinv's loss, or
-        without UNSURE, loads the weights. A state dict without them leaves those that are here.
+        State dicts hold them as metadata, which ``torch.save`` keeps, so that a model adapted by deepinv's loss or without UNSURE
+        can load the weights. Loading a state dict without noise levels keeps the present ones.
         """
         device = next((p.device for p in self.parameters()), None)
         for name, value in levels.items():
@@ -210,7 +213,7 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
 
 
 def _equal(given: Tensor, known: Tensor) -> bool:
-    """Whether two tensors are alike but for their type of number, which autocast may have changed."""
+    """Whether two tensors hold the same values; autocast may have changed the type of one of them."""
     if given.shape != known.shape or given.device != known.device:
         return False
     if given.dtype == known.dtype and given.data_ptr() == known.data_ptr():

@@ -1,22 +1,22 @@
-"""The parts of a split: which entries of the measurements each of its two operators keeps."""
+"""The two parts of a split: which entries of the measurements each of its operators keeps."""
 
 from deepinv.physics import ComposedPhysics
 from torch import Tensor
 
 
 def observed_mask(physics, y: Tensor) -> Tensor | None:
-    """The operator's own mask of measurements, (B or 1, ...); ``None`` where it observes every entry of y."""
+    """The operator's mask of the measurements, (B or 1, ...); ``None`` if it observes every entry of y."""
     if isinstance(physics, ComposedPhysics):
         physics = physics[-1]
     mask = getattr(physics, "mask", None)
-    # compressed sensing has a mask too, but of the image
+    # compressed sensing also has a mask, which is one of the image
     if isinstance(mask, Tensor) and 2 <= mask.ndim <= y.ndim and _fits(mask, y):
         return mask.to(y.real.dtype)
     return None
 
 
 def kept(mask: Tensor, observed: Tensor | None) -> Tensor:
-    """The mask of A_1: of the entries that a splitting mask keeps, those that were observed."""
+    """The mask of A_1: the observed ones of the entries that a splitting mask keeps."""
     if observed is None:
         return mask
     if mask.ndim < observed.ndim:
@@ -25,18 +25,18 @@ def kept(mask: Tensor, observed: Tensor | None) -> Tensor:
 
 
 def parts(mask: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The masks of A_1 and of A_2, which add up to the observed entries."""
+    """The masks of A_1 and A_2, whose sum is the mask of the observed entries."""
     first = kept(mask, observed)
     return first, (1 if observed is None else aligned(observed, first)) - first
 
 
 def shares(part: Tensor) -> Tensor:
-    """(B,) fraction of entries that a mask keeps, sample by sample."""
+    """The fraction of entries that a mask keeps of each sample, (B,)."""
     return part.flatten(1).mean(1)
 
 
 def aligned(mask: Tensor, y: Tensor) -> Tensor:
-    """The mask (B, C, H, W), as a view that broadcasts with measurements (B, C, ..., H, W)."""
+    """A view of the mask (B, C, H, W) that broadcasts with measurements (B, C, ..., H, W)."""
     return mask.view(*mask.shape[:2], *[1] * (y.ndim - mask.ndim), *mask.shape[2:])
 
 

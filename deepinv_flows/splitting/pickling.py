@@ -1,4 +1,4 @@
-"""Pickling and comparing deepinv's transforms and mask generators, which hold local classes and lambdas."""
+"""Pickles and compares deepinv's transforms and mask generators, which hold local classes and lambdas."""
 
 import inspect
 import operator
@@ -10,7 +10,7 @@ from deepinv.physics.generator import PhysicsGenerator
 from deepinv.transform import Transform
 from torch import Tensor, nn
 
-# `t1 * t2`, `t1 + t2` and `t1 | t2` are instances of classes that deepinv makes inside these operators
+# deepinv defines the classes of `t1 * t2`, `t1 + t2` and `t1 | t2` inside these operators, where pickle cannot find them
 _COMBINED = {"ChainTransform": operator.mul, "StackTransform": operator.add, "EitherTransform": operator.or_}
 _PLAIN = (int, float, str, tuple, list, Enum, Tensor)
 _DEFAULT_STEP = inspect.signature(PhysicsGenerator).parameters["step"].default
@@ -29,9 +29,9 @@ class Portable:
 
 def recipe(module: nn.Module | None):
     """
-    How a transform, mask generator or noise model was made: equal recipes, equal laws.
+    How a transform, mask generator or noise model was made. Modules of equal recipes draw from the same distribution.
 
-    It holds the attributes named as an argument of the class, not what the module has drawn since.
+    A recipe holds the attributes that are named like an argument of the class, not what the module has drawn since.
     """
     if module is None:
         return None
@@ -40,7 +40,7 @@ def recipe(module: nn.Module | None):
     }
     made = {k: _plain(v) for k, v in vars(module).items() if k.strip("_") in names and isinstance(v, _PLAIN)}
     if made.get("random_split_ratio"):
-        made.pop("split_ratio", None)  # the last one drawn
+        made.pop("split_ratio", None)  # the last ratio that was drawn
     buffers = {k: v.tolist() for k, v in module._buffers.items() if v is not None and k != "initial_random_state"}
     return type(module).__qualname__, made, buffers, [recipe(child) for child in module.children()]
 
@@ -76,7 +76,7 @@ def pack(module):
 
 
 def _unchanged(x: Tensor) -> Tensor:
-    """What a noise model without a function of its own has in its place, as a local lambda."""
+    """The function of a noise model that was made without one, where deepinv has a local lambda."""
     return x
 
 

@@ -1,23 +1,25 @@
 r"""
-The two terms of an equivariant splitting loss, each by a deepinv loss that does not know of the split.
+The two terms of an equivariant splitting loss, each computed by a loss of deepinv that does not know about the split.
 
-What is estimated, given one split :math:`A = [A_1; A_2]` with :math:`m_1, m_2` entries, noisy measurements :math:`y_i` of the
-clean :math:`u_i = A_i x`, and :math:`\hat x = R(y_1, A_1)`. The prediction term is, for independent noise, unbiased for
+The following holds for one split :math:`A = [A_1; A_2]` with :math:`m_1, m_2` entries, noisy measurements :math:`y_i` of the
+clean :math:`u_i = A_i x`, and :math:`\hat x = R(y_1, A_1)`. For independent noise, the prediction term is an unbiased estimate of
 
 .. math::  \tfrac1{m_2}\|A_2 \hat x - u_2\|^2 + \tfrac1{m_2}\mathbb E\|y_2 - u_2\|^2,
 
-and so is the consistency term for :math:`\tfrac1{m_1}\|A_1\hat x-u_1\|^2` plus what follows, where :math:`\mathrm{div}` is that
-of :math:`y_1 \mapsto A_1 R(y_1, A_1)` over the :math:`m_1` entries of the split, with the mask and the transform held:
+The consistency term is an unbiased estimate of :math:`\tfrac1{m_1}\|A_1\hat x-u_1\|^2` plus a bias, which the list gives for each
+loss. In it, :math:`\mathrm{div}` is the divergence of :math:`y_1 \mapsto A_1 R(y_1, A_1)` over the :math:`m_1` entries of the
+split, with the mask and the transform held fixed:
 
-- SURE :math:`\tfrac1{m_1}\|A_1\hat x-y_1\|^2-\sigma^2+\tfrac{2\sigma^2}{m_1}\mathrm{div}`: nothing;
+- SURE :math:`\tfrac1{m_1}\|A_1\hat x-y_1\|^2-\sigma^2+\tfrac{2\sigma^2}{m_1}\mathrm{div}`: no bias;
 - Poisson :math:`\tfrac1{m_1}\|A_1\hat x-y_1\|^2-\tfrac\gamma{m_1}1^\top y_1
-  +\tfrac{2\gamma}{m_1}\sum_i y_{1,i}\partial_i(A_1\hat x)_i`: nothing if R is linear, second derivatives times
-  :math:`\gamma^2` otherwise; Poisson-Gaussian likewise;
-- UNSURE: SURE with :math:`\sigma^2` as the multiplier of the constraint div = 0 (Tachella, Davies, Jacques, arXiv 2409.01985);
-- R2R, with :math:`y` re-corrupted, before it is split, to the independent pair :math:`(y', y'')`: at
-  :math:`\hat x=R(y_1',A_1)`, and the noise :math:`\tfrac1{m_1}\mathbb E\|y_1''-u_1\|^2`, for Gaussian noise
-  :math:`\sigma^2/\alpha`;
-- MC, for noiseless measurements: nothing.
+  +\tfrac{2\gamma}{m_1}\sum_i y_{1,i}\partial_i(A_1\hat x)_i`: no bias if R is linear, and otherwise second
+  derivatives times :math:`\gamma^2`; the same holds for Poisson-Gaussian noise;
+- UNSURE: as SURE, with :math:`\sigma^2` as the multiplier of the constraint div = 0 (Tachella, Davies, Jacques, arXiv
+  2409.01985);
+- R2R, which re-corrupts :math:`y` to the independent pair :math:`(y', y'')` before it is split: the estimate is that at
+  :math:`\hat x=R(y_1',A_1)`, and the bias is the noise :math:`\tfrac1{m_1}\mathbb E\|y_1''-u_1\|^2`, which is
+  :math:`\sigma^2/\alpha` for Gaussian noise;
+- MC, for noiseless measurements: no bias.
 """
 
 from collections.abc import Callable
@@ -44,12 +46,12 @@ _SURE = (SureGaussianLoss, SurePoissonLoss, SurePGLoss)
 
 class Reconstruction:
     """
-    The reconstructor as a function of the measurements in ``part`` alone: the split, transform and re-corruption are held.
+    The reconstructor as a function of the measurements in ``part`` alone. Split, transform and re-corruption are held fixed.
 
     :param EquivariantSplittingModel model: the adapted model.
     :param Split split: the split that it made.
     :param torch.Tensor part: mask of the entries that vary.
-    :param JointNoise noise: what must not touch the reconstructor's own draws.
+    :param JointNoise noise: context that is paused while the reconstructor draws random numbers of its own.
     """
 
     def __init__(
@@ -84,12 +86,12 @@ def term(
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """
-    A deepinv loss on the measurements that a mask keeps, per entry kept.
+    A loss of deepinv on the measurements that a mask keeps, divided by the fraction of entries kept.
 
-    :param torch.Tensor part: (B, ...) mask of A_1 or of A_2.
-    :param torch.Tensor x_net: (B, ...) the split's own reconstruction.
-    :return: (B,) the values, zero where the mask keeps nothing; (B,) whether it keeps something.
-    :raises ValueError: for a loss that does not tell the samples of a batch apart.
+    :param torch.Tensor part: mask of A_1 or of A_2, (B, ...).
+    :param torch.Tensor x_net: reconstruction from this split, (B, ...).
+    :return: the values, (B,), which are 0 where the mask keeps nothing; and where it keeps something, (B,).
+    :raises ValueError: for a loss that does not have a value for each sample.
     """
     y_part, physics_part = SplittingLoss.split(part, y, physics)
     noise = None if isinstance(model.joint_draws, Alone) else JointNoise(model.joint_draws, y.shape)
@@ -103,7 +105,7 @@ def term(
             f"expected one value per sample, ({len(y)},), from {type(loss).__name__}; got shape {tuple(value.shape)}: "
             "each sample has its own mask, so its metric has to reduce over all dimensions but the first"
         )
-    # SURE subtracts the noise of all entries, and only those kept are noisy
+    # SURE subtracts the noise of all entries, while only those that are kept are noisy
     value = value.reshape(-1) + (1 - share) * sigma2
     value = torch.where(share > 0, value / share.clamp(min=torch.finfo(share.dtype).tiny), 0.0)
     if ascend is not None:
@@ -120,17 +122,17 @@ def _once_in_backward(value: Tensor, act: Callable[[], None]) -> None:
 
 
 def unknown_levels(loss: Loss) -> dict[str, Tensor]:
-    """The noise levels that UNSURE learns as multipliers, where they start."""
+    """The initial noise levels of UNSURE, which it learns as multipliers."""
     unsure = getattr(loss, "unsure", False)
     return {name: getattr(loss, name).detach().clone() for name in ("sigma2", "gain") if unsure and hasattr(loss, name)}
 
 
 def _call(loss: Loss, reconstruct: Reconstruction, arguments: dict):
     """
-    The loss, the noise variance that it subtracts, and what the backward pass has to do about UNSURE's multipliers.
+    The loss, the noise variance that it subtracts, and the step on UNSURE's multipliers that the backward pass has to take.
 
-    The multipliers are the model's, so that checkpoints hold them. deepinv's loss ascends its own as soon as it is called;
-    here that step waits for the backward pass, the one thing that Trainer does in training and not in evaluation.
+    The multipliers belong to the model, so that checkpoints hold them. deepinv's loss takes an ascent step whenever it is called.
+    Here that step waits for the backward pass, which Trainer runs in training and not in evaluation.
     """
     sigma2 = loss.sigma2 if isinstance(loss, SureGaussianLoss | SurePGLoss) else 0.0
     levels = {name: getattr(reconstruct.model, name) for name in unknown_levels(loss)}
@@ -147,7 +149,7 @@ def _call(loss: Loss, reconstruct: Reconstruction, arguments: dict):
         vars(loss).update(before)
     if not reconstruct.training:
         return value, sigma2, None
-    joint = reconstruct.model.joint_draws  # the step is that of the whole batch, taken by all processes
+    joint = reconstruct.model.joint_draws  # all processes take the step of the whole batch
     steps = {name: joint.mean(after.pop(name).detach() - level) for name, level in levels.items()}
     after = {name: joint.mean(value) if torch.is_tensor(value) else value for name, value in after.items()}
 
@@ -162,7 +164,7 @@ def _call(loss: Loss, reconstruct: Reconstruction, arguments: dict):
 
 @contextmanager
 def _full_precision(loss: Loss, split: Split):
-    """Leaves autocast for a divergence by differences, which is lost in its rounding; yields whether it had to."""
+    """Leaves autocast for a divergence by differences, which its rounding would destroy; yields whether that was necessary."""
     device_type = split.y.device.type
     rounded = isinstance(loss, _SURE) and (split.autocast or torch.is_autocast_enabled(device_type))
     with torch.autocast(device_type, enabled=False) if rounded else nullcontext():
@@ -171,12 +173,12 @@ def _full_precision(loss: Loss, split: Split):
 
 @contextmanager
 def _per_sample_metric(loss: Loss):
-    """The loss's metric returns one number for each sample, though it may return one for a batch by itself."""
+    """Context in which the metric of a loss returns a number for each sample, even if it usually returns one for the batch."""
     metric = getattr(loss, "metric", None)
-    if not isinstance(metric, nn.Module) or isinstance(loss, _SURE):  # which call a linear operator so
+    if not isinstance(metric, nn.Module) or isinstance(loss, _SURE):  # in these, `metric` is a linear operator
         yield
         return
-    del loss.metric  # a module accepts nothing but a module under the name of one
+    del loss.metric  # a module refuses a plain function under the name of a submodule
     loss.metric = _of_each_sample(metric)
     try:
         yield
@@ -185,7 +187,7 @@ def _per_sample_metric(loss: Loss):
 
 
 def _of_each_sample(metric: nn.Module):
-    """The metric as a function that returns (B,) values; torch's own are called once for the batch."""
+    """The metric as a function that returns values (B,); metrics of torch are called once for the whole batch."""
     entrywise = _ENTRYWISE[type(metric)](metric) if type(metric) in _ENTRYWISE else None
 
     def values(x_net: Tensor, x: Tensor, *args, **kwargs) -> Tensor:

@@ -1,8 +1,8 @@
 """
 Training of flows by deepinv's Trainer.
 
-``fit`` takes images and returns a trained flow: ``samples`` are drawn from the images, the objective is
-``likelihood`` or ``score_matching``, ``runs`` survive interruptions, and ``distributed`` shares the batches out to processes.
+``fit`` takes images and returns a trained flow. ``samples`` draws from the images, ``likelihood`` and ``score_matching`` are the
+objectives, ``runs`` survive interruptions, and ``distributed`` divides batches between several processes.
 """
 
 from .distributed import DistributedTrainer

@@ -1,4 +1,4 @@
-"""What a training refuses, or warns of, before it starts."""
+"""The checks of a training before it starts: errors and warnings."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ import torch
 from deepinv import Trainer
 from torch import Tensor, nn
 
-# what a training sets itself, of the options of deepinv's Trainer
+# the options of deepinv's Trainer that a training sets itself
 OWN = {"model", "physics", "optimizer", "scheduler", "losses", "train_dataloader", "eval_dataloader", "ckpt_pretrained"}
 
 
@@ -25,13 +25,13 @@ def check_level(sigma: float, compile: bool) -> None:
     if not (isinstance(sigma, Real) and math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"expected a finite noise level sigma >= 0; got {sigma!r}")
     if sigma and compile:
-        raise ValueError("expected compile=False with sigma: torch.compile has no second derivatives")
+        raise ValueError("expected compile=False with sigma: torch.compile does not support second derivatives")
 
 
 def check_range(images: Iterable[Tensor], dequantise: float) -> None:
     if 0 < dequantise < 1 and max(float(image.abs().max()) for image in images) > 10:
         warnings.warn(
-            f"dequantise={dequantise:.4g} is for images in [0, 1]; divide by their range, or pass their grey-level step",
+            f"dequantise={dequantise:.4g} is for images in [0, 1]; divide them by their range, or pass their grey-level step",
             stacklevel=3,
         )
 

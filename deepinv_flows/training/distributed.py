@@ -1,4 +1,4 @@
-"""Training by several processes, with the losses and gradients of one."""
+"""Training by several processes, with the losses and gradients of a single process."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -25,33 +25,34 @@ TRAIN, EVALUATE, TEST = range(3)
 @dataclass
 class DistributedTrainer(Trainer):
     r"""
-    :class:`deepinv.Trainer` whose batches are shared out over a process group.
+    :class:`deepinv.Trainer` that divides each batch between the processes of a group.
 
     .. math::
 
         \nabla \frac1N \sum_{i=1}^N \ell(x_i) = \frac1W \sum_{r=1}^W \nabla \frac WN \sum_{i \in S_r} \ell(x_i)
 
     Each of the W processes draws the whole batch of N samples, with the noise of its measurements, and works on its share
-    :math:`S_r`; gradients are averaged by :class:`torch.nn.parallel.DistributedDataParallel`. Losses and metrics are those of the
-    whole batch, in every process, so that all stop early together; the first process prints and saves. Checkpoints are those of
-    one process, and either may resume from the other's. With deepinv's own class, processes collide over the folder of
-    checkpoints, report the losses of their shares, and write weights that one process cannot load.
+    :math:`S_r`; :class:`torch.nn.parallel.DistributedDataParallel` averages the gradients. Every process has the losses and
+    metrics of the whole batch, so that all stop early together. The first process prints and saves. Checkpoints are the same as
+    those of a single process, and a training by one process can resume from those of several, or the reverse. With deepinv's
+    class, the processes write to the same folder, report the losses of their shares, and save weights that a single process
+    cannot load.
 
-    Random numbers: the order of the samples, their augmentation and the noise of their measurements follow a stream of their own,
-    seeded by the first process's ``torch.initial_seed()`` and the epoch, with one process as with many; whatever else draws from
-    the global stream changes nothing about them. The model that :class:`deepinv_flows.EquivariantSplittingLoss` adapts draws its
-    masks and noise for the whole batch and takes its share of them, as does any module whose class has an attribute
-    ``joint_draws``. Others, such as deepinv's own ``SplittingLoss`` or dropout, draw the same numbers in every process: unbiased,
-    but not the numbers that one process would draw. Seed the processes alike before the data are made.
+    **Random numbers.** The order of the samples, their augmentation and the noise of their measurements follow a random stream of
+    their own, which ``torch.initial_seed()`` of the first process and the epoch seed, for one process as for several. What is
+    drawn from the global random state does not affect it. The model that :class:`deepinv_flows.EquivariantSplittingLoss` adapts
+    draws its masks and noise for the whole batch and takes its share of them, as does any module whose class has an attribute
+    ``joint_draws``. Other modules, such as dropout, and deepinv's ``SplittingLoss`` draw the same numbers in every process. Their
+    losses are unbiased, but not those of a single process. Set the same seed in all processes before the data are made.
 
-    Without a process group it is deepinv's class, apart from that stream.
+    Without a process group, the class behaves as deepinv's, apart from that stream.
 
     :param dict ddp_options: options of :class:`torch.nn.parallel.DistributedDataParallel`, such as
         ``{"find_unused_parameters": True}`` for a model that does not use all of its weights in each step.
-    :param kwargs: those of :class:`deepinv.Trainer`; one physics for all samples, so no ``physics_generator``, but samples
-        ``(x, y, params)`` may bring their own parameters. The number of samples in each batch must be a multiple of W.
-    :raises ValueError: for a ``physics_generator``, or a batch whose size is not a multiple of W.
-    :raises RuntimeError: in every process of the group, when one of them has ended early.
+    :param kwargs: options of :class:`deepinv.Trainer`. All samples have the same physics, so ``physics_generator`` is refused,
+        but samples ``(x, y, params)`` may have parameters of their own. The number of samples in a batch must be a multiple of W.
+    :raises ValueError: for a ``physics_generator``, and for a batch whose size is not a multiple of W.
+    :raises RuntimeError: in every remaining process of the group, when one of them has ended early.
 
     >>> import torch, deepinv as dinv
     >>> from deepinv_flows import DistributedTrainer, FlowModel, FlowNLL, glow_flow
@@ -68,7 +69,9 @@ class DistributedTrainer(Trainer):
 
     def setup_train(self, train: bool = True, **kwargs):
         if _world() and self.physics_generator is not None:
-            raise ValueError(f"expected one physics for all samples, to share them out; got {self.physics_generator}")
+            raise ValueError(
+                f"expected one physics for all samples, without physics_generator; got {self.physics_generator}"
+            )
         if _world() and dist.get_rank() > 0:
             self.save_path, self.verbose = None, False
         super().setup_train(train, **kwargs)
@@ -93,9 +96,9 @@ class DistributedTrainer(Trainer):
 
     def train(self):
         """
-        Train.
+        Train the model.
 
-        :return: the trained model, the same in every process.
+        :return: the trained model, which is the same in every process.
         """
         loaders = self.train_dataloader, self.eval_dataloader
         try:
@@ -108,11 +111,12 @@ class DistributedTrainer(Trainer):
 
     def test(self, test_dataloader: DataLoader | list[DataLoader], *args, **kwargs) -> dict:
         """
-        Test.
+        Test the model.
 
-        :param torch.utils.data.DataLoader test_dataloader: batches whose size is a multiple of the number of processes.
-        :param kwargs: those of :class:`deepinv.Trainer`.
-        :return: the metrics of all samples, the same in every process.
+        :param torch.utils.data.DataLoader test_dataloader: test samples, in batches whose size is a multiple of the number of
+            processes; a list of data loaders is tested one after another.
+        :param kwargs: further arguments of the method of :class:`deepinv.Trainer`.
+        :return: the metrics of all samples, which are the same in every process.
         """
         loaders = test_dataloader if isinstance(test_dataloader, list | tuple) else [test_dataloader]
         for loader in loaders:
@@ -125,7 +129,7 @@ class DistributedTrainer(Trainer):
             self._alone()
 
     def get_samples(self, iterators: Sequence[Iterator], g: int):
-        """This process's share of a batch."""
+        """The share of the next batch that belongs to this process."""
         if self.G > 1:
             # deepinv draws the order of several data loaders from numpy's global stream, which differs between processes
             g = _of_first(g)
@@ -149,14 +153,14 @@ class DistributedTrainer(Trainer):
 
 
 class Joint:
-    """The batch that all processes have together, for modules that draw random numbers for each of its samples."""
+    """The batch of all processes together, for modules that draw random numbers for each of its samples."""
 
     def size(self, n: int) -> int:
         """The number of samples of the whole batch, for ``n`` in each process."""
         return n * _world()
 
     def whole(self, share: Tensor) -> Tensor:
-        """The whole batch, of which each process has a share; without gradients."""
+        """The whole batch, put together from the shares of all processes, without gradients."""
         real = torch.view_as_real(share.detach()) if share.is_complex() else share.detach()
         parts = [torch.empty_like(real, memory_format=torch.contiguous_format) for _ in range(_world())]
         dist.all_gather(parts, real.contiguous())
@@ -168,14 +172,14 @@ class Joint:
         return _share(whole)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the processes; without gradients."""
+        """The mean over the processes, without gradients."""
         total = value.detach().clone()
         dist.all_reduce(total)
         return total / _world()
 
 
 class _Parallel(DistributedDataParallel):
-    """With the weights' names of the model inside."""
+    """DistributedDataParallel whose state dicts are those of the model inside."""
 
     def state_dict(self, *args, **kwargs):
         return self.module.state_dict(*args, **kwargs)
@@ -208,7 +212,7 @@ def _world() -> int:
 
 
 def _of_first(value: int) -> int:
-    """The value that the first process of the group has."""
+    """The value in the first process of the group."""
     values = [value]
     if _world():
         dist.broadcast_object_list(values, src=0)
@@ -222,13 +226,13 @@ def _share(batch):
         return TensorList([_share(part) for part in batch])
     if len(batch) % _world():
         raise ValueError(
-            f"expected batches of a multiple of {_world()} samples, for as many processes; got one of {len(batch)}"
+            f"expected batches of a multiple of {_world()} samples, to divide between the processes; got one of {len(batch)}"
         )
     return batch.chunk(_world())[dist.get_rank()]
 
 
 def _share_parameters(parameters: dict, n_samples: int, device: torch.device) -> dict:
-    """Of the parameters of a physics that samples bring, one for each sample, those of this process's samples."""
+    """The parameters that a batch holds for its physics. Of parameters for each sample, those of this process are kept."""
     return {
         name: _share(value).to(device) if torch.is_tensor(value) and value.ndim and len(value) == n_samples else value
         for name, value in parameters.items()

@@ -1,4 +1,4 @@
-"""Images in, trained flow out."""
+"""Functions that take images and return a trained flow."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..reconstruction import FlowDenoiser
 from .boundary import check_level, check_options, check_range, check_trainable
-from .conditioning import Conditioned, condition_list
+from .conditioning import Conditioned, condition_lists
 from .effort import carried_out, measured, store
 from .likelihood import FlowModel, FlowNLL
 from .runs import fit
@@ -50,14 +50,14 @@ def fit_patchnr(
     **trainer_options: Any,
 ) -> PatchNR:
     r"""
-    Train a :class:`PatchNR` on the patches of a few images, by :class:`deepinv.Trainer`.
+    Train a :class:`deepinv_flows.PatchNR` on the patches of a few images, by :class:`deepinv.Trainer`.
 
-    An epoch is ``steps_per_epoch`` batches of random patches, however many images there are. Adam, with a rate that
-    rises over the first epochs and falls to zero along a cosine.
+    An epoch is ``steps_per_epoch`` batches of random patches, however many images there are. The optimizer is Adam, whose
+    learning rate rises over the first epochs and then falls to zero along a cosine.
 
     :param torch.Tensor images: (B, C, H, W), or a list of (C, H, W) of different sizes, in the range the prior will
         see; 8-bit data in [0, 1] for the default ``dequantise``. :func:`deepinv_flows.load_images` reads them from files. Half
-        precision is learned in float32. Their least and largest values are kept as ``prior.image_range``.
+        precision is converted to float32. Their least and largest values are kept as ``prior.image_range``.
     :param torch.Tensor eval_images: images for the evaluation loss; the weights of its best epoch are returned. ``None``
         evaluates on patches of ``images`` and returns the last weights.
     :param str effort: ``"quick"``, ``"standard"`` or ``"thorough"``: about 2, 10 or 60 minutes. It chooses, where they are
@@ -74,24 +74,24 @@ def fit_patchnr(
     :param int batch_size: patches in a batch.
     :param float lr: largest learning rate.
     :param float dequantise: width of the uniform noise added to the patches, in colour to each channel.
-    :param bool augment: also show the patches flipped and rotated.
+    :param bool augment: also train on flipped and rotated patches.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch; ``None`` keeps none.
     :param bool resume: continue from the newest readable checkpoint under ``save_path``, if there is one, as if the training had
-        not been interrupted. More ``epochs`` or another ``lr`` count from there on. Give the same ``eval_images``, as the best
-        epoch of all runs there is returned. ``False`` starts a new run beside them.
+        not been interrupted. More ``epochs`` or another ``lr`` apply from there on. Pass the same ``eval_images``, since the best
+        epoch of all runs in this folder is returned. ``False`` starts a new run in this folder.
     :param bool, str mixed_precision: as in :class:`deepinv.Trainer`.
-    :param bool compile: compile the flow by :func:`torch.compile`, which needs a C++ compiler: half a minute once, then about a
-        quarter more patches a second.
-    :param str device: where to train.
-    :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is one with a fixed seed.
-    :param bool verbose: say what is trained and how long it will take, and show one bar for all of it, with the loss and the
-        best evaluation.
+    :param bool compile: compile the flow by :func:`torch.compile`, which needs a C++ compiler. Compiling takes half a minute
+        once; then about a quarter more patches are processed in a second.
+    :param str device: device of the training.
+    :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is a generator with a fixed seed.
+    :param bool verbose: print what is trained and how long it will take, and show one progress bar, with the loss and the best
+        evaluation loss.
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis`` or ``metrics``.
     :return: the trained prior.
-    :raises ValueError: for images that are not finite floating-point tensors of a patch's size or more, for the sizes of a new
-        prior beside ``prior``, and when the training diverges or its checkpoints cannot be written.
-    :raises TypeError: for arrays instead of tensors, for images of another dtype than the weights', and for unknown options.
+    :raises ValueError: for images that are not finite floating-point tensors or are smaller than a patch, for sizes of a new
+        prior besides ``prior``, and when the training diverges or its checkpoints cannot be written.
+    :raises TypeError: for arrays instead of tensors, for images of another dtype than the weights, and for unknown options.
 
     >>> import torch
     >>> from deepinv_flows import fit_patchnr
@@ -155,39 +155,41 @@ def fit_flow(
     r"""
     Train a flow on whole images, in place, by :class:`deepinv.Trainer`.
 
-    An epoch shows each image once. Adam, with a rate that rises over the first epochs and falls to zero along a cosine.
-    A new :func:`deepinv_flows.image_flow` is first initialised from up to 256 of the images. By maximum likelihood, or with
-    ``sigma`` by denoising score matching, the mean squared error of :class:`deepinv_flows.FlowDenoiser` at that noise level:
-    smooth activations (``image_flow(..., activation="silu")``) and small batches suit it, and an epoch takes three times longer.
+    Each image is used once in an epoch. The optimizer is Adam, whose learning rate rises over the first epochs and then falls to
+    zero along a cosine. A new :func:`deepinv_flows.image_flow` is first initialised from up to 256 of the images. The objective
+    is the likelihood or, with ``sigma``, denoising score matching: the mean squared error of :class:`deepinv_flows.FlowDenoiser`
+    at that noise level. Score matching works best with smooth activations (``image_flow(..., activation="silu")``) and small
+    batches, and an epoch takes three times longer.
 
     :param torch.nn.Module flow: flow on images, to train from its present weights.
     :param torch.Tensor images: (B, C, H, W), in the range the prior will see; 8-bit data in [0, 1] for the default
-        ``dequantise``. Half precision is learned in float32.
+        ``dequantise``. Half precision is converted to float32.
     :param torch.Tensor eval_images: images for the evaluation loss; the weights of its best epoch are returned. ``None``
         evaluates on ``images`` and returns the last weights.
-    :param torch.Tensor, list c: conditions of the images, for a conditional flow, or the only one, each (B, C', H, W);
+    :param torch.Tensor, list c: conditions of the images for a conditional flow, a list or a single one, each (B, C', H, W);
         ``augment`` mirrors them with their images.
-    :param torch.Tensor, list eval_c: conditions of ``eval_images``.
+    :param torch.Tensor, list eval_c: conditions of ``eval_images``, as many as ``c`` has.
     :param int epochs: number of epochs.
     :param int batch_size: images in a batch.
     :param float lr: largest learning rate.
-    :param float dequantise: width of the uniform noise added to the images, by maximum likelihood.
+    :param float dequantise: width of the uniform noise added to the images, for maximum likelihood alone.
     :param float sigma: standard deviation of the Gaussian noise that the flow learns to remove; 0 for maximum likelihood.
     :param bool augment: mirror half of the images, left to right, at random.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch, of which the newest and about
         20 others stay; ``None`` keeps none.
-    :param bool resume: continue from the newest readable checkpoint under ``save_path``, as :func:`fit_patchnr` does.
+    :param bool resume: continue from the newest readable checkpoint under ``save_path``, as in :func:`deepinv_flows.fit_patchnr`.
     :param bool, str mixed_precision: as in :class:`deepinv.Trainer`.
-    :param bool compile: compile the flow by :func:`torch.compile`; not with ``sigma``.
-    :param str device: where to train.
-    :param torch.Generator generator: source of batches and noise; ``None`` is one with a fixed seed.
-    :param bool verbose: say what the training will take, and show one bar for all of it, with the loss and the best evaluation.
+    :param bool compile: compile the flow by :func:`torch.compile`, which is not possible with ``sigma``.
+    :param str device: device of the training.
+    :param torch.Generator generator: source of batches and noise; ``None`` is a generator with a fixed seed.
+    :param bool verbose: print how long the training will take, and show one progress bar, with the loss and the best evaluation
+        loss.
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis``.
     :return: ``flow``, trained.
-    :raises ValueError: for images that are not finite, floating-point and of one size, or not of the flow's; for a noise
-        level that is negative or not finite; when the training diverges.
-    :raises TypeError: for images of another dtype than the weights', arrays instead of tensors, and unknown options.
+    :raises ValueError: for images that are not finite, floating-point and of one size, or not of the size of the flow; for a
+        noise level that is negative or not finite; for conditions that do not fit the images; and when the training diverges.
+    :raises TypeError: for images of another dtype than the weights, for arrays instead of tensors, and for unknown options.
 
     >>> import torch
     >>> from deepinv_flows import fit_flow, image_flow
@@ -199,8 +201,9 @@ def fit_flow(
     check_level(sigma, compile)
     generator = torch.Generator() if generator is None else generator
     images = stacked(images)
-    held_out, eval_c = (images, c) if eval_images is None else (stacked(eval_images), eval_c)
-    conditions, eval_conditions = condition_list(c, len(images)), condition_list(eval_c, len(held_out))
+    held_out = images if eval_images is None else stacked(eval_images)
+    eval_number = None if eval_images is None else len(held_out)
+    conditions, eval_conditions = condition_lists(c, eval_c, len(images), eval_number)
     check_trainable(flow, "flow")
     prior = FlowPrior(getattr(flow, "normalizing_flow", flow))
     for batch in (images, held_out):
@@ -237,13 +240,14 @@ def initialised(
     c: Sequence[Tensor] = (),
 ) -> nn.Module:
     """
-    A new :func:`deepinv_flows.image_flow`, its affine maps set by up to 256 of the images it will learn; any other flow as it is.
+    Initialise the affine maps of a new :func:`deepinv_flows.image_flow` from up to 256 of the images that it will be trained on.
+    Other flows are returned as they are.
 
     :param torch.nn.Module flow: the flow.
-    :param torch.Tensor images: (B, C, H, W)
+    :param torch.Tensor images: images (B, C, H, W).
     :param float dequantise: width of the uniform noise added to the images.
-    :param torch.Generator generator: source of noise and choice; ``None`` is one with a fixed seed.
-    :param float sigma: standard deviation of Gaussian noise added instead.
+    :param torch.Generator generator: source of the noise and of the choice of images; ``None`` is a generator with a fixed seed.
+    :param float sigma: standard deviation of Gaussian noise that replaces the uniform noise; 0 for uniform noise.
     :param list c: conditions of the images, for a conditional flow.
     :return: ``flow``.
 
@@ -272,7 +276,7 @@ def _batches(
 
 
 def _widen_range(prior: PatchNR, images: list[Tensor]) -> None:
-    """Remember the least and the largest value that the prior has learned from, in all its trainings."""
+    """Remember the least and the largest value of all images on which the prior was trained, now and before."""
     low, high = min(float(image.min()) for image in images), max(float(image.max()) for image in images)
     before = getattr(prior, "image_range", None) or (low, high)
     prior.image_range = (min(low, before[0]), max(high, before[1]))

@@ -6,7 +6,7 @@ Maximum-likelihood training of flows by :class:`deepinv.Trainer`.
     \min_\theta \; \mathbb{E}_x\big[ -\log p_\theta(x + u) \big], \qquad
     -\log p_\theta(x) = \tfrac12\|z\|^2 + \tfrac D2 \log 2\pi - \log|\det J(x)|, \quad (z, \log|\det J|) = f_\theta(x)
 
-with uniform noise u as wide as a grey level, without which a flow fitted to quantised images has no finite optimum.
+with uniform noise u as wide as a grey level. Without it, the likelihood of a flow on quantised images is not bounded.
 """
 
 import functools
@@ -26,12 +26,12 @@ from .conditioning import conditions_of
 
 class FlowModel(Reconstructor):
     r"""
-    A flow as a model that :class:`deepinv.Trainer` trains: maps samples to their negative log-likelihoods.
+    A flow as a model that :class:`deepinv.Trainer` can train: it maps samples to their negative log-likelihoods.
 
-    :param torch.nn.Module flow: any flow, on patches or on images, or a prior that has one.
-    :param float dequantise: width of the uniform noise added to the samples, in their own unit; 1/255 for 8-bit images
-        in [0, 1], 0 for none.
-    :param torch.Generator generator: source of the noise; ``None`` is one of its own, with a fixed seed.
+    :param torch.nn.Module flow: any flow, on patches or on images, or a prior that holds one.
+    :param float dequantise: width of the uniform noise added to the samples, in the unit of the samples; 1/255 for 8-bit images
+        in [0, 1], 0 for no noise.
+    :param torch.Generator generator: source of the noise; ``None`` is a generator of the model's own, with a fixed seed.
     :param bool compile: whether to compile the flow by :func:`torch.compile`, which takes half a minute and a C++ compiler.
 
     >>> import torch, deepinv as dinv
@@ -64,11 +64,14 @@ class FlowModel(Reconstructor):
         self, y: Tensor, physics: Physics | None = None, c: Tensor | Sequence[Tensor] | None = None, **kwargs
     ) -> Tensor:
         """
-        Negative log-likelihood of samples.
+        Negative log-likelihoods of samples.
 
         :param torch.Tensor y: samples (N, D) or (N, C, H, W).
-        :param torch.Tensor, list c: conditions of a conditional flow, or the only one.
-        :return: (N,) in nats, with the constant D/2 log(2 pi).
+        :param deepinv.physics.Physics physics: holds the conditions in a training by :func:`deepinv_flows.fit_flow`; not used
+            otherwise.
+        :param torch.Tensor, list c: conditions of a conditional flow, a list or a single one.
+        :return: (N,) in nats, including the constant D/2 log(2 pi).
+        :raises ValueError: for samples that are not finite floating-point numbers.
         """
         if not y.is_floating_point() or not bool(torch.isfinite(y.detach()).all()):
             raise ValueError(f"expected finite floating-point samples; got {y.dtype} of shape {tuple(y.shape)}")
@@ -86,7 +89,7 @@ def _compiled():
 
 class FlowNLL(Loss):
     """
-    Negative log-likelihood, as a deepinv loss: what :class:`FlowModel` returns is what is minimised.
+    Negative log-likelihood as a loss of deepinv: it returns the output of :class:`deepinv_flows.FlowModel`.
 
     >>> import torch
     >>> from deepinv_flows import FlowNLL
@@ -96,19 +99,21 @@ class FlowNLL(Loss):
 
     def forward(self, x_net: Tensor, *args, **kwargs) -> Tensor:
         """
-        :param torch.Tensor x_net: (N,) output of :class:`FlowModel`.
-        :return: the same.
-        :raises ValueError: for anything else, such as the images of a reconstruction network.
+        The loss.
+
+        :param torch.Tensor x_net: output of :class:`deepinv_flows.FlowModel`, (N,).
+        :return: ``x_net``, (N,).
+        :raises ValueError: for other shapes, such as the images of a reconstruction network.
         """
         return _check_nll(x_net)
 
 
 class BitsPerDim(Metric):
     r"""
-    Bits per dimension of quantised data under a flow, :math:`\frac{-\log_2 p(x)}{D} - \log_2 b` for grey levels b apart.
+    Bits per dimension of quantised data under a flow, :math:`\frac{-\log_2 p(x)}{D} - \log_2 b` for grey levels at distance b.
 
-    :param float bin_width: distance b of two grey levels; 1/255 for 8-bit images in [0, 1]. With 1 it is the
-        differential entropy in bits per dimension.
+    :param float bin_width: distance b of two grey levels; 1/255 for 8-bit images in [0, 1]. With 1 the metric is that of
+        continuous data.
 
     >>> import torch
     >>> from deepinv_flows import BitsPerDim
@@ -122,9 +127,11 @@ class BitsPerDim(Metric):
 
     def metric(self, x_net: Tensor, x: Tensor, *args, **kwargs) -> Tensor:
         """
-        :param torch.Tensor x_net: (N,) output of :class:`FlowModel`.
+        The metric.
+
+        :param torch.Tensor x_net: output of :class:`deepinv_flows.FlowModel`, (N,).
         :param torch.Tensor x: the samples, (N, D) or (N, C, H, W).
-        :return: (N,)
+        :return: bits per dimension, (N,).
         """
         return _check_nll(x_net) / (x[0].numel() * math.log(2)) - math.log2(self.bin_width)
 

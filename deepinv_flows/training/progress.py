@@ -1,20 +1,20 @@
-"""One bar for a whole training, and what it will take."""
+"""One progress bar for a whole training, and an estimate of its duration."""
 
 import time
 
 import torch
 from tqdm import tqdm
 
-MEASURED = 20  # batches that are timed before the estimate is said; the first one, which warms up, is not
+MEASURED = 20  # the estimate is printed after so many batches; the first one warms up and is not timed
 
 
 class Progress:
     """
-    A bar over all batches of a training, with its loss and the best evaluation so far.
+    A progress bar over all batches of a training, with its loss and the best evaluation loss so far.
 
-    :param int batches: batches in an epoch.
-    :param int start: epochs that are behind.
-    :param int epochs: epochs in all.
+    :param int batches: number of batches in an epoch.
+    :param int start: number of epochs that were done before.
+    :param int epochs: number of all epochs.
     """
 
     def __init__(self, batches: int, start: int, epochs: int):
@@ -24,7 +24,7 @@ class Progress:
         )
 
     def step(self, loss: float, best: float | None) -> None:
-        """After a batch: its epoch's mean loss, and the best evaluation loss."""
+        """Called after each batch, with the mean loss of its epoch and the best evaluation loss."""
         self.done += 1
         if self.done == 1:
             self.began = time.perf_counter()
@@ -48,5 +48,5 @@ class Progress:
         length = f"{total / 60:.1f} minutes" if total >= 60 else f"{total:.0f} seconds"
         self.bar.write(
             f"{left} batches in {self.epochs - self.start} epochs, {1000 * seconds:.1f} ms each on {torch.get_num_threads()} "
-            f"threads: about {length}, evaluation not counted"
+            f"threads: about {length} without evaluation"
         )

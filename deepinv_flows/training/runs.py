@@ -1,4 +1,4 @@
-"""Trainings by :class:`deepinv.Trainer` that survive interruptions and end with finite weights."""
+"""Trainings by :class:`deepinv.Trainer` that can be interrupted and resumed, and that end with finite weights."""
 
 import contextlib
 import copy
@@ -30,17 +30,17 @@ def fit(
     **options,
 ) -> None:
     """
-    Train in place.
+    Train a model in place.
 
-    :param torch.nn.Module model: what :class:`deepinv.Trainer` trains.
+    :param torch.nn.Module model: model that :class:`deepinv.Trainer` can train.
     :param deepinv.loss.Loss losses: the loss.
-    :param float lr: largest learning rate, of Adam.
-    :param str save_path: folder of this training; ``None`` writes no files.
-    :param bool resume: continue from the newest readable checkpoint there.
+    :param float lr: largest learning rate of Adam.
+    :param str save_path: folder of this training; with ``None`` no files are written.
+    :param bool resume: continue from the newest readable checkpoint in that folder.
     :param bool keep_best: end with the weights of the best epoch.
-    :param torch.Generator generator: source of all randomness; its state is kept in the checkpoints.
-    :param options: those of :class:`deepinv.Trainer`; ``verbose`` shows a bar.
-    :raises ValueError: when weights end up not finite, or a checkpoint cannot be read or written.
+    :param torch.Generator generator: source of all random numbers; checkpoints hold its state.
+    :param options: options of :class:`deepinv.Trainer`; ``verbose`` shows a progress bar.
+    :raises ValueError: when weights are not finite at the end, and when a checkpoint cannot be read or written.
     """
     bar = bool(options.pop("verbose", True)) and options.pop("show_progress_bar", True)
     if resume and save_path is None:
@@ -78,10 +78,11 @@ def fit(
 
 class Resumes:
     """
-    Mixin of :class:`deepinv.Trainer`: a training that is resumed ends as one that was not interrupted.
+    Mixin of :class:`deepinv.Trainer`, with which a resumed training ends like one that was not interrupted.
 
-    The optimizer's options and the scheduler are those given now, at the epoch reached: a new learning rate counts, and a
-    longer training goes on at the rate that its schedule has there. ``generators`` go on where they stopped.
+    The options of the optimizer and the schedule are those given when the training is resumed, not those of the checkpoint: a new
+    learning rate applies, and a training that became longer continues at the rate that its schedule has at the epoch reached.
+    The random states of ``generators`` are restored.
     """
 
     generators: tuple[torch.Generator, ...] = ()
@@ -119,9 +120,9 @@ class Resumes:
 @dataclass
 class _Trainer(Resumes, Trainer):
     """
-    deepinv's Trainer, which writes where the last good checkpoint is, with writes that cannot break it.
+    deepinv's Trainer, whose interrupted writes leave the last good checkpoint intact.
 
-    :param int keep_interval: of the checkpoints of every epoch those of every such epoch stay, and the newest.
+    :param int keep_interval: the checkpoint of every epoch divisible by this number is kept, and the newest one.
     """
 
     keep_interval: int = 1
@@ -149,7 +150,7 @@ class _Trainer(Resumes, Trainer):
         return self.logs_total_loss_train.avg, min(filter(math.isfinite, self._eval_losses()), default=None)
 
     def _eval_losses(self) -> list[float]:
-        """Of all epochs, those before an interruption included."""
+        """The evaluation losses of all epochs, including those before an interruption."""
         (losses,) = self.eval_loss_history.values()
         return [*(self.past or []), *losses]
 
@@ -170,13 +171,13 @@ class _Trainer(Resumes, Trainer):
 
     def load_model(self, ckpt_pretrained: str | Path | None = None, strict: bool = True) -> dict | None:
         checkpoint = super().load_model(ckpt_pretrained, strict)
-        if checkpoint is not None:  # early stopping and the best epoch look at all epochs
+        if checkpoint is not None:  # early stopping and the best epoch depend on all epochs
             (losses,) = checkpoint["eval_loss"].values()
             self.past = [*checkpoint.get("past", []), *losses]
         return checkpoint
 
     def save_best_model(self, epoch: int, train_ite: int, **kwargs) -> None:
-        losses = self._eval_losses()  # whatever other metrics are reported
+        losses = self._eval_losses()  # deepinv would compare a metric, if one is reported
         if losses and losses[-1] <= min(filter(math.isfinite, losses), default=-math.inf):
             self.save_model("ckp_best.pth.tar", epoch)
 
@@ -186,7 +187,7 @@ class _Trainer(Resumes, Trainer):
 
 
 class WarmCosine:
-    """Factor of the learning rate at an epoch: up over the first twentieth of the epochs, then down along a cosine."""
+    """Factor of the learning rate at an epoch. It rises in the first twentieth of the epochs and then falls along a cosine."""
 
     def __init__(self, epochs: int):
         self.epochs, self.warm = epochs, epochs / 20
@@ -198,13 +199,13 @@ class WarmCosine:
 
 
 def _runs(folder: Path) -> list[Path]:
-    """The folders ``run_0``, ``run_1``, ... that are there, in their order; anything else beside them is ignored."""
+    """The folders ``run_0``, ``run_1``, ... in this folder, in their order; all other names are ignored."""
     found = [path for path in folder.glob("run_*") if re.fullmatch(r"run_\d+", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[4:]))
 
 
 def _new_run(folder: Path) -> Path:
-    """Make the next folder; of two trainings that start at the same time, each gets its own."""
+    """Make the next folder. Two trainings that start at the same time get different folders."""
     number = 1 + max((int(path.name[4:]) for path in _runs(folder)), default=-1)
     while True:
         try:
@@ -221,7 +222,7 @@ def _new_run(folder: Path) -> Path:
 
 
 def _readable(runs: list[Path], pattern: str) -> list[tuple[dict, Path]]:
-    """Checkpoints of deepinv's Trainer in some runs; one cut short by an interruption is passed over."""
+    """The checkpoints of deepinv's Trainer in some runs, without those that an interruption cut short."""
     found = []
     for path in (path for run in runs for path in run.glob(f"*/{pattern}")):
         with contextlib.suppress(checkpoints.CheckpointError):
@@ -230,13 +231,13 @@ def _readable(runs: list[Path], pattern: str) -> list[tuple[dict, Path]]:
 
 
 def _newest(runs: list[Path]) -> Path | None:
-    # of two from one epoch, the numbered one, which is the last that the Trainer writes
+    # of two checkpoints of the same epoch, the numbered one, which the Trainer writes last
     order = [(raw["epoch"], "best" not in path.name, path) for raw, path in _readable(runs, "ckp_*.pth.tar")]
     return max(order)[2] if order else None
 
 
 def _best(earlier: list[Path], loss: str, now: tuple[float, dict[str, Tensor]] | None) -> dict[str, Tensor]:
-    """Weights of the best epoch of this run and those that it continues."""
+    """The weights of the best epoch of this run and the runs that it continues."""
     before = [(raw["eval_loss"][loss][-1], raw["state_dict"]) for raw, _ in _readable(earlier, "ckp_best.pth.tar")]
     scored = [(value, state) for value, state in [*before, *([now] if now else [])] if math.isfinite(value)]
     if not scored:

@@ -1,4 +1,4 @@
-"""Images as training samples: their patches, or whole."""
+"""Images as training samples: their patches, or whole images."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,13 +14,13 @@ from ..patchnr import PatchIndex
 
 class PatchSamples(Dataset):
     """
-    All overlapping patches of some images as training samples, gathered when asked for.
+    All overlapping patches of some images as training samples. They are gathered from the images when they are asked for.
 
-    :param Sequence[torch.Tensor] images: of shape (C, H, W), possibly of different sizes.
-    :param int patch_size: side of a patch.
-    :param bool augment: show each eighth of a batch under another symmetry of the square; a batch of fewer than eight under
-        symmetries drawn at random.
-    :param torch.Generator generator: source of these; ``None`` is one of its own, with a fixed seed.
+    :param Sequence[torch.Tensor] images: images (C, H, W), possibly of different sizes.
+    :param int patch_size: side of a patch, in pixels.
+    :param bool augment: flip and rotate the patches: each eighth of a batch by another of the eight symmetries of the square, and
+        the patches of a batch of fewer than eight by symmetries drawn at random.
+    :param torch.Generator generator: source of the random symmetries; ``None`` is a generator of its own, with a fixed seed.
 
     >>> import torch
     >>> from deepinv_flows.training import PatchSamples
@@ -74,14 +74,14 @@ def _symmetry(patches: Tensor, k: int) -> Tensor:
 
 class ImageSamples(Dataset):
     """
-    Images of one size as training samples ``x``, and themselves or noisy images as ``y``.
+    Images of one size as training samples ``x``, and the same or noisy images as ``y``.
 
-    :param torch.Tensor images: (B, C, H, W).
-    :param bool augment: whether to mirror half of them, at random.
-    :param float sigma: standard deviation of Gaussian noise in ``y``, new at each look.
-    :param torch.Generator generator: source of both; ``None`` is one of its own, with a fixed seed.
-    :param torch.Tensor y: what is seen of the images, if that is fixed (B, C, H, W).
-    :param list c: conditions of the images, each (B, C', H, W), which are mirrored with them.
+    :param torch.Tensor images: images (B, C, H, W).
+    :param bool augment: whether to mirror half of the images, drawn at random, left to right.
+    :param float sigma: standard deviation of the Gaussian noise in ``y``, which is drawn anew whenever a sample is asked for.
+    :param torch.Generator generator: source of noise and augmentation; ``None`` is a generator of its own, with a fixed seed.
+    :param torch.Tensor y: fixed images ``y``, (B, C, H, W), instead of noise and augmentation.
+    :param list c: conditions of the images, each (B, C', H, W), which are mirrored with their images.
     """
 
     def __init__(
@@ -118,17 +118,18 @@ class ImageSamples(Dataset):
 
 
 def noisy(x: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
-    """``x`` under Gaussian noise."""
+    """``x`` plus Gaussian noise of standard deviation ``sigma``."""
     noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
     return x + sigma * noise.to(x.device)
 
 
 def subset(samples: Dataset, size: int = 16384) -> Dataset:
     """
-    At most ``size`` samples, evenly over all of them.
+    At most ``size`` samples, evenly spaced among all of them.
 
     :param torch.utils.data.Dataset samples: all samples.
-    :param int size: how many.
+    :param int size: largest number of samples.
+    :return: the samples chosen.
     """
     number = len(samples)  # type: ignore[arg-type]
     return Subset(samples, torch.linspace(0, number - 1, min(size, number)).long().tolist())
@@ -139,7 +140,7 @@ def same(batch: Any) -> Any:
 
 
 def image_list(images: Tensor | Iterable[Tensor], patch_size: int) -> list[Tensor]:
-    """Finite images (C, H, W) of one number of channels; those of half precision in float32."""
+    """The images as a list of finite tensors (C, H, W) with the same number of channels; half precision becomes float32."""
     if isinstance(images, np.ndarray):
         raise TypeError(
             f"expected a tensor (B, C, H, W) or a list of tensors (C, H, W); got ndarray of shape {images.shape}"
@@ -173,7 +174,7 @@ def image_list(images: Tensor | Iterable[Tensor], patch_size: int) -> list[Tenso
 
 
 def _conversion(image, name: str) -> str:
-    """What to pass instead of an array, where its shape leaves no doubt."""
+    """Advice on how to convert an array, if its shape leaves no doubt."""
     axes = {2: "[None]", 3: ".permute(2, 0, 1)"}.get(getattr(image, "ndim", 0))
     if axes is None or not isinstance(image, np.ndarray) or (image.ndim == 3 and image.shape[2] != 3):
         return ""

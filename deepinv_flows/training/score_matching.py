@@ -1,4 +1,4 @@
-"""Denoising score matching, by which a flow learns to be a denoiser."""
+"""Denoising score matching, which trains a flow as a denoiser."""
 
 from deepinv.loss import Loss
 from deepinv.models import ArtifactRemoval
@@ -12,7 +12,7 @@ from .conditioning import conditions_of
 
 class ScoreModel(KnowsItsConfig, ArtifactRemoval):
     """
-    A denoiser as the model that :class:`deepinv.Trainer` trains at one noise level, which its checkpoints remember.
+    A denoiser as a model that :class:`deepinv.Trainer` trains at one noise level. Its checkpoints hold the level.
 
     :param FlowDenoiser denoiser: the denoiser.
     :param float sigma: the noise level.
@@ -23,13 +23,13 @@ class ScoreModel(KnowsItsConfig, ArtifactRemoval):
         self.config = {"sigma": sigma}
 
     def forward(self, y: Tensor, physics: Physics, **kwargs) -> Tensor:
-        """The images that the denoiser finds in ``y``, given the conditions of the batch, if it has any."""
+        """The denoised images, given the conditions of the batch if it has any."""
         return super().forward(y, physics, c=conditions_of(physics), **kwargs)
 
 
 class ScoreMatching(Loss):
     r"""
-    Denoising score matching: :math:`\|D(y) - x\|^2 / (\sigma^2 n)` for images of n entries, whatever their unit.
+    Denoising score matching, :math:`\|D(y) - x\|^2 / (\sigma^2 n)` for images of n entries; it does not depend on their unit.
 
     :param float sigma: the noise level.
 
@@ -42,8 +42,10 @@ class ScoreMatching(Loss):
 
     def forward(self, x_net: Tensor, x: Tensor, *args, **kwargs) -> Tensor:
         """
-        :param torch.Tensor x_net: denoised images (B, C, H, W).
-        :param torch.Tensor x: the images.
+        The loss.
+
+        :param torch.Tensor x_net: denoised images D(y), (B, C, H, W).
+        :param torch.Tensor x: clean images, (B, C, H, W).
         :return: (B,)
         """
         return (((x_net - x) / self.sigma) ** 2).flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Random numbers of their own for data loaders: the order of the samples depends on a seed and the epoch alone."""
+"""Random numbers of data loaders: the order of the samples depends on a seed and the epoch alone."""
 
 import random
 from collections.abc import Iterator
@@ -10,12 +10,11 @@ import torch
 
 class Stream:
     """
-    A context whose random numbers, of torch, numpy and python, depend on nothing drawn outside and change nothing there.
+    A context with random numbers of its own in torch, numpy and python: it neither depends on the random states outside nor
+    changes them. When it is entered again, it continues where it was left.
 
-    Entered again, it goes on where it was left.
-
-    :param torch.device device: whose stream is exchanged beside the processor's.
-    :param int key: seeds.
+    :param torch.device device: device whose random state is exchanged besides that of the CPU.
+    :param int key: integers that seed the stream together.
     """
 
     def __init__(self, device: torch.device, *key: int):
@@ -47,11 +46,12 @@ class Stream:
 
 class InStep:
     """
-    A data loader whose order of samples, workers and augmentations follow a stream seeded by a key and the epoch.
+    A data loader whose order of samples, workers and augmentations follow a stream that a key and the epoch seed.
 
-    :param loader: the data loader, with a length and ``drop_last``.
-    :param int epoch: number of the first epoch; each iteration over the loader is one.
-    :param tuple key: the other seeds.
+    :param loader: data loader with a length and ``drop_last``.
+    :param torch.device device: device of the training.
+    :param int epoch: number of the first epoch; each iteration over the loader is an epoch.
+    :param tuple key: integers that seed the stream beside the epoch.
     """
 
     def __init__(self, loader, device: torch.device, epoch: int, key: tuple[int, ...]):
@@ -69,7 +69,7 @@ class InStep:
 
 
 class Batches:
-    """The batches of one epoch, each drawn within the epoch's stream; what belongs to them may be drawn from it too."""
+    """The batches of one epoch, drawn within its stream. The noise of their measurements may be drawn from the stream too."""
 
     def __init__(self, iterator: Iterator, stream: Stream):
         self.iterator, self.stream = iterator, stream

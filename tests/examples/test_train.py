@@ -1,8 +1,9 @@
-"""The trainings that YAML files describe: run, resumed, on a user's own images, by several processes, and with faults."""
+"""Trainings from YAML files: run, resumed, on a user's own images, by several processes, and with errors."""
 
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def test_trained_weights_are_a_prior_and_seeds_decide(tmp_path):
 
 
 def one_line(capsys, argv):
-    """What a faulty call says; nothing else may come to light on the error stream."""
+    """The message of a faulty call, which has to be all that is written to the error stream."""
     code = train.main(argv)
     error = capsys.readouterr().err
     assert code == 1 and error.startswith("train.py: ") and error.count("\n") == 1, (argv, error)
@@ -193,13 +194,13 @@ def test_resuming_nothing_is_refused(tmp_path, capsys):
 
 
 def set_aside(path):
-    """Out of the way of a second run in the same second."""
+    """Rename a run, as a second run in the same second would have the same name."""
     next(path.glob("2*")).rename(path / "first")
 
 
-@pytest.mark.parametrize("name", ["patchnr", "image_flow", "unfolded_nmapg"])
+@pytest.mark.parametrize("name", TINY)
 def test_resumed_is_uninterrupted(name, tmp_path):
-    """Weights, the optimizer's state and random numbers, to the bit, where no schedule depends on the length."""
+    """Without a schedule that depends on the number of epochs, weights, metrics and random states are equal to the bit."""
     assert train.main(arguments(name, tmp_path / "whole", "epochs=3", "scheduler=null")) == 0
     assert train.main(arguments(name, tmp_path / "broken", "epochs=2", "scheduler=null")) == 0
     set_aside(tmp_path / "broken")
@@ -210,6 +211,20 @@ def test_resumed_is_uninterrupted(name, tmp_path):
     assert [values[-1] for values in one["eval_metrics"].values()] == [
         values[-1] for values in two["eval_metrics"].values()
     ]
+
+
+def test_a_checkpoint_without_random_states_is_resumed_in_the_same_order(tmp_path):
+    """Version 0.1.0 wrote such files. The order of the samples and their noise depend on the seed and the epoch alone."""
+    options = ["scheduler=null", "seed=3"]
+    assert train.main(arguments("unfolded_nmapg", tmp_path / "whole", "epochs=3", *options)) == 0
+    assert train.main(arguments("unfolded_nmapg", tmp_path / "broken", "epochs=2", *options)) == 0
+    set_aside(tmp_path / "broken")
+    for path in (tmp_path / "broken" / "first").glob("ckp_*"):
+        state = torch.load(path, weights_only=False)
+        torch.save({key: value for key, value in state.items() if key != "generators"}, path)
+    assert train.main(arguments("unfolded_nmapg", tmp_path / "broken", "epochs=3", "resume=true", *options)) == 0
+    one, two = checkpoint(tmp_path / "whole")["state_dict"], checkpoint(tmp_path / "broken")["state_dict"]
+    assert all(torch.equal(two[key], value) for key, value in one.items())
 
 
 def test_lengthened_goes_on_at_the_rate_of_the_new_length(tmp_path):
@@ -268,7 +283,7 @@ def test_mode_test_evaluates_and_writes_images(name, tmp_path, folder, capsys):
 
 def test_grey_from_a_folder_in_colour_is_said(folder, tmp_path):
     with pytest.warns(
-        UserWarning, match="3 of 3 files of .* are in colour and are read as grey; channels=3 keeps colours"
+        UserWarning, match="3 of 3 files of .* are in colour and are read as grey; channels=3 keeps the colours"
     ):
         train.main(arguments("patchnr", tmp_path, f"data={folder}"))
 
@@ -312,8 +327,19 @@ def test_the_command_fails_without_a_traceback(tmp_path):
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "os.nothing" in done.stderr
 
 
+def test_a_process_that_dies_ends_the_training_with_one_line(tmp_path, monkeypatch):
+    """``train.py`` prints one line, before the report of torchrun."""
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}")
+    mortal = '{_target_: distributed_cases.Mortal, rank: "${oc.decode:${oc.env:RANK}}"}'
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / "train.py")]
+    done = run(*torchrun, *arguments("unfolded_nmapg", tmp_path, f"losses={mortal}", "epochs=9"))
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert line.endswith("process 0 of 2 stops, since another process of its group has ended early")
+
+
 def test_two_processes_train_as_one(tmp_path):
-    """The losses of every step, the metrics, and the weights: one process on the joined batch, and two."""
+    """Two processes have the losses of every step, the metrics and the weights of one process on the whole batch."""
     options = ["epochs=2", "dtype=float64", "trainer.compute_eval_losses=true", "+trainer.log_train_batch=true"]
     assert train.main(arguments("patchnr", tmp_path / "one", *options)) == 0
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / "train.py")]

@@ -1,4 +1,4 @@
-"""deepinv's documented builders, with right costs, right gradients, and its own examples."""
+"""deepinv's documented builders, with correct costs, correct gradients, and deepinv's own examples."""
 
 import inspect
 
@@ -9,7 +9,7 @@ from cases import central_difference
 from deepinv.models import PDNet_DualBlock, PDNet_PrimalBlock
 from deepinv.optim.optim_iterators import CPIteration, PGDIteration, fStep, gStep
 
-from deepinv_flows import DEQ_builder, PatchNR, unfolded_builder
+from deepinv_flows import DEQ_builder, IPianoIteration, PatchNR, unfolded_builder
 
 F64 = torch.float64
 L2 = dinv.optim.L2()
@@ -106,7 +106,7 @@ def test_has_cost_is_the_users():
 
 
 class Scaled(dinv.optim.Prior):
-    """A quadratic whose weight is learnt."""
+    """A quadratic whose weight is learned."""
 
     def __init__(self):
         super().__init__()
@@ -248,3 +248,17 @@ def test_patchnr_trains_unfolded():
     y = torch.rand(2, 1, 8, 8)
     model(y, dinv.physics.Denoising()).sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_options_beside_an_iteration_that_lacks_them_are_refused():
+    """They were ignored: ``g_first=True`` left the roles of data fidelity and prior as they were."""
+
+    def cost(*args):
+        return torch.zeros(2)
+
+    for build in (unfolded_builder, DEQ_builder):
+        for option, message in ({"g_first": True}, "g_first=True"), ({"cost_fn": cost}, "cost_fn"):
+            with pytest.raises(ValueError, match=f"expected IPianoIteration.*{message}"):
+                build(IPianoIteration(), {"stepsize": 0.5}, L2, dinv.optim.Tikhonov(), **option)
+            built = build(IPianoIteration(**option), {"stepsize": 0.5}, L2, dinv.optim.Tikhonov(), **option)
+            assert built(images(), PHYSICS).shape == (2, 1, 8, 8)

@@ -1,4 +1,4 @@
-"""Davis-Yin: known answers, and what it is when a term is missing."""
+"""Davis-Yin: known answers, and the algorithms that it becomes without one of its terms."""
 
 import deepinv as dinv
 import pytest

@@ -126,7 +126,7 @@ def test_scaling_the_objective_changes_nothing(scale):
 
 
 class Ridge(dinv.optim.Prior):
-    """Of real and complex images."""
+    """Half the weighted squared norm, of real and complex images."""
 
     def __init__(self, weight):
         super().__init__()
@@ -171,11 +171,36 @@ def test_complex_images():
         {"backtracking": dinv.optim.BacktrackingConfig(eta=1.5)},
         {"prior": dinv.optim.PnP(lambda x, sigma: x)},
         {"stepsize": torch.ones(3)},
+        {"max_iter": 0},
+        {"max_iter": 2.5},
+        {"tol": -1.0},
+        {"tol": float("nan")},
     ],
 )
 def test_nmapg_refuses_what_the_class_refuses(options):
     with pytest.raises(ValueError, match="got"):
         nmapg(double_well, random(2, 3), **options)
+
+
+@pytest.mark.parametrize(
+    "x, options, error, message",
+    [
+        (torch.ones(2, 3, dtype=torch.long), {}, TypeError, "double precision; got a tensor of torch.int64"),
+        (torch.ones(2, 3, dtype=torch.bfloat16), {}, TypeError, "double precision; got a tensor of torch.bfloat16"),
+        ([1.0], {}, TypeError, r"got \[1.0\]"),
+        (torch.ones(2), {}, ValueError, r"expected a batch \(B, ...\); got shape \(2,\)"),
+        (torch.ones(2, 3), {"data": torch.ones(2, 3)}, TypeError, "expected data to be a list of tensors"),
+        (torch.ones(2, 3), {"data": [torch.ones(3)]}, ValueError, r"each of 2 samples; got shape \(3,\)"),
+    ],
+)
+def test_nmapg_refuses_other_starts_and_data(x, options, error, message):
+    with pytest.raises(error, match=message):
+        nmapg(double_well, x, **options)
+
+
+def test_nmapg_needs_autograd():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad"):
+        nmapg(double_well, torch.ones(2, 3))
 
 
 def test_each_sample_as_if_alone_and_with_its_own_step():

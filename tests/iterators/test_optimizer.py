@@ -347,7 +347,7 @@ def test_latent_descent_after_a_change_of_the_objective():
 
 
 class Ridge(dinv.optim.Prior):
-    """Of real and complex images."""
+    """Half the weighted squared norm, of real and complex images."""
 
     def __init__(self):
         super().__init__()

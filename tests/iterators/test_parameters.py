@@ -1,4 +1,4 @@
-"""What parameters mean, by every road: schedules and numbers for each sample, what is trained, what is refused."""
+"""Parameters by class and by builder: schedules, numbers for each sample, and which are trained or refused."""
 
 import warnings
 
@@ -104,7 +104,7 @@ def test_a_list_of_steps_switches_the_search_off(name, way):
     options = {"backtracking": True} if name == "LatentGD" else {}
     try:
         ALGORITHMS[name][2]["stepsize"] = steps
-        with pytest.warns(UserWarning, match="line search is switched off, as stepsize is a list"):
+        with pytest.warns(UserWarning, match="line search is switched off, since stepsize is a list"):
             model = build(name, way, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -178,7 +178,7 @@ def test_every_option_is_accepted_or_refused_alike(name, option):
     kind, iteration, params, _ = ALGORITHMS[name]
     params = {**params, **{k: v for k, v in option.items() if k in ("stepsize", "lambda", "beta")}}
     option = {k: v for k, v in option.items() if k not in params}
-    # by default deepinv's builder trains all parameters, those too that are not numbers
+    # by default deepinv's builder trains all parameters, even those that are not numbers
     trained = {"trainable_params": []} if "unfold" in option or "DEQ" in option else {}
     common = {"data_fidelity": L2, "prior": Weighted(0.8), "max_iter": 3, **trained, **option}
     own = {"generator": Decoder()} if name == "LatentGD" else {}
@@ -196,7 +196,7 @@ def test_every_option_is_accepted_or_refused_alike(name, option):
 def test_anderson_acceleration_and_others_are_refused_by_deepinvs_builder():
     for option, match in [
         ({"anderson_acceleration": True}, "NMAPG has no anderson_acceleration"),
-        ({"unfold": True, "backtracking": True}, "NMAPG has no backtracking: unfolded"),
+        ({"unfold": True, "backtracking": True}, "NMAPG has no backtracking: an unfolded model"),
         ({"params_algo": {"stepsize": 0.0}}, "expected stepsize to be finite and positive"),
     ]:
         with pytest.raises(ValueError, match=match):

@@ -1,4 +1,4 @@
-"""All of deepinv's priors and data fidelities, in batches with a step and a strength of each sample, against one by one."""
+"""All priors and data fidelities of deepinv: a batch with a step and a weight for each sample equals the samples one by one."""
 
 import deepinv as dinv
 import pytest
@@ -34,7 +34,7 @@ PRIORS = {
     "RED": lambda: optim.RED(denoiser),
     "ZeroPrior": optim.prior.ZeroPrior,
 }
-# what their proximity operators, which iterate until a batch has converged, are exact to
+# tolerances of proximity operators that iterate until the whole batch has converged
 TOLERANCES = {
     "WaveletPrior, dictionary": 0.02,
     "TVPrior": 1e-3,

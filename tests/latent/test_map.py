@@ -17,7 +17,7 @@ from deepinv_flows.latent.measurements import as_physics_takes
 
 
 def test_theorem():
-    """E|xhat - x|^2 for a linear generator: the known mean, within four standard errors, and between the bounds."""
+    """For a linear generator, E|xhat - x|^2 is the known mean within four standard errors, and lies between the bounds."""
     for spectrum, mean in ((1 / torch.arange(1, 61.0).double(), 0.0848), (torch.ones(60).double(), 40.0)):
         flow = linear_flow(spectrum)
         torch.testing.assert_close(torch.linalg.svdvals(generator_matrix(flow)), spectrum.sort(descending=True).values)
@@ -45,7 +45,7 @@ def test_gradient_of_the_objective(penalty):
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam", "adamax", "nadam", "rmsprop", "sgd"])
 def test_map_of_a_gaussian(optimizer):
-    """With the squared penalty and the noise's variance, lambda 1 gives the posterior mean."""
+    """With the squared penalty and the variance of the noise, lambda = 1 gives the posterior mean."""
     sigma, y = 0.2, torch.rand(2, *SIZE, dtype=torch.float64)
     model = LatentMAP(
         Gaussian(), dinv.optim.L2(sigma=sigma), lambda_reg=1, penalty="squared", optimizer=optimizer, max_iter=500,
@@ -89,7 +89,7 @@ def test_metrics():
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
 def test_generators_that_are_not_flows(optimizer):
-    """The nearest image of the range, as least squares finds it."""
+    """The result is the image in the range of the generator that least squares finds."""
     generator, x = Narrow(), torch.rand(2, *SIZE, dtype=torch.float64)
     options = dict(optimizer=optimizer, max_iter=2000, thres_conv=1e-12)
     x_net = LatentMAP(generator, latent_shape=(3,), **options)(x, dinv.physics.Denoising())
@@ -117,7 +117,7 @@ def test_one_bad_image_does_not_stop_the_others():
         x_net = model(y, dinv.physics.Denoising())
         assert 0.5 < x_net[0].max() <= 0.6
         torch.testing.assert_close(x_net[1], y[1], rtol=0, atol=1e-2)
-    # a start in the wall goes back to zero; with no way out the image is named
+    # a start of infinite objective is replaced by zero; if zero is infinite too, the error names the image
     with pytest.warns(UserWarning, match=r"images \[0\] of the batch is not finite at their start"):
         assert LatentMAP(Gaussian(), Walled(), init=torch.ones(1, *SIZE))(y, dinv.physics.Denoising()).isfinite().all()
     with pytest.raises(ValueError, match=r"objective of images \[0\] of the batch"):
@@ -125,7 +125,7 @@ def test_one_bad_image_does_not_stop_the_others():
 
 
 def test_any_physics():
-    """Complex measurements, a nonlinear operator, and measurements with a mask of their own for each image."""
+    """Complex measurements, a nonlinear operator, and a mask for each image."""
     prior, x = image_prior(0.05), torch.rand(2, *SIZE, dtype=torch.float64)
     masks = (torch.rand(2, *SIZE) > 0.5).double()
     inpainting = dinv.physics.Inpainting(SIZE, mask=masks)
@@ -159,7 +159,7 @@ def test_physics_refused_by_name(name):
     channels, make = REFUSED[name]
     model = LatentMAP(image_flow((channels, SIDE, SIDE), 1, 1, 4))
     with pytest.raises(
-        ValueError, match=rf"^{name} cannot measure what the generator makes, .* \(2, {channels}, 8, 8\)"
+        ValueError, match=rf"^{name} cannot measure the images of the generator, .* \(2, {channels}, 8, 8\)"
     ):
         model(torch.rand(2, channels, SIDE, SIDE), make())
     assert name in LatentMAP.__doc__
@@ -177,7 +177,7 @@ def test_no_physics_is_forgotten():
     "of_measurements, of_objective", [(2.0**-20, 1.0), (2.0**20, 1.0), (1.0, 2.0**-40), (2.0**-15, 2.0**15)]
 )
 def test_units_do_not_matter(of_measurements, of_objective, optimizer):
-    """y and A in another unit, and f in another: the images stay, also in single precision."""
+    """Other units of y, A and f give the same images, also in single precision."""
     prior, x = image_prior(0.05, torch.float32), torch.rand(2, *SIZE)
     A = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
 
@@ -205,7 +205,7 @@ def test_wrapped_flows_are_flows():
 
 
 def test_conditional_flows():
-    """Conditions as tensors, as a function of y and physics, and in the call; a flow whose condition is the image's mean."""
+    """Conditions as tensors, by a function of y and physics, and in the call. The condition is the mean of the image."""
 
     class Around(torch.nn.Module):
         def forward(self, x, c, rev=False):
@@ -307,7 +307,9 @@ def test_more_refusals_in_the_call():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="gradient of LatentMAP needs autograd"):
         LatentMAP(Gaussian())(y, physics)
     square = dinv.physics.Physics(A=lambda x, **kwargs: x**2)
-    with pytest.raises(ValueError, match="expected latent_shape, as neither Gaussian nor Physics"):
+    with pytest.raises(
+        ValueError, match="expected latent_shape, since Gaussian does not know the size of its images and Physics"
+    ):
         LatentMAP(Gaussian())(y, square)
     vectors = LatentMAP(glow_flow(32, 1, 8).double())
     with pytest.raises(ValueError, match=r"as Denoising makes of images \(2, 32\); got \(2, 1, 4, 8\)"):

@@ -73,7 +73,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_in_deepinvs_optimizers(name):
-    """Denoising under a Gaussian has a closed form; half-quadratic splitting softens the noise by its step."""
+    """Denoising under a Gaussian has a closed form; half-quadratic splitting adds its step size to the variance of the noise."""
     sigma, x = 0.2, 0.4 + 0.3 * torch.randn(2, *SIZE, dtype=torch.float64)
     y = x + sigma * torch.randn_like(x)
     physics = dinv.physics.Denoising()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from latent_cases import SIZE, Gaussian, image_prior
 
-from deepinv_flows.latent import LatentSampler
+from deepinv_flows import LatentSampler
 from deepinv_flows.latent.preconditioner import curvature
 
 
@@ -20,7 +20,7 @@ def linear_physics(m, seed=0):
 
 @pytest.mark.parametrize("num_steps, rank, max_iter", [(10, 0, 1200), (10, 8, 800), (1, 8, 4000)])
 def test_posterior_of_a_gaussian(num_steps, rank, max_iter):
-    """Mean and variance of each pixel, for measurements whose directions differ a hundredfold in precision."""
+    """Mean and variance of each pixel are exact, for measurements whose precision differs a hundredfold between directions."""
     sigma, prior_std = 0.3, 0.3
     A, physics = linear_physics(8)
     x = 0.4 + prior_std * torch.randn(2, *SIZE, dtype=torch.float64)
@@ -41,7 +41,7 @@ def test_posterior_of_a_gaussian(num_steps, rank, max_iter):
 
 
 def test_temperature_scales_the_prior():
-    """With next to nothing measured, the standard deviation of the images is the temperature times the flow's."""
+    """If almost nothing is measured, the standard deviation of the images is the temperature times that of the flow."""
     physics, y = dinv.physics.Denoising(), torch.full((1, *SIZE), 0.4, dtype=torch.float64)
     options = dict(max_iter=400, warm_up=60, latent_shape=SIZE)
     for temperature in (0.5, 2.0):
@@ -51,7 +51,7 @@ def test_temperature_scales_the_prior():
 
 
 def test_calibration_on_the_flows_own_images():
-    """Images drawn from the flow lie in the central 80% of their posterior as often as they should."""
+    """Images drawn from the flow lie in the central 80% of their posterior in 80% of the cases."""
     prior = image_prior(0.1)
     sigma, x = 0.3, prior.sample(12)
     physics = dinv.physics.Denoising()
@@ -106,6 +106,7 @@ def test_statistics_and_refusals():
     for options, message in (
         (dict(temperature=0.0), "expected temperature > 0"),
         (dict(temperature=math.nan), "expected temperature > 0"),
+        (dict(temperature=math.inf), "expected a finite temperature; got inf"),
         (dict(acceptance=1.0), "expected 0 < acceptance < 1; got 1.0"),
         (dict(max_iter=0), "expected max_iter to be an integer >= 1"),
         (dict(rank=-1), "expected rank to be an integer >= 0; got -1"),

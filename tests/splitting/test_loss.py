@@ -1,4 +1,4 @@
-"""Each line of what deepinv's class gets wrong: deepinv's outcome, then ours."""
+"""Each mistake of deepinv's class that the design lists: the outcome of deepinv, then ours."""
 
 import io
 import pickle
@@ -16,6 +16,8 @@ from deepinv.loss import (
     SureGaussianLoss,
     SurePGLoss,
 )
+from deepinv.loss.mri import RobustSplittingLoss
+from deepinv.physics.generator import GaussianMaskGenerator, GaussianSplittingMaskGenerator
 from deepinv.transform import Reflect, Rotate, Shift
 from splitting_cases import (
     ALPHA,
@@ -45,13 +47,13 @@ THEIRS, OURS = dinv.loss.EquivariantSplittingLoss, EquivariantSplittingLoss
 
 
 class WithoutReduction(torch.nn.Module):
-    """A metric of the user's, one number for a batch."""
+    """A metric of the user's that returns one number for a batch."""
 
     def forward(self, x_net, x):
         return (x_net - x).abs().mean()
 
 
-# Line 1. The losses by their own theory
+# Line 1. The losses follow their own theory
 def errors(*args, **kwargs):
     value, truth = losses_and_truths(*args, **kwargs)
     return value - truth
@@ -96,7 +98,7 @@ def test_consistency_without_noise_is_exact(x):
 
 
 def test_sure_with_a_preconditioner_ranks_reconstructors_without_bias(x):
-    """Up to a constant of the noise, as deepinv's B has it: the difference of two reconstructors is unbiased."""
+    """The loss is unbiased up to a constant that depends on the noise, so the difference of two reconstructors is unbiased."""
     kernel = torch.tensor([[0.0, 0.1, 0], [0.1, 0.6, 0.1], [0, 0.1, 0]])[None, None]
 
     def blur(v):
@@ -118,7 +120,7 @@ def test_sure_with_a_preconditioner_ranks_reconstructors_without_bias(x):
 
 
 def test_the_divergence_is_that_of_the_split_held(x):
-    """Against the exact Jacobian trace in float64, transform included."""
+    """The divergence equals the trace of the exact Jacobian in float64, with the transform."""
     physics = inpainting(gaussian()).double()
     x = x.double()
     loss = OURS(mask_generator=masks(), consistency_loss=SureGaussianLoss(SIGMA, tau=1e-3), transform=rotations())
@@ -138,7 +140,7 @@ def test_the_divergence_is_that_of_the_split_held(x):
 
 
 def test_noise_levels_of_each_sample(x):
-    """A sigma for every image, as noise models may have."""
+    """Noise models may have a sigma for each image."""
     levels = torch.tensor([0.1, 0.2, 0.3])
     physics = inpainting(dinv.physics.GaussianNoise(levels))
     loss = OURS(mask_generator=masks(), consistency_loss=R2RLoss(alpha=ALPHA))
@@ -188,7 +190,7 @@ def test_unsure_ascends_with_the_backward_pass_alone(x):
 
 
 def test_unsure_steps_as_deepinv_does():
-    """With a mask that keeps all but one of many entries, the multiplier takes deepinv's own step."""
+    """With a mask that keeps all but one of many entries, the multiplier takes the same step as in deepinv."""
     physics, y = dinv.physics.Denoising(gaussian()), torch.rand(2, *SIZE)
     source = torch.Generator()
     plain = SureGaussianLoss(0.1, unsure=True, step_size=0.1, rng=source.manual_seed(0))
@@ -324,7 +326,7 @@ def test_a_generator_that_never_splits_is_an_error(ratio, what):
         adapted(loss)(torch.rand(2, *SIZE), inpainting(), update_parameters=True)
 
 
-# A split is that of the pass
+# The split is that of the last pass
 def test_a_stale_split_is_refused():
     loss, physics, y = full_loss(consistency_loss=R2RLoss(alpha=ALPHA)), inpainting(gaussian()), torch.rand(2, *SIZE)
     model = adapted(loss)
@@ -371,7 +373,7 @@ def test_a_batch_is_the_mean_of_its_images(make):
 
 
 def test_metrics_of_torch_are_called_once_for_a_batch(monkeypatch):
-    """And one of the user's once for the batch and once for each sample, in each term of each split."""
+    """A metric of the user's is called once for the batch and once for each sample, in each term of each split."""
     calls = []
     for metric in (torch.nn.MSELoss, WithoutReduction):
         monkeypatch.setattr(metric, "forward", lambda self, x_net, x: calls.append(len(x)) or (x_net - x).abs().mean())
@@ -381,7 +383,7 @@ def test_metrics_of_torch_are_called_once_for_a_batch(monkeypatch):
 
 
 def test_a_sum_stays_a_sum():
-    """torch's metrics are called once for a batch, by the reduction that they have."""
+    """Metrics of torch are called once for a batch and keep their reduction."""
     y, physics, loss = torch.rand(3, *SIZE), inpainting(), OURS(mask_generator=masks())
     loss.consistency_loss = loss.prediction_loss = MCLoss(metric=torch.nn.MSELoss(reduction="sum"))
     model = adapted(loss)
@@ -402,6 +404,24 @@ def test_a_loss_of_one_number_is_refused():
 
 
 # Line 7 and errors at the boundary
+def test_robust_splitting_beside_it_is_refused_in_either_order():
+    """deepinv's RobustSplittingLoss wraps the model instead of sharing its splits; the message names the wrapper."""
+    size = (2, 16, 16)
+    splits, original = (
+        GaussianSplittingMaskGenerator(size, split_ratio=0.6),
+        GaussianMaskGenerator(size, acceleration=2),
+    )
+    physics = dinv.physics.MRI(img_size=size, noise_model=gaussian(), **original.step(batch_size=1))
+    y = physics(torch.rand(2, *size))
+    ours, robust = OURS(mask_generator=splits), RobustSplittingLoss(splits, original)
+    wrapped = robust.adapt_model(ours.adapt_model(Convolution(2)))
+    x_net = wrapped(y, physics, update_parameters=True)
+    with pytest.raises(RuntimeError, match="got RobustSplittingModel around it, .* remove that loss"):
+        ours(x_net, y, physics, wrapped)
+    with pytest.raises(ValueError, match="leave out any other loss that adapts the model"):
+        ours.adapt_model(robust.adapt_model(Convolution(2)))
+
+
 def test_errors():
     loss, physics, y = full_loss(), inpainting(), torch.rand(2, *SIZE)
     model = adapted(loss)
@@ -536,7 +556,7 @@ def generator_for(name, y):
 )
 @pytest.mark.parametrize("name", PHYSICS)
 def test_physics(name, consistency):
-    """Runs, backpropagates, and splits the observed entries in two that the physics of the split observe."""
+    """The loss runs and backpropagates, and the operators of the split observe what its two masks keep."""
     physics, size = PHYSICS[name]()
     y = physics(torch.rand(2, *size))
     loss = OURS(
@@ -551,7 +571,7 @@ def test_physics(name, consistency):
 
 
 def test_noise_is_charged_on_observed_entries_only():
-    """For R = 0 and y = 0 SURE is -sigma^2, however few entries the operator observes."""
+    """For R = 0 and y = 0, SURE is -sigma^2, however few entries the operator observes."""
     for name in ("inpainting", "mri", "multicoil_mri", "masked_blur", "blur"):
         physics, size = PHYSICS[name]()
         y = 0 * physics(torch.rand(2, *size))
@@ -606,7 +626,7 @@ def test_lines():
 
 
 def test_sure_in_half_precision_is_that_of_full(x):
-    """Under autocast a divergence by differences is left to full precision."""
+    """Under autocast, a divergence by differences is computed in full precision."""
     physics = inpainting(gaussian())
     y = physics(x.expand(500, *SIZE))
     values = []
@@ -623,7 +643,7 @@ def test_sure_in_half_precision_is_that_of_full(x):
 
 
 def test_deepinvs_docstring_example():
-    """Unchanged but for the downloaded weights."""
+    """deepinv's example without the downloaded weights."""
     source = "\n".join(
         line.strip()[4:] for line in THEIRS.__doc__.splitlines() if line.strip().startswith((">>>", "..."))
     )

@@ -1,4 +1,4 @@
-"""The adapted model is a module like any other: copies, checkpoints, processes, Trainer."""
+"""The adapted model behaves like any other module: copies, checkpoints, processes, Trainer."""
 
 import copy
 import gc
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 THEIRS, OURS = dinv.loss.EquivariantSplittingLoss, EquivariantSplittingLoss
 
 
-# Line 5. The adapted model is a module like any other
+# Line 5. The adapted model behaves like any other module
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda m: pickle.loads(pickle.dumps(m)),

@@ -1,4 +1,4 @@
-"""Which entries a split keeps: of coils, of one mask for a batch, and only of what was measured."""
+"""The entries that a split keeps: for several coils, for one mask of a whole batch, and only where something was measured."""
 
 import deepinv as dinv
 import pytest
@@ -35,7 +35,7 @@ COILS = {
 
 @pytest.mark.parametrize("name", COILS)
 def test_the_size_is_that_of_the_measurements(name):
-    """``img_size`` as documented, whatever dimensions the operator's mask lacks; all coils are split alike."""
+    """``img_size`` is that of the measurements, whatever dimensions the operator's mask lacks; all coils are split alike."""
     physics, size = COILS[name]
     y = physics(torch.rand(2, *size))
     loss = EquivariantSplittingLoss(img_size=tuple(y.shape[1:]))
@@ -55,7 +55,7 @@ def test_a_size_that_does_not_fit_says_which_would():
 
 
 class OneMask(PhysicsGenerator):
-    """The same mask for all samples, drawn without regard for what was observed."""
+    """A generator of one mask for all samples, which ignores the observed entries."""
 
     def step(self, batch_size=1, **kwargs):
         return {"mask": torch.rand(1, *SIZE, generator=self.rng).lt(0.7).float()}
@@ -71,7 +71,7 @@ def test_one_mask_serves_a_batch():
 
 
 def test_nothing_enters_where_nothing_was_measured():
-    """R2R adds noise everywhere, and this generator keeps unobserved entries."""
+    """R2R adds noise to all entries, and this generator keeps unobserved ones."""
     physics, seen = inpainting(gaussian()), []
 
     class Watch(dinv.models.Reconstructor):

@@ -1,4 +1,4 @@
-"""Transforms, masks and noise models are compared by how they were made, whatever they have drawn since."""
+"""Transforms, masks and noise models are compared by how they were made, not by what they have drawn since."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_equal_loss_takes_the_model_of_a_used_one(name):
-    """A second stage of training, a test by two losses, a model loaded again."""
+    """A second loss of equal settings shares the model after a pass, in a test by two losses and after loading."""
     first, physics, y = EquivariantSplittingLoss(**LOSSES[name]()), inpainting(gaussian()), torch.rand(2, *SIZE)
     model = first.adapt_model(Linear())
     for _ in range(3):

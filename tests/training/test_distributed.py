@@ -1,4 +1,4 @@
-"""The trainer of several processes: two train as one does, on one machine or as two, and end together."""
+"""Training by several processes: two train as one does, on one machine or on two, and end together."""
 
 import socket
 import subprocess
@@ -68,14 +68,14 @@ def test_shares_cover_a_batch(monkeypatch):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A folder with what two processes found."""
+    """The folder with the results of two processes."""
     folder = tmp_path_factory.mktemp("two")
     torch.multiprocessing.spawn(work, (2, str(folder)), nprocs=2)
     return folder
 
 
 def numbers(outcome):
-    """The numbers in dicts and lists, one after another."""
+    """All numbers in nested dicts and lists."""
     if isinstance(outcome, dict):
         outcome = [value for key, value in sorted(outcome.items())]
     if isinstance(outcome, list | tuple):
@@ -89,7 +89,7 @@ def test_there_is_a_case_for_every_config():
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(name, two, tmp_path):
-    """The losses of every step, the metrics, UNSURE's levels and the weights, in every process."""
+    """The losses of every step, the metrics, the noise levels of UNSURE and the weights are equal in every process."""
     dtype = torch.get_default_dtype()
     one = CASES[name](tmp_path)
     assert torch.get_default_dtype() == dtype
@@ -103,7 +103,7 @@ def test_two_processes_train_as_one(name, two, tmp_path):
 
 
 def test_every_sample_is_seen_once_an_epoch(two):
-    """Whatever the loss draws meanwhile: 22 to 25 of 32 were, when the order followed the global stream."""
+    """What the loss draws does not matter. When the order followed the global stream, 22 to 25 of 32 samples were seen."""
     one, other = (torch.load(two / f"outcome_{rank}.pt", weights_only=False)["restless"] for rank in range(2))
     for epoch in range(2):
         part = slice(16 * epoch, 16 * (epoch + 1))
@@ -117,7 +117,7 @@ def test_a_process_that_dies_ends_the_others_with_one_line(two):
 
 
 def test_two_machines(tmp_path):
-    """``torchrun`` as it is called on each of two machines, which meet at a port of the first."""
+    """``torchrun`` is called as on two machines that meet at a port of the first one."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -132,7 +132,7 @@ def test_two_machines(tmp_path):
 
 
 def test_what_is_drawn_outside_changes_nothing_about_the_data(tmp_path):
-    """Nor do the data move the global stream: the order follows the seed and the epoch."""
+    """The order depends on the seed and the epoch alone, and drawing it does not change the global random state."""
     seen = []
     for wasted in (0, 5):
         order = []

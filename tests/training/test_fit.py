@@ -1,4 +1,4 @@
-"""Images in, trained flow out."""
+"""Training of flows on images: results, resumption, refusals."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_fit_patchnr_learns_and_keeps_the_best_epoch(tmp_path):
         assert prior(held_out) < prior(noise) - 10
         shorter = fit_patchnr(learn, held_out, epochs=1, **options)
         assert prior(held_out) < shorter(held_out)
-        # prior-of-its-own is trained in place
+        # a prior that is passed is trained in place
         again = fit_patchnr(learn, prior=shorter, epochs=1, **{k: options[k] for k in list(options)[2:]})
         assert again is shorter
 
@@ -134,3 +134,14 @@ def test_options_of_the_trainer_pass_through(tmp_path):
             fit_patchnr(images, **{wrong: 3}, **options)
         with pytest.raises(TypeError, match=f"does not set itself; got .*{wrong}"):
             fit_flow(flow, torch.rand(8, 1, 4, 4), **{wrong: 3})
+
+
+def test_conditions_of_evaluation_images_are_asked_for():
+    """Without them, those of the last training batch were used silently."""
+    flow = image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4, dims_c=[(1, 8, 8)])
+    x, options = torch.rand(4, 1, 8, 8), dict(epochs=1, batch_size=4, verbose=False)
+    with pytest.raises(ValueError, match="as many conditions of eval_images as of images, 1; got eval_c with 0"):
+        fit_flow(flow, x, x, c=x, **options)
+    with pytest.raises(ValueError, match="expected eval_images, whose conditions eval_c are; got None"):
+        fit_flow(flow, x, c=x, eval_c=x, **options)
+    fit_flow(flow, x, x[:2], c=x, eval_c=x[:2], **options)

@@ -1,4 +1,4 @@
-"""One bar for a whole training."""
+"""One progress bar for a whole training."""
 
 import re
 

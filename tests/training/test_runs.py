@@ -1,4 +1,4 @@
-"""Trainings in folders: interrupted, resumed, lengthened, beside one another, stopped early, diverged."""
+"""Trainings in folders: interrupted, resumed, lengthened, in parallel, stopped early, diverged."""
 
 import os
 import signal
@@ -85,7 +85,7 @@ def test_killed_and_resumed(tmp_path):
     newest = _newest([tmp_path / "broken" / "run_0"])
     reached = torch.load(newest, weights_only=False)["epoch"]
     assert 1 <= reached < 5
-    # a checkpoint cut short by the kill is passed over
+    # a checkpoint that the kill cut short is skipped
     (newest.parent / "ckp_99.pth.tar").write_bytes(newest.read_bytes()[:1000])
     resumed = float(run(tmp_path / "broken").communicate()[0])
     runs = sorted((tmp_path / "broken").iterdir())
@@ -123,7 +123,7 @@ class Stop(Exception):
 
 
 def interrupted(fit, path, monkeypatch, epochs, after, **options):
-    """The training, ended by force when the checkpoint of epoch ``after`` is written."""
+    """A training that is ended by force when the checkpoint of epoch ``after`` is written."""
     save = runs._Trainer.save_model
 
     def stopping(self, filename, epoch, state=None):
@@ -144,7 +144,7 @@ def newest(path):
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("fit", [patches, whole, scores])
 def test_resumed_is_uninterrupted(fit, held_out, tmp_path, monkeypatch):
-    """To the bit: weights, rate, the optimizer's state, and the generator, which draws batches, symmetries and noise."""
+    """Weights, learning rate, state of the optimizer and state of the generator are equal to the bit."""
     options = {"eval_images": IMAGES if fit is patches else FACES} if held_out else {}
     expected = fit(tmp_path / "whole", 5, **options)
     interrupted(fit, tmp_path / "broken", monkeypatch, 5, 1, **options)
@@ -189,7 +189,7 @@ def test_early_stopping_counts_epochs_before_an_interruption(tmp_path, monkeypat
 
 
 def test_a_new_training_looks_at_nothing_else(tmp_path):
-    """Neither at what lies beside it, nor into the folder of another training that is one of fewer than there were."""
+    """A training ignores other files in its folder, and never writes to the folder of another run, even if one was deleted."""
     options = dict(steps_per_epoch=2, eval_images=IMAGES)
     for _ in range(2):
         patches(tmp_path, 1, **options)
@@ -210,7 +210,7 @@ def test_two_trainings_of_one_second_do_not_meet(tmp_path, monkeypatch):
 
 
 def test_disks_that_are_full(tmp_path, monkeypatch):
-    """Without save_path nothing is written; with it the message names the file, and no half of one stays."""
+    """Without save_path nothing is written; with it, an error names the file, and no incomplete file stays."""
 
     def full(obj, path, *args, **kwargs):
         path.write_bytes(b"half")

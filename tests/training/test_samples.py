@@ -25,7 +25,7 @@ def test_samples_are_the_patches(augment):
 
 @pytest.mark.parametrize("size", [1, 2, 4, 7, 8, 9, 12, 17, 64])
 def test_a_batch_of_any_size_shows_all_symmetries(size):
-    """Of a patch without symmetry of its own, in batch after batch."""
+    """A patch that is not symmetric appears under all eight symmetries, batch after batch."""
     square = torch.arange(9.0).view(1, 3, 3)
     data = PatchSamples([square], 3, augment=True)
     seen = {tuple(x.tolist()) for _ in range(100 if size < 8 else 1) for x in data.__getitems__([0] * size)["x"]}
