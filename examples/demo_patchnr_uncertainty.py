@@ -50,7 +50,8 @@ def make_physics(x, seed):
 
 
 # %%
-# The posterior is :math:`\exp(-\|Ax - y\|^2 / (2 \sigma^2) - \alpha g(x))`, with alpha in units of H W / p^2 (see the docstring of PatchNR).
+# The posterior is :math:`\exp(-\|Ax - y\|^2 / (2 \sigma^2) - \alpha g(x))`, with alpha in units of H W / p^2
+# (see the docstring of PatchNR).
 # Samples of several alphas, or several chains of one, are a batch. Each starts from the measurement, its gaps filled by its mean.
 # Every second patch in each direction is enough, at a quarter of the time.
 
