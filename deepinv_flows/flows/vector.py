@@ -76,11 +76,7 @@ def glow_flow(
     check_choice("coupling", coupling, COUPLINGS)
     check_choice("clamp_activation", clamp_activation, CLAMPS)
     check_choice("activation", activation, ACTIVATIONS)
-    large = dim - dim // 2 if split_len is None else split_len
-    if not 0 < large < dim:
-        raise ValueError(f"expected 0 < split_len < dim = {dim}; got {split_len}")
-    large = positive_int(split_len=large)
-    small = dim - large
+    small, large = _halves(dim, split_len)
     config = {
         "builder": "glow_flow",
         **dict(dim=dim, num_layers=num_layers, sub_net_size=sub_net_size, clamp=clamp, permute=permute),
@@ -172,8 +168,7 @@ def allinone_flow(
         raise ValueError(f"a SIGMOID scale stays below 10; got global_affine_init={global_affine_init}")
     if learned_householder_permutation != 0:
         positive_int(learned_householder_permutation=learned_householder_permutation)
-    sizes = dims_c if isinstance(dims_c, Iterable) else [dims_c]
-    dims_c = tuple(positive_int(dims_c=size) for size in sizes)
+    dims_c = [positive_int(dims_c=size) for size in (dims_c if isinstance(dims_c, Iterable) else [dims_c])]
     block = dict(
         affine_clamping=float(affine_clamping),
         gin_block=bool(gin_block),
@@ -185,13 +180,13 @@ def allinone_flow(
     )
     config = {
         "builder": "allinone_flow",
-        **dict(dim=dim, num_layers=num_layers, sub_net_size=sub_net_size, dims_c=list(dims_c), activation=activation),
+        **dict(dim=dim, num_layers=num_layers, sub_net_size=sub_net_size, dims_c=dims_c, activation=activation),
         **block,
     }
     from .freia import AllInOneBlock, SequenceFlow
 
     flow = SequenceFlow(dim, config=config)
-    condition = {"cond": 0, "cond_shape": dims_c} if dims_c else {}
+    condition = {"cond": 0, "cond_shape": tuple(dims_c)} if dims_c else {}
     with randomness(generator):
         for _ in range(num_layers):
             flow.append(
@@ -217,6 +212,14 @@ def _deepinv_order(coupling: str, small: int, large: int, width: int, activation
     first = _mlp(small, 2 * large, width, activation)
     ready = iter([_mlp(large, 2 * small, width, activation), first])
     return lambda i, o: next(ready)
+
+
+def _halves(dim: int, split_len: int | None) -> tuple[int, int]:
+    large = dim - dim // 2 if split_len is None else split_len
+    if not 0 < large < dim:
+        raise ValueError(f"expected 0 < split_len < dim = {dim}; got {split_len}")
+    large = positive_int(split_len=large)
+    return dim - large, large
 
 
 def _dimension(dim: int) -> int:
