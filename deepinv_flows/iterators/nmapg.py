@@ -15,7 +15,6 @@ from .parameters import check_ranges
 from .search import SearchIteration, as_config, as_steps, check_explicit
 from .terms import EnergyTerm, PriorTerm, square, unchanged
 
-
 # of the starts of `nmapg`: in half precision its tolerances are below rounding
 PRECISIONS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
