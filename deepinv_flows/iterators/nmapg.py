@@ -15,6 +15,9 @@ from .parameters import check_ranges
 from .search import SearchIteration, as_config, as_steps, check_explicit
 from .terms import EnergyTerm, PriorTerm, square, unchanged
 
+# of the starts of `nmapg`: in half precision its tolerances are below rounding
+PRECISIONS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
 
 class NMAPGIteration(SearchIteration):
     """
@@ -184,7 +187,7 @@ def nmapg(
     :return: tensor like x, without a graph.
     :raises ValueError: for an option out of its range and for data of another number of samples; and, naming the iteration, when
         the gradient is not finite or the energy is NaN.
-    :raises TypeError: when x is not a tensor of 32 or 64 bit numbers, or ``data`` not a list of tensors.
+    :raises TypeError: when x is not a tensor of single or double precision, or ``data`` is not a list of tensors.
     :raises RuntimeError: under :func:`torch.inference_mode`.
 
     Source: that of :class:`deepinv_flows.NMAPG`.
@@ -223,10 +226,7 @@ def nmapg(
 
 def _check_problem(x: Tensor, data: Sequence[Tensor] | None) -> None:
     check_autograd("nmapg")
-    if (
-        not torch.is_tensor(x)
-        or torch.finfo(x.dtype if x.is_floating_point() or x.is_complex() else torch.half).bits < 32
-    ):
+    if not torch.is_tensor(x) or x.dtype not in PRECISIONS:
         raise TypeError(f"expected x to be a real or complex tensor of single or double precision; got {_kind(x)}")
     if x.ndim < 2:
         raise ValueError(f"expected a batch (B, ...); got shape {tuple(x.shape)}: pass numbers as x[:, None]")
