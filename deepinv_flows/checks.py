@@ -121,7 +121,9 @@ def check_positive(**values: float) -> None:
 
 def check_choice(name: str, value: Any, choices: Iterable) -> None:
     """Refuse a value that is not among the choices."""
-    if value not in (choices := list(choices)):
+    choices = list(choices)
+    # 0 and 1 are equal to bools, and mean neither
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 

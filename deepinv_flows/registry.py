@@ -54,6 +54,7 @@ class _State:
     registered: bool = False
     contexts: int = 0
     replaced: dict[Place, tuple[object, object]] = field(default_factory=dict)
+    own: dict[type, Any] = field(default_factory=dict)  # the ``__setstate__`` of our classes that another stands in for
 
 
 _state: _State = globals().get("_state") or _State()
@@ -99,7 +100,8 @@ def _apply() -> None:
         setattr(importlib.import_module(module), name, ours)
         if isinstance(found, type):
             copyreg.pickle(found, _reduce)
-            if ours in MARKS and "__setstate__" not in vars(ours):
+            if ours in MARKS and ours not in _state.own:
+                _state.own[ours] = vars(ours).get("__setstate__")
                 setattr(ours, "__setstate__", _arriving(getattr(ours, "__setstate__"), found, MARKS[ours]))  # noqa: B009, B010
 
 
@@ -109,8 +111,6 @@ def _undo() -> None:
         found = _current(module, name)
         if isinstance(before, type):
             copyreg.dispatch_table.pop(before, None)
-            if ours in MARKS and "__setstate__" in vars(ours):
-                delattr(ours, "__setstate__")
         if found is not ours:
             warnings.warn(f"{module}.{name} has since been replaced by {found!r}; it is left as it is", stacklevel=4)
         elif before is _ABSENT:
@@ -118,6 +118,12 @@ def _undo() -> None:
         else:
             setattr(importlib.import_module(module), name, before)
     _state.replaced.clear()
+    for ours, own in _state.own.items():
+        if own is None:
+            delattr(ours, "__setstate__")
+        else:
+            setattr(ours, "__setstate__", own)  # noqa: B010
+    _state.own.clear()
 
 
 def _enter(registered: bool = False) -> None:

@@ -1,5 +1,11 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# spawned processes import the modules of tests by these names; at the end, so that the installed package comes first
+sys.path.append(str(Path(__file__).parent.parent))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import deepinv_flows
-from deepinv_flows import register, registered, registry, unregister
+from deepinv_flows import PatchNR, register, registered, registry, unregister
 
 MODULES = sorted({module for _, modules in registry.GROUPS.values() for module in modules})
 
@@ -258,3 +258,24 @@ def test_entry_points_are_in_step():
         for _, target in names:
             module, name = target.split(":")
             assert getattr(importlib.import_module(module), name) in registry.GROUPS[group][0]
+
+
+def test_our_classes_are_afterwards_what_they_were():
+    ours = {obj for objects, _ in registry.GROUPS.values() for obj in objects if isinstance(obj, type)}
+    before = {obj: dict(vars(obj)) for obj in ours}
+    with registered(), registered():
+        pass
+    register()
+    unregister()
+    for obj in ours:
+        assert vars(obj).keys() == before[obj].keys() and all(vars(obj)[k] is v for k, v in before[obj].items()), obj
+
+
+def test_a_pickle_of_deepinvs_own_class_is_one_of_deepinvs_while_ours_is_registered():
+    theirs = dinv.optim.PatchNR(patch_size=3, num_layers=1, sub_net_size=4)
+    before = pickle.dumps(theirs)
+    with registered():
+        assert type(pickle.loads(before)) is type(theirs)
+        assert type(pickle.loads(pickle.dumps(theirs))) is type(theirs)
+    ours = PatchNR(patch_size=3, num_layers=1, sub_net_size=4)
+    assert type(pickle.loads(pickle.dumps(ours))) is PatchNR and pickle.loads(pickle.dumps(ours)).image_range is None

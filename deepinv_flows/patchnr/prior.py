@@ -115,8 +115,7 @@ class PatchNR(deepinv.optim.PatchNR):
         self.explicit_prior = True
         self.patch_size, self.channels = positive_int(patch_size=patch_size, channels=channels)
         self.pad = "reflect" if pad is True else pad
-        if not isinstance(pad, bool):  # 0 and 1 are equal to bools, and mean neither
-            check_choice("pad", pad, PAD_MODES)
+        check_choice("pad", pad, (False, True, *PAD_MODES))
         self.n_patches, self.stride, self.chunk_size = n_patches, stride, chunk_size
         self.subset, self.precision = subset, precision
         self._check_options()

@@ -115,7 +115,7 @@ def fit_patchnr(
     planned = measured(planned, prior.normalizing_flow, samples, device)
     store(planned, save_path)
     sampler = RandomSampler(samples, True, planned.steps_per_epoch * planned.batch_size, generator)
-    with carried_out(planned, prior.dim, verbose):
+    with carried_out(planned, prior.dim, verbose and trainer_options.get("show_progress_bar", True)):
         fit(
             FlowModel(prior.normalizing_flow.to(device), dequantise, generator, compile),
             FlowNLL(), lr, save_path, resume, keep_best=eval_images is not None,
