@@ -8,6 +8,7 @@ import deepinv as dinv
 import numpy as np
 import torch
 import torch.distributed as dist
+from config_cases import TINY
 from deepinv.loss import Loss, R2RLoss, SupLoss, SureGaussianLoss, SurePoissonLoss
 from splitting_cases import full_loss
 
@@ -16,16 +17,8 @@ from deepinv_flows import DistributedTrainer, EquivariantSplittingLoss
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SIZE, EPOCHS = (1, 6, 6), 2
 RANK = 0
-CROPS = "size=16 train_data.number=8 eval_data.number=4 batch_size=4"
-SPLITTING = f"{CROPS} eval_data.number=2 +losses.eval_n_samples=1 model.backbone_net.depth=3 model.backbone_net.nf=4"
-SMALL = {
-    "image_flow": "size=8 train_data.images.number=8 eval_data.number=4 batch_size=4 model.flow.flow.num_steps=1",
-    "learned_primal_dual": f"{CROPS} model.max_iter=2 model.nf=4 physics.angles=8",
-    "patchnr": "samples_per_epoch=128 batch_size=64 eval_data.size=64 model.flow.num_layers=2 model.flow.sub_net_size=8",
-    "splitting_noiseless": SPLITTING,
-    "splitting_noisy": SPLITTING,
-    "unfolded_nmapg": f"{CROPS} model.max_iter=2 model.stepsize=[0.1,0.1] model.lambda_reg=[0.1,0.1]",
-}
+FEWER = "eval_data.number=2 +losses.eval_n_samples=1"
+SMALL = TINY | {name: f"{TINY[name]} {FEWER}" for name in ("splitting_noiseless", "splitting_noisy")}
 SINGLE = ("image_flow", "learned_primal_dual")  # FrEIA's blocks and deepinv's tomography take no other precision
 
 

@@ -278,5 +278,5 @@ def _batches(
 def _widen_range(prior: PatchNR, images: list[Tensor]) -> None:
     """Remember the least and the largest value of all images on which the prior was trained, now and before."""
     low, high = min(float(image.min()) for image in images), max(float(image.max()) for image in images)
-    before = getattr(prior, "image_range", None) or (low, high)
+    before = prior.image_range or (low, high)
     prior.image_range = (min(low, before[0]), max(high, before[1]))
