@@ -37,6 +37,7 @@ BUILT = {
     "glow_leaky_tanh": lambda d: glow_flow(d, 2, 16, activation="leaky_relu", clamp_activation="TANH"),
     "glow_atan": lambda d: glow_flow(d, 2, 16, clamp_activation="ATAN"),
     "glow_sigmoid": lambda d: glow_flow(d, 2, 16, clamp_activation="SIGMOID"),
+    "glow_white": lambda d: glow_flow(d, 2, 16, permute=True, activation="silu", whiten=True),
     "realnvp": lambda d: glow_flow(d, 2, 16, coupling="realnvp"),
     "nice": lambda d: glow_flow(d, 2, 16, coupling="nice"),
     "gin": lambda d: glow_flow(d, 2, 16, coupling="gin", permute=True),

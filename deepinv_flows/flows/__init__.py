@@ -30,7 +30,7 @@ from .state import (
     rename_deepinv,
     same_function,
 )
-from .vector import allinone_flow, glow_flow
+from .vector import allinone_flow, gaussianise, glow_flow
 
 __all__ = [
     "CONFIG",
@@ -51,6 +51,7 @@ __all__ = [
     "deepinv_key",
     "deepinv_state_dict",
     "evaluate",
+    "gaussianise",
     "glow_config",
     "glow_flow",
     "image_flow",

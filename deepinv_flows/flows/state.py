@@ -27,7 +27,7 @@ def decode_config(code: Tensor) -> dict:
 
 def same_function(a: dict, b: dict) -> bool:
     """Whether flows of these configs compute the same function when sizes and weights are equal."""
-    a, b = ({"reversed": False, **{key: c[key] for key in c if key not in SIZES}} for c in (a, b))
+    a, b = ({"reversed": False, "whiten": False, **{key: c[key] for key in c if key not in SIZES}} for c in (a, b))
     return a == b
 
 

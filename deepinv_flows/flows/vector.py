@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import check_choice, check_positive, positive_int, randomness
 from . import state
@@ -24,6 +24,7 @@ def glow_flow(
     clamp_activation: str = "deepinv",
     activation: str = "relu",
     split_len: int | None = None,
+    whiten: bool = False,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     r"""
@@ -51,6 +52,8 @@ def glow_flow(
         ``"TANH"``, ``"SIGMOID"``.
     :param str activation: ``"relu"``, ``"silu"``, ``"gelu"`` or ``"leaky_relu"`` between the linear layers.
     :param int split_len: length of :math:`x_2`; ``None`` for D - D // 2, as deepinv splits.
+    :param bool whiten: whether the blocks follow a fixed rotation and a learned scale and offset of each entry, which
+        :func:`deepinv_flows.fit_patchnr` sets to the principal axes of noisy patches.
     :param torch.Generator generator: source of the weights and permutations; ``None`` takes torch's global
         one, as torch's own layers do.
     :return: flow on tensors of shape (N, D).
@@ -81,10 +84,12 @@ def glow_flow(
         "builder": "glow_flow",
         **dict(dim=dim, num_layers=num_layers, sub_net_size=sub_net_size, clamp=clamp, permute=permute),
         **dict(coupling=coupling, clamp_activation=clamp_activation, activation=activation, split_len=large),
+        **({"whiten": True} if whiten else {}),
     }
     import FrEIA.modules as Fm
 
     from .freia import Clamp, Permutation, SequenceFlow
+    from .whitening import Whitening
 
     block = {
         "glow": Fm.GLOWCouplingBlock,
@@ -95,6 +100,8 @@ def glow_flow(
     options = {} if coupling == "nice" else {"clamp": clamp}
     flow = SequenceFlow(dim, config=config)
     with randomness(generator):
+        if whiten:
+            flow.append(Whitening)
         # FrEIA updates the first half first, and deepinv the second half: permutations at both ends swap the halves
         flow.append(Permutation, perm=torch.arange(dim).roll(-small))
         for _ in range(num_layers):
@@ -196,6 +203,21 @@ def allinone_flow(
                 **block,
             )
     return flow
+
+
+@torch.no_grad()
+def gaussianise(flow: nn.Module, x: Tensor) -> None:
+    """
+    Make a flow that was built with ``whiten=True`` the Gaussian density of samples: couplings become the identity.
+
+    :param torch.nn.Module flow: the flow.
+    :param torch.Tensor x: samples (N, D).
+    """
+    flow.module_list[0].initialise(x)  # type: ignore[union-attr, operator, index]
+    for module in flow.modules():
+        if isinstance(module, nn.Sequential):
+            for p in module[-1].parameters():
+                p.zero_()
 
 
 def _mlp(dim_in: int, dim_out: int, width: int, activation: str) -> nn.Sequential:

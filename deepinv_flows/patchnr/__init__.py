@@ -9,5 +9,6 @@ of the flow is known, by :mod:`~deepinv_flows.patchnr.fused`.
 from .distributed import DistributedPatchNR
 from .patches import PatchIndex
 from .prior import PatchNR
+from .score import score
 
-__all__ = ["DistributedPatchNR", "PatchIndex", "PatchNR"]
+__all__ = ["DistributedPatchNR", "PatchIndex", "PatchNR", "score"]

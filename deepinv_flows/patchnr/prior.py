@@ -43,10 +43,11 @@ class PatchNR(deepinv.optim.PatchNR):
     unless they are frozen: ``prior.requires_grad_(False)`` saves a third of the time. :func:`torch.compile` does not compile a
     prior: it compiles the code around it, with a break of the graph at each call.
 
-    A call never changes the flow, not even for a moment, so that threads may share a prior. Layers whose output depends on the
+    A call never changes the flow, so that threads may share a prior. Layers whose output depends on the
     other patches of a batch (BatchNorm in training mode) are refused. ``isinstance(prior, deepinv.optim.PatchNR)`` holds.
     ``image_range``, the (lowest, highest) value of the training images if they are known, is saved with the weights. The first
-    call with images far outside this range gives a warning.
+    call with images far outside this range gives a warning. ``sigma_range`` is (lowest, highest) level of the noise in them, or
+    ``None``: with noise, the prior is a denoiser (:class:`deepinv_flows.FlowDenoiser`).
 
     :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
         D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds
@@ -121,6 +122,7 @@ class PatchNR(deepinv.optim.PatchNR):
         self._check_options()
         self.generator = torch.Generator() if generator is None else generator
         self.image_range: tuple[float, float] | None = None
+        self.sigma_range: tuple[float, float] | None = None
         self._draws, self._asked, self._warned = Draws(), Asked(), False
         sizes = (num_layers, sub_net_size) if normalizing_flow is None else None
         # draws a flow also if weights will replace it, as deepinv does, so that a seeded script goes on with the same numbers
@@ -252,7 +254,8 @@ class PatchNR(deepinv.optim.PatchNR):
 
     def __setstate__(self, state: dict) -> None:
         # priors that 0.1.0 pickled whole do not have these attributes
-        super().__setstate__({"image_range": None, "_draws": Draws(), "_asked": Asked(), "_warned": False, **state})
+        new = {"image_range": None, "sigma_range": None, "_draws": Draws(), "_asked": Asked(), "_warned": False}
+        super().__setstate__(new | state)
 
     def extra_repr(self) -> str:
         options = ("patch_size", "channels", "pad", "n_patches", "stride", "chunk_size", "subset", "precision")

@@ -18,15 +18,13 @@ Source = str | os.PathLike | BinaryIO
 
 def save(self: PatchNR, path: str | os.PathLike) -> None:
     """
-    Write weights, config, patch shape and the range of the training images as safetensors, for ``from_checkpoint``.
+    Write weights, config, patch shape, and the ranges of the training images and of their noise, for ``from_checkpoint``.
 
     :param str path: file to write, in a folder that exists. An interrupted write leaves the file as it was.
     :raises ValueError: when the flow is not made by one of our builders, or the file cannot be written.
     """
-    image_range = getattr(self, "image_range", None)
-    checkpoints.write(
-        path, self.normalizing_flow, image_range, patch_size=self.patch_size, channels=self.channels
-    )  # fmt: skip
+    known = {name: getattr(self, name, None) for name in checkpoints.RANGES}
+    checkpoints.write(path, self.normalizing_flow, known, patch_size=self.patch_size, channels=self.channels)
 
 
 def from_checkpoint(cls: type[PatchNR], path: Source, **kwargs: Any) -> PatchNR:
@@ -58,7 +56,7 @@ def from_checkpoint(cls: type[PatchNR], path: Source, **kwargs: Any) -> PatchNR:
         sizes.update({key: kwargs.pop(key) for key in _given(kwargs, *sizes)})
         flow = checkpoints.build(weights, patch, **sizes).to(kwargs.get("device", "cpu"))
     prior = cls(flow, **{**kwargs, **patch})
-    _remember_range(prior, weights)
+    _remember_ranges(prior, weights)
     return prior
 
 
@@ -99,7 +97,7 @@ def load_pretrained(prior: PatchNR, pretrained: Source, sizes: tuple[int, int] |
             _load(prior, weights)
         else:
             prior.normalizing_flow = checkpoints.build(weights, _patch_of(prior), *sizes).to(device)
-    _remember_range(prior, weights)
+    _remember_ranges(prior, weights)
 
 
 def _load(prior: PatchNR, weights: checkpoints.Weights, assign: bool = False):
@@ -145,6 +143,6 @@ def _given(kwargs: dict, *names: str) -> dict:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
-def _remember_range(prior: PatchNR, weights: checkpoints.Weights) -> None:
-    if weights.image_range is not None:
-        prior.image_range = weights.image_range
+def _remember_ranges(prior: PatchNR, weights: checkpoints.Weights) -> None:
+    for name, low_high in weights.ranges.items():
+        setattr(prior, name, low_high)

@@ -7,8 +7,8 @@ From measurements to an image, by any of the priors here.
 mean of a noisy image.
 """
 
-from .denoiser import FlowDenoiser
+from .denoiser import FlowDenoiser, of_patches, scaled
 from .map import MAP
 from .objective import Box
 
-__all__ = ["MAP", "Box", "FlowDenoiser"]
+__all__ = ["MAP", "Box", "FlowDenoiser", "of_patches", "scaled"]

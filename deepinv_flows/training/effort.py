@@ -16,14 +16,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..checks import check_choice, positive_int
 from ..flows import nll
-from .samples import PatchSamples
 
+Step = Callable[[nn.Module, dict[str, Any], Any], Tensor]
 MINUTES = {"quick": 2.0, "standard": 10.0, "thorough": 60.0}
 # blocks, width of their networks by the dimension of a patch, patches in a batch, epochs; "standard" has the sizes of 0.1.0
 SIZES: dict[str, tuple[int, Callable[[int], int], int, int]] = {
@@ -103,15 +105,21 @@ def _near(width: float) -> int:
     return min(max(32 * round(width / 32), 64), 512)
 
 
-def measured(found: Plan, flow: nn.Module, samples: PatchSamples, device) -> Plan:
+def mean_nll(flow: nn.Module, batch: dict[str, Any], device) -> Tensor:
+    return nll(flow, batch["x"].to(device)).mean()
+
+
+def measured(found: Plan, module: nn.Module, samples: Dataset, device, loss: Step = mean_nll, size: int = 1) -> Plan:
     """
-    Time a few steps of a copy of the flow by each number of threads, and fill in what follows.
+    Time a few steps of a copy of a module by each number of threads, and fill in what follows.
+
+    ``loss(module, batch, device)`` is what a step descends on; a sample counts as ``size`` patches.
 
     Nothing is timed where the user has said how many steps to take.
     """
     if found.steps_per_epoch:
         return found
-    step = _step(copy.deepcopy(flow).to(device), samples, found.batch_size, device)
+    step = _step(copy.deepcopy(module).to(device), samples, max(1, found.batch_size // size), device, loss)
     before = torch.get_num_threads()
     numbers = [1] if torch.device(device).type != "cpu" else sorted({1, *_halvings(before)})
     try:
@@ -133,15 +141,15 @@ def _halvings(number: int) -> list[int]:
     return [number, *(_halvings(number // 2) if number > 1 else [])]
 
 
-def _step(flow: nn.Module, samples: PatchSamples, batch_size: int, device) -> Callable[[], None]:
-    weights = [p for p in flow.parameters() if p.requires_grad]
+def _step(module: nn.Module, samples: Any, batch_size: int, device, loss: Step) -> Callable[[], None]:
+    weights = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=0.0)
     numbers = torch.linspace(0, len(samples) - 1, batch_size).long().tolist()
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.enable_grad():
-            nll(flow, samples.__getitems__(numbers)["x"].to(device)).mean().backward()
+            loss(module, samples.__getitems__(numbers), device).backward()
         optimizer.step()
 
     return step

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepinv.physics import Denoising, GaussianNoise
+from deepinv.physics import GaussianNoise
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
@@ -16,12 +16,14 @@ from ..patchnr import PatchNR
 from ..reconstruction import FlowDenoiser
 from .boundary import check_level, check_options, check_range, check_trainable
 from .conditioning import Conditioned, condition_lists
+from .denoising import level_range, noisy_range
 from .effort import carried_out, measured, store
 from .likelihood import FlowModel, FlowNLL
 from .runs import fit
-from .samples import ImageSamples, PatchSamples, image_list, noisy, same, stacked, subset
+from .samples import ImageSamples, image_list, noisy, same, stacked
 from .score_matching import ScoreMatching, ScoreModel
 from .start import start
+from .tasks import likelihood, score_matching
 
 
 def fit_patchnr(
@@ -38,6 +40,7 @@ def fit_patchnr(
     batch_size: int | None = None,
     lr: float = 1e-3,
     dequantise: float = 1 / 255,
+    sigma: float | tuple[float, float] = 0.0,
     augment: bool = True,
     early_stop: int | None = None,
     save_path: str | Path | None = None,
@@ -52,8 +55,10 @@ def fit_patchnr(
     r"""
     Train a :class:`deepinv_flows.PatchNR` on the patches of a few images, by :class:`deepinv.Trainer`.
 
-    An epoch is ``steps_per_epoch`` batches of random patches, however many images there are. The optimizer is Adam, whose
-    learning rate rises over the first epochs and then falls to zero along a cosine.
+    The objective is the likelihood of the patches or, with ``sigma``, denoising score matching: the mean squared error of
+    :class:`deepinv_flows.FlowDenoiser` at that noise level, on pieces of four patches a side. An epoch is ``steps_per_epoch``
+    batches of random patches, however many images there are. The optimizer is Adam, whose learning rate rises over the first
+    epochs and then falls to zero along a cosine.
 
     :param torch.Tensor images: (B, C, H, W), or a list of (C, H, W) of different sizes, in the range the prior will
         see; 8-bit data in [0, 1] for the default ``dequantise``. :func:`deepinv_flows.load_images` reads them from files. Half
@@ -65,15 +70,18 @@ def fit_patchnr(
         ``steps_per_epoch`` by timing a few steps, with the number of threads that turns out fastest. What was chosen is said
         first, and stored as ``prior.effort``.
     :param PatchNR prior: prior to train further, in place; ``None`` makes one with random permutations.
-    :param int patch_size: side of a patch of a new prior, in pixels; 6 if ``None``. In colour 4 (dimension 48) trains and
-        reconstructs in two thirds of the time of 6 (dimension 108) and was as good.
+    :param int patch_size: side of a patch of a new prior, in pixels; if ``None`` 6, or 8 for a denoiser. In colour 4 (dimension
+        48) trains and reconstructs in two thirds of the time of 6 (dimension 108) and was as good.
     :param int num_layers: coupling blocks of a new prior.
     :param int sub_net_size: width of the networks of a new prior.
     :param int epochs: number of epochs.
     :param int steps_per_epoch: batches in an epoch.
-    :param int batch_size: patches in a batch.
+    :param int batch_size: patches in a batch; a denoiser has at least one piece in a batch.
     :param float lr: largest learning rate.
-    :param float dequantise: width of the uniform noise added to the patches, in colour to each channel.
+    :param float dequantise: width of the uniform noise added to the patches, in colour to each channel, for the likelihood alone.
+    :param float, tuple sigma: standard deviation of the Gaussian noise that the prior learns to remove, kept as
+        ``prior.sigma_range``; ``(low, high)`` for all levels between the two, by a flow of images divided by their level; 0 for
+        the likelihood.
     :param bool augment: also train on flipped and rotated patches.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch; ``None`` keeps none.
@@ -101,28 +109,34 @@ def fit_patchnr(
     torch.Size([2])
     """
     check_options(trainer_options)
+    levels = level_range(sigma)
+    check_level(float(levels is not None), compile)
     generator = torch.Generator() if generator is None else generator
     sizes = dict(num_layers=num_layers, sub_net_size=sub_net_size)
     steps = dict(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
     resumed = dict(save_path=save_path, resume=resume)
-    prior, images, planned = start(images, prior, patch_size, effort, generator, sizes, steps, resumed)
+    prior, images, planned = start(images, prior, patch_size, effort, generator, sizes, steps, resumed, levels)
     held_out = images if eval_images is None else image_list(eval_images, prior.patch_size)
     check_trainable(prior, "prior")
     for image in [*images, *held_out]:
         check_input(image[None], like_weights(prior).cpu(), prior.patch_size, prior.channels, images_only=True)
-    check_range(images, dequantise)
-    samples = PatchSamples(images, prior.patch_size, augment, generator)
-    planned = measured(planned, prior.normalizing_flow, samples, device)
+    task = (
+        score_matching(prior, images, held_out, augment, generator)
+        if levels
+        else likelihood(prior, images, held_out, dequantise, augment, generator, compile)
+    )
+    planned = measured(planned, task.timed, task.samples, device, task.step, task.size)
     store(planned, save_path)
-    sampler = RandomSampler(samples, True, planned.steps_per_epoch * planned.batch_size, generator)
+    batch = max(1, planned.batch_size // task.size)
+    sampler = RandomSampler(task.samples, True, planned.steps_per_epoch * batch, generator)
     with carried_out(planned, prior.dim, verbose and trainer_options.get("show_progress_bar", True)):
         fit(
-            FlowModel(prior.normalizing_flow.to(device), dequantise, generator, compile),
-            FlowNLL(), lr, save_path, resume, keep_best=eval_images is not None,
-            train_dataloader=_batches(samples, planned.batch_size, generator, sampler),
-            eval_dataloader=_batches(subset(PatchSamples(held_out, prior.patch_size)), planned.batch_size, generator),
-            physics=Denoising(), generator=generator, epochs=planned.epochs, early_stop=early_stop,
-            mixed_precision=mixed_precision, device=device, verbose=verbose, **{"grad_clip": 100.0, **trainer_options},
+            task.model.to(device), task.loss, lr, save_path, resume, keep_best=eval_images is not None,
+            train_dataloader=_batches(task.samples, batch, generator, sampler),
+            eval_dataloader=_batches(task.eval_samples, batch, generator),
+            physics=task.physics, generator=generator, epochs=planned.epochs, early_stop=early_stop,
+            mixed_precision=mixed_precision, device=device, verbose=verbose,
+            **{"grad_clip": task.grad_clip, **trainer_options},
         )  # fmt: skip
     prior.effort = planned
     _widen_range(prior, images)
@@ -278,5 +292,7 @@ def _batches(
 def _widen_range(prior: PatchNR, images: list[Tensor]) -> None:
     """Remember the least and the largest value of all images on which the prior was trained, now and before."""
     low, high = min(float(image.min()) for image in images), max(float(image.max()) for image in images)
+    if prior.sigma_range:
+        low, high = noisy_range(prior.sigma_range, low, high)
     before = prior.image_range or (low, high)
     prior.image_range = (min(low, before[0]), max(high, before[1]))

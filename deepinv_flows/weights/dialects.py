@@ -63,7 +63,7 @@ class Weights:
     spellings: list[dict[str, Tensor]] = field(
         default_factory=list
     )  # the state dict as found, with fewer and fewer prefixes
-    image_range: tuple[float, float] | None = None  # of the training images, if the file says it
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # of RANGES, those that the file says
 
     @property
     def dtype(self) -> torch.dtype:

@@ -21,6 +21,8 @@ from ..flows import build_flow, same_function
 from .dialects import CheckpointError, Weights, as_number, check_numbers, convert, descriptions, modern
 
 METADATA_KEY = "deepinv_flows"
+# what a prior was trained on: the values of the images, and the levels of the noise in them
+RANGES = ("image_range", "sigma_range")
 LODOPAB = "PatchNR_lodopab_small2"
 
 
@@ -59,7 +61,7 @@ def _read_bytes(raw: bytes) -> Weights:
 
 
 def write(
-    path: str | os.PathLike, flow: nn.Module, image_range: tuple[float, float] | None = None, **patch: int
+    path: str | os.PathLike, flow: nn.Module, ranges: dict[str, tuple[float, float] | None] | None = None, **patch: int
 ) -> None:
     """Write weights and config of a builder's flow as safetensors; an interrupted write leaves ``path`` as it was."""
     from safetensors.torch import save
@@ -68,7 +70,7 @@ def write(
     if config is None:
         raise ValueError(f"only flows of deepinv_flows' builders know their architecture; got {type(flow).__name__}")
     state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in flow.state_dict().items()}
-    said = {"config": config, "patch": patch, **({"image_range": image_range} if image_range else {})}
+    said = {"config": config, "patch": patch, **{name: ends for name, ends in (ranges or {}).items() if ends}}
     place = Path(path).resolve()
     if place.is_dir():
         raise CheckpointError(f"{path}: cannot be written (it is a folder; name a file in it)")
@@ -110,7 +112,7 @@ def patch_config(weights: Weights) -> dict:
 
 
 def _ours(state: dict[str, Tensor]) -> bool:
-    return any(key.endswith("module_list.0.perm") for key in state)
+    return any(key.endswith(("module_list.0.perm", "module_list.1.perm")) for key in state)
 
 
 def new_flow(weights: Weights, **differ) -> nn.Module:
@@ -184,9 +186,9 @@ def _read_safetensors(raw: bytes) -> Weights:
         raise CheckpointError(f"neither a torch nor a safetensors file ({error})") from None
     if not said:
         return convert(state)
-    state, image_range = modern(state), said.get("image_range")
-    low_high = None if image_range is None else (float(image_range[0]), float(image_range[1]))
-    return Weights(state, said["config"], said["patch"], spellings=[state], image_range=low_high)
+    state = modern(state)
+    ranges = {name: (float(said[name][0]), float(said[name][1])) for name in RANGES if name in said}
+    return Weights(state, said["config"], said["patch"], spellings=[state], ranges=ranges)
 
 
 def _download_lodopab() -> dict:

@@ -103,6 +103,17 @@ def _permutation(module, read: _Reading) -> list:
     return [Affine([matrix, zero, read.zeros()], lambda: [matrix.t(), zero, read.zeros()])]
 
 
+def _whitening(module, read: _Reading) -> list:
+    rotation, log_scale, offset = (
+        read(module.rotation),
+        read(module.log_scale).flatten(),
+        read(module.offset).reshape(-1, 1),
+    )
+    scale, log_det = log_scale.exp()[:, None], log_scale.sum()
+    back = (rotation / scale).t()
+    return [Affine([scale * rotation, offset, log_det], lambda: [back, -back @ offset, -log_det])]
+
+
 def _two_sided(moves_first: tuple, moves_second: tuple, **options) -> list:
     """The two couplings of a block, each given by (networks, rows that move, rows that stay)."""
     return [Coupling(kept, moved, networks, **options) for networks, moved, kept in (moves_first, moves_second)]
@@ -277,6 +288,7 @@ _READERS = {
         "SequenceFlow": _sequence,
         "AllInOneBlock": _all_in_one,
         "Permutation": _permutation,
+        "Whitening": _whitening,
         "Reversed": _reversed,
         "_TupleFlow": _wrapped,
     },

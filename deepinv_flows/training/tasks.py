@@ -1,0 +1,69 @@
+"""What a training of a PatchNR descends on, and on which samples: the likelihood, or denoising score matching."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from deepinv.loss import Loss
+from deepinv.physics import Denoising, Physics
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..patchnr import PatchNR
+from .boundary import check_range
+from .denoising import Levelled, NoisyPieces, PatchScoreModel, RelativeError, mean_error, piece_side
+from .effort import Step, mean_nll
+from .likelihood import FlowModel, FlowNLL
+from .samples import PatchSamples, subset
+
+PIECES = 64  # to evaluate on
+
+
+@dataclass
+class Task:
+    """
+    A task for :func:`deepinv_flows.training.runs.fit`.
+
+    :param torch.nn.Module timed: the module whose steps, of the loss ``step``, are timed beforehand.
+    :param int size: patches in a sample.
+    """
+
+    model: nn.Module
+    loss: Loss
+    physics: Physics
+    samples: Dataset
+    eval_samples: Dataset
+    grad_clip: float
+    timed: nn.Module
+    step: Step
+    size: int = 1
+
+
+def likelihood(
+    prior: PatchNR,
+    images: list[Tensor],
+    held_out: list[Tensor],
+    dequantise: float,
+    augment: bool,
+    generator: torch.Generator,
+    compile: bool,
+) -> Task:
+    """Maximum likelihood of single patches."""
+    check_range(images, dequantise)
+    model = FlowModel(prior.normalizing_flow, dequantise, generator, compile)
+    samples = PatchSamples(images, prior.patch_size, augment, generator)
+    eval_samples = subset(PatchSamples(held_out, prior.patch_size))
+    return Task(model, FlowNLL(), Denoising(), samples, eval_samples, 100.0, prior.normalizing_flow, mean_nll)
+
+
+def score_matching(
+    prior: PatchNR, images: Sequence[Tensor], held_out: Sequence[Tensor], augment: bool, generator: torch.Generator
+) -> Task:
+    """Denoising score matching on pieces of images, at the levels of ``prior.sigma_range``."""
+    assert prior.sigma_range is not None
+    side = piece_side(prior, [*images, *held_out])
+    samples = NoisyPieces(images, side, prior.sigma_range, generator, augment)
+    eval_samples = subset(NoisyPieces(held_out, side, prior.sigma_range), PIECES)
+    size = (side - prior.patch_size + 1) ** 2
+    model = PatchScoreModel(prior)
+    return Task(model, RelativeError(), Levelled(), samples, eval_samples, 1.0, prior, mean_error, size)
