@@ -46,8 +46,7 @@ class PatchNR(deepinv.optim.PatchNR):
     A call never changes the flow, so that threads may share a prior. Layers whose output depends on the
     other patches of a batch (BatchNorm in training mode) are refused. ``isinstance(prior, deepinv.optim.PatchNR)`` holds.
     ``image_range``, the (lowest, highest) value of the training images if they are known, is saved with the weights. The first
-    call with images far outside this range gives a warning. ``sigma_range`` is (lowest, highest) level of the noise in them, or
-    ``None``: with noise, the prior is a denoiser (:class:`deepinv_flows.FlowDenoiser`).
+    call with images far outside it warns. So is ``sigma_range``, of the noise in them, for :class:`deepinv_flows.FlowDenoiser`.
 
     :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
         D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds

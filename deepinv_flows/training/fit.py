@@ -120,11 +120,11 @@ def fit_patchnr(
     check_trainable(prior, "prior")
     for image in [*images, *held_out]:
         check_input(image[None], like_weights(prior).cpu(), prior.patch_size, prior.channels, images_only=True)
-    task = (
-        score_matching(prior, images, held_out, augment, generator)
-        if levels
-        else likelihood(prior, images, held_out, dequantise, augment, generator, compile)
-    )
+    if levels:
+        task = score_matching(prior, images, held_out, augment, generator)
+    else:
+        check_range(images, dequantise)
+        task = likelihood(prior, images, held_out, dequantise, augment, generator, compile)
     planned = measured(planned, task.timed, task.samples, device, task.step, task.size)
     store(planned, save_path)
     batch = max(1, planned.batch_size // task.size)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..patchnr import PatchNR
-from .boundary import check_range
 from .denoising import Levelled, NoisyPieces, PatchScoreModel, RelativeError, mean_error, piece_side
 from .effort import Step, mean_nll
 from .likelihood import FlowModel, FlowNLL
@@ -49,7 +48,6 @@ def likelihood(
     compile: bool,
 ) -> Task:
     """Maximum likelihood of single patches."""
-    check_range(images, dequantise)
     model = FlowModel(prior.normalizing_flow, dequantise, generator, compile)
     samples = PatchSamples(images, prior.patch_size, augment, generator)
     eval_samples = subset(PatchSamples(held_out, prior.patch_size))

@@ -217,7 +217,7 @@ def test_levels_refused(sigma):
 def test_what_else_is_refused():
     flow, x = small_flow(), gaussian_images(2)
     denoiser = FlowDenoiser(FlowPrior(flow))
-    with pytest.raises(TypeError, match="expected a FlowPrior; got ImageFlow"):
+    with pytest.raises(TypeError, match="expected a FlowPrior or a PatchNR; got ImageFlow"):
         FlowDenoiser(flow)
     for sigma in (None, "0.1"):
         with pytest.raises(TypeError, match="expected sigma to be a number, or one for each image; got"):
