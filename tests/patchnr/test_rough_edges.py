@@ -110,7 +110,9 @@ def test_it_prints_what_it_is():
 
 def test_whole_priors_pickled_before_still_work():
     prior, x = smooth(n_patches=4), image()
-    state = {k: v for k, v in vars(prior).items() if k not in ("image_range", "sigma_range", "_draws", "_asked", "_warned")}
+    state = {
+        k: v for k, v in vars(prior).items() if k not in ("image_range", "sigma_range", "_draws", "_asked", "_warned")
+    }
     old = PatchNR.__new__(PatchNR)
     old.__setstate__(copy.deepcopy(state))
     assert torch.equal(old(x), prior(x)) and old.image_range is None
