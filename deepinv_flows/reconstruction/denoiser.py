@@ -32,9 +32,9 @@ class FlowDenoiser(Denoiser):
 
         D(y) = \frac1{p^2} \sum_i P_i^T \big( P_i y - \sigma^2\, \nabla h(P_i y) \big) = y - \sigma^2 \frac n{p^2} \nabla g(y)
 
-    for images of any size, mirrored at their borders (near which D is not a gradient field). ``fit_patchnr(images, sigma=sigma)`` trains it, for one level, or for a
-    range ``(low, high)``: the flow is then one of :math:`y / \sigma`, whose noise has variance 1. Such a prior knows its levels
-    (``prior.sigma_range``), and refuses others.
+    for images of any size, mirrored at their borders, near which D is not a gradient field. ``fit_patchnr(images, sigma=sigma)``
+    trains it, for one level, or for a range ``(low, high)``: the flow is then one of :math:`y / \sigma`, whose noise has variance
+    1. Such a prior knows its levels (``prior.sigma_range``), and refuses others.
 
     Works wherever a deepinv denoiser does, save under :func:`torch.inference_mode`: in ``dinv.optim.PnP``, or trained by
     :class:`deepinv.Trainer` as ``dinv.models.ArtifactRemoval(denoiser, mode="direct")``, with any loss.

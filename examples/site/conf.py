@@ -55,7 +55,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "..",
     "gallery_dirs": "gallery",
     "filename_pattern": "/demo_",
-    "ignore_pattern": r"(gallery|train|train_gravel|train_lfw|plain_deepinv|conf)\.py",
+    "ignore_pattern": r"(gallery|train|train_gravel|train_lfw|train_natural|plain_deepinv|conf)\.py",
     "plot_gallery": "False",  # each figure is the one that the script wrote when it was last run in full
     "download_all_examples": False,
     "show_memory": False,

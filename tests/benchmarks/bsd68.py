@@ -26,25 +26,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deepinv as dinv
-import numpy as np
 import torch
 from common import check_disjoint, versions
 from faces_recovery import best_strength
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepinv_flows import MAP, FlowDenoiser, PatchNR
+from deepinv_flows import MAP, FlowDenoiser, PatchNR, load_images
 
 LEVELS, PATCH, COMPONENTS, FITTED = (15, 25, 50), 6, 200, 50_000
 HELD_OUT = slice(20, None, 40)
 SHIPPED: dict[str, str] = {}
 PSNR, SSIM = dinv.metric.PSNR(), dinv.metric.SSIM()
-
-
-def load(folder: Path) -> list[Tensor]:
-    paths = sorted(folder.glob("*.png"))
-    return [torch.from_numpy(np.asarray(Image.open(path), dtype=np.float32) / 255)[None, None] for path in paths]
 
 
 def noisy(x: Tensor, sigma: float, seed: int) -> Tensor:
@@ -175,7 +168,7 @@ def main():
     parser.add_argument("--cache", type=Path, help="folder for what is fitted")
     parser.add_argument("--without", nargs="*", default=[], help="methods to leave out")
     args = parser.parse_args()
-    everything, tests = load(args.data / "bsd" / "train400"), load(args.data / "bsd" / "set68")
+    everything, tests = ([x[None] for x in load_images(args.data / "bsd" / part)] for part in ("train400", "set68"))
     held_out = everything[HELD_OUT]
     train = [x for k, x in enumerate(everything) if k not in range(400)[HELD_OUT]]
     check_disjoint({"train": torch.cat(train), "held out": torch.cat(held_out)})
