@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_positive, positive_int, randomness
 from . import state
 
-COUPLINGS = ("glow", "realnvp", "nice", "gin")
+COUPLINGS = {  # FrEIA's blocks
+    "glow": "GLOWCouplingBlock",
+    "realnvp": "RNVPCouplingBlock",
+    "nice": "NICECouplingBlock",
+    "gin": "GINCouplingBlock",
+}
 CLAMPS = ("deepinv", "ATAN", "TANH", "SIGMOID")
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "leaky_relu": nn.LeakyReLU}
 
@@ -91,12 +96,7 @@ def glow_flow(
     from .freia import Clamp, Permutation, SequenceFlow
     from .whitening import Whitening
 
-    block = {
-        "glow": Fm.GLOWCouplingBlock,
-        "realnvp": Fm.RNVPCouplingBlock,
-        "nice": Fm.NICECouplingBlock,
-        "gin": Fm.GINCouplingBlock,
-    }[coupling]
+    block = getattr(Fm, COUPLINGS[coupling])
     options = {} if coupling == "nice" else {"clamp": clamp}
     flow = SequenceFlow(dim, config=config)
     with randomness(generator):
