@@ -4,16 +4,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from deepinv.optim import BacktrackingConfig, DataFidelity, Prior
+from deepinv.optim import BacktrackingConfig, BaseOptim, DataFidelity, Prior
 from torch import Tensor
 
 from ..checks import at_iteration, check_autograd, positive_int
 from .accelerated import Advance, History
 from .base import Problem
+from .converged import Criterion, Part, cut
 from .optimizer import Optim
 from .parameters import check_ranges
 from .search import SearchIteration, as_config, as_steps, check_explicit
-from .terms import EnergyTerm, PriorTerm, square, unchanged
+from .terms import EnergyTerm, PriorTerm, pick, square, unchanged
 
 # of the starts of `nmapg`: in half precision its tolerances are below rounding
 PRECISIONS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -38,6 +39,14 @@ class NMAPGIteration(SearchIteration):
     constants = ("eta",)
     refuses = {"anderson_acceleration": "it has an acceleration of its own, and deepinv drops the history it needs"}
 
+    #: when a sample has converged; ``None`` without ``early_stop``
+    criterion: Criterion | None = None
+
+    def adopted(self, optimizer: BaseOptim, params: dict, options: dict) -> None:
+        super().adopted(optimizer, params, options)
+        if options.get("early_stop"):
+            self.criterion = Criterion(options["crit_conv"], options["thres_conv"])
+
     def step(self, X: dict, problem: Problem) -> dict:
         x, z = X["est"][0], X["est"][-1]
         smooth, proximable = problem.smooth, problem.proximable
@@ -53,13 +62,51 @@ class NMAPGIteration(SearchIteration):
             past = History.starting(x, advance.energy(x), as_steps(step, x))
         elif not all(kept):
             past, z = self.changed(past, x, z, advance.energy(x), same_smooth=kept[0])
-        x, z, past = advance(x, z, dataclasses.replace(past, step=as_steps(step, x)))
+        past = dataclasses.replace(past, step=as_steps(step, x))
+        of_samples = {name: X[name] for name in ("settled", "part") if name in X} if all(kept) else {}
+        if self.criterion is None or config is None or not advance.monitored:
+            x, z, past = advance(x, z, past)
+        else:
+            x, z, past, of_samples = self.without_settled(self.criterion, advance, (x, z, past), problem, **of_samples)
         if config is not None:
             self.accept(past.step)
-        X = {"est": (x, z), "nmapg": past, "terms": terms}
+        X = {"est": (x, z), "nmapg": past, "terms": terms, **of_samples}
         if self.user_cost is None and advance.monitored:
             X["cost"] = past.F
         return X
+
+    def without_settled(
+        self,
+        criterion: Criterion,
+        advance: Advance,
+        iterate: tuple[Tensor, Tensor, History],
+        problem: Problem,
+        settled: Tensor | None = None,
+        part: Part | None = None,
+    ) -> tuple[Tensor, Tensor, History, dict]:
+        """
+        The next x, z and history, where samples that have converged keep theirs, and are not evaluated if the problem can be cut.
+
+        :param torch.Tensor settled: the samples that have converged, (B,).
+        :param Part part: the terms of the other samples, as they were last cut.
+        :return: x, z and the history, and a dict of the new ``settled`` and ``part``.
+        """
+        x, z, past = iterate
+        settled = torch.zeros(len(x), dtype=torch.bool, device=x.device) if settled is None else settled
+        rows = (~settled).nonzero().flatten()
+        if settled.any() and len(rows) and (part is None or len(part.rows) != len(rows)):
+            part = Part.of(problem, x, rows)
+        if not len(rows):
+            new = x, z, past
+        elif part is not None and part.smooth is not None and part.proximable is not None:
+            alone = Advance(part.smooth, part.proximable, advance.config, cut(advance.eta, rows, len(x)))
+            x_rows, z_rows, past_rows = alone(x[rows], z[rows], past.rows(rows))
+            new = x.index_put((rows,), x_rows), z.index_put((rows,), z_rows), past.with_rows(rows, past_rows)
+        else:
+            x_all, z_all, past_all = advance(x, z, past)
+            new = pick(settled, x, x_all), pick(settled, z, z_all), past.with_rows(rows, past_all.rows(rows))
+        small = criterion(x, new[0], past.F, new[2].F)
+        return *new, {"settled": settled | (new[2].accepted & small), "part": part}
 
     def changed(self, past: History, x: Tensor, z: Tensor, F: Tensor, same_smooth: bool) -> tuple[History, Tensor]:
         """
@@ -106,9 +153,10 @@ class NMAPG(Optim):
     allowed; then :math:`x_{k+1} = z_{k+1}`. DEQ differentiates at the fixed point with the shortest accepted step. Anderson
     acceleration is refused.
 
-    **Batches.** deepinv's stopping rule ends the search for all samples of a batch together. A sample that has converged is still
-    evaluated until then, since ``physics`` may hold parameters of each sample and so measures the whole batch alone.
-    :func:`deepinv_flows.nmapg` with ``data`` leaves out the samples that have converged.
+    **Batches.** With ``early_stop=True`` each sample stops on its own, after an accepted step that changes it, or its cost, by at
+    most ``thres_conv`` times its size. A sample that has converged is not evaluated again, if the problem can be cut: the
+    measurements, the physics, the data fidelity and the parameters are reduced to the other samples, and compared with the whole
+    once. Where they differ (in a prior that holds an entry for each sample, say), the whole batch is evaluated.
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
