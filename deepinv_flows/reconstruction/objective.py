@@ -110,7 +110,8 @@ class PriorTerm(Term):
 
     def __init__(self, prior: Prior, weight: Tensor):
         self.prior, self.weight = frozen(prior), weight
-        self.jointly = isinstance(prior, PatchNR | FlowPrior)
+        # where the gradient is that of autograd, it is taken together with the value
+        self.jointly = isinstance(prior, PatchNR | FlowPrior) or type(prior).grad is Potential.grad
 
     def value(self, x: Tensor) -> Tensor:
         return self.weight * _each("prior", self.prior(x), x)
