@@ -5,8 +5,8 @@ import time
 import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ..console import Console
 from ..solvers import per_sample
 
 WINDOW = 10  # iterations between two looks at how far the iterates moved
@@ -36,11 +36,11 @@ class Progress:
     :param float max_seconds: bound on the time, or ``None``.
     :param torch.Tensor x_gt: true images, for the metric.
     :param torch.nn.Module metric: of images and true images; ``None`` is the PSNR.
-    :param bool verbose: whether to show a progress bar.
+    :param Console console: where the iterations are shown; ``None`` is nowhere.
     """
 
     def __init__(self, x: Tensor, value: Tensor, max_iter: int, tol: float, max_seconds: float | None = None,
-                 x_gt: Tensor | None = None, metric: nn.Module | None = None, verbose: bool = False):  # fmt: skip
+                 x_gt: Tensor | None = None, metric: nn.Module | None = None, console: Console | None = None):  # fmt: skip
         self.x, self.value, self.first, self.scale = x.clone(), value.clone(), value, size(x)
         self.max_iter, self.tol, self.max_seconds = max_iter, tol, max_seconds
         self.x_gt, self.metric = x_gt, PSNR() if metric is None else metric
@@ -48,7 +48,7 @@ class Progress:
         self.marked, self.iterations, self.start = self.x, 0, time.monotonic()
         self.metrics: dict[str, list[list[float]]] = {name: [[] for _ in x] for name in ("psnr", "cost", "residual")}
         self._append("psnr", self._score())
-        self.bar = tqdm(total=max_iter, disable=not verbose, leave=False, desc="MAP")
+        self.console = console
 
     @property
     def seconds(self) -> float:
@@ -65,18 +65,15 @@ class Progress:
         self._append("residual", (size(self.x - before) / (size(self.x) + 1e-6)).tolist())
         self._append("psnr", self._score())
         self.iterations += 1
-        self.bar.update()
+        if self.console is not None:
+            self.console.update(objective=self.value)
         if self.iterations % WINDOW == 0:
             self.done = self.done | (size(self.x - self.marked) < self.tol * size(self.x))
             self.done = self.done | ((self.x == self.marked).flatten(1).all(1) & (self.tol > 0))
             self.marked = self.x
-            self.bar.set_postfix(objective=f"{float(self.value.mean()):.6g}")
         late = self.max_seconds is not None and self.seconds > self.max_seconds
         if late or self.iterations >= self.max_iter or bool(self.done.all()):
             raise Finished
-
-    def close(self) -> None:
-        self.bar.close()
 
     def _check_bounded(self, x: Tensor, value: Tensor) -> None:
         away = (size(x) > DIVERGED * self.scale) & (self.scale > 0) & (value < self.first)
