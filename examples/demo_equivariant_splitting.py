@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import deepinv as dinv
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.data
 import torch
 from deepinv.physics.generator import BernoulliSplittingMaskGenerator
@@ -27,11 +27,9 @@ from torch import nn
 
 from deepinv_flows import EquivariantSplittingLoss
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
 EPOCHS, NUMBER = (1, 64) if SHORT else (12, 1000)
 SIZE = (1, 24, 24)
 start = time.perf_counter()

@@ -17,18 +17,16 @@ import time
 from pathlib import Path
 
 import deepinv as dinv
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.data
 import torch
 import torch.nn.functional as F
 
 from deepinv_flows import FlowPrior, LatentMAP
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
 SHAPE = (1, 24, 24)
 ITERATIONS, N_TEST = (20, 4) if SHORT else (100, 10)
 MEASUREMENTS = [192] if SHORT else [96, 192, 384]

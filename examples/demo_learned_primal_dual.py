@@ -15,18 +15,16 @@ import time
 from pathlib import Path
 
 import deepinv as dinv
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.data
 import skimage.transform
 import torch
 
 from deepinv_flows import CondatVu, LearnedPrimalDual
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
 SIDE, N_TRAIN, EPOCHS = (32, 16, 1) if SHORT else (64, 360, 8)
 start = time.perf_counter()
 torch.manual_seed(0)

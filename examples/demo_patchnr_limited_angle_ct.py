@@ -17,18 +17,16 @@ import time
 from pathlib import Path
 
 import deepinv as dinv
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.filters
 import torch
 from deepinv.optim import EPLL, LogPoissonLikelihood, PatchPrior, TVPrior
 
 from deepinv_flows import NMAPG, PatchNR, fit_patchnr, nmapg
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
 SIDE, ITERATIONS = (32, 5) if SHORT else (96, 60)
 DEQUANTISE = 8 / 255
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

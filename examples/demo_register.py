@@ -18,18 +18,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.data
 import torch
 
 from deepinv_flows import PatchNR, fit_patchnr
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
-SCRIPT = Path(__file__).with_name("plain_deepinv.py")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
+SCRIPT = HERE / "plain_deepinv.py"
 SIDE, ITERATIONS, EPOCHS = (48, 5, 1) if SHORT else (144, 40, 8)
 start = time.perf_counter()
 

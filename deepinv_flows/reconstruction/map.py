@@ -1,7 +1,7 @@
 """From measurements to an image in one call, by any prior with a value and a gradient or a proximity operator."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -140,9 +140,9 @@ class MAP(Reconstructor):
         searches = isinstance(self.lambda_reg, str) and self.lambda_reg != "rule"
         with torch.no_grad(), Console("MAP", None if searches else self.max_iter, self.verbose) as console:
             found = candidates(y, physics, init)
-            weight, reason = tuning.weight(self, y, physics, found, console)
+            weight, reason = tuning.weight(self, y, physics, found, console.update)
             x, progress, name, start = self.solve(
-                y, physics, weight, found, x_gt=x_gt if compute_metrics else None, console=console
+                y, physics, weight, found, x_gt=x_gt if compute_metrics else None, update=console.update
             )
             console.result = (
                 f"{name} from {' and '.join(sorted(set(start)))}, lambda_reg {float(weight.mean()):.4g} ({reason}), objective "
@@ -166,7 +166,7 @@ class MAP(Reconstructor):
         *,
         x_gt: Tensor | None = None,
         metric: nn.Module | None = None,
-        console: Console | None = None,
+        update: Callable[..., None] = lambda **shown: None,
     ) -> tuple[Tensor, Progress, str, list[str]]:
         """
         Minimise the objective with a given weight.
@@ -177,7 +177,7 @@ class MAP(Reconstructor):
         :param dict found: images to start from, by name.
         :param torch.Tensor x_gt: true images, for ``metric``.
         :param torch.nn.Module metric: of images and true images; ``None`` is the PSNR.
-        :param Console console: where the iterations are shown; ``None`` is nowhere.
+        :param Callable update: called as ``update(objective=values)`` after each iteration.
         :return: images, the record of the search, the algorithm, and where each image started.
         """
         by_gradient = is_smooth(self.prior) or self.solver in NEEDS_GRADIENT
@@ -187,7 +187,7 @@ class MAP(Reconstructor):
         x, value, start = least(objective, found)
         name = automatic(objective, x) if self.solver == "auto" else self.solver
         check_fits(name, objective)
-        progress = Progress(x, value, self.max_iter, self.tol, self.max_seconds, x_gt, metric, console)
+        progress = Progress(x, value, self.max_iter, self.tol, self.max_seconds, x_gt, metric, update)
         return minimise(name, objective, x, progress), progress, name, start
 
     def tune(

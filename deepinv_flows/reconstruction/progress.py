@@ -1,12 +1,12 @@
 """What watches a search: the best iterate of each image, when to stop, and what deepinv's optimizers record."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor, nn
 
-from ..console import Console
 from ..solvers import per_sample
 
 WINDOW = 10  # iterations between two looks at how far the iterates moved
@@ -36,11 +36,12 @@ class Progress:
     :param float max_seconds: bound on the time, or ``None``.
     :param torch.Tensor x_gt: true images, for the metric.
     :param torch.nn.Module metric: of images and true images; ``None`` is the PSNR.
-    :param Console console: where the iterations are shown; ``None`` is nowhere.
+    :param Callable update: shows an iteration, as :meth:`deepinv_flows.console.Console.update`.
     """
 
     def __init__(self, x: Tensor, value: Tensor, max_iter: int, tol: float, max_seconds: float | None = None,
-                 x_gt: Tensor | None = None, metric: nn.Module | None = None, console: Console | None = None):  # fmt: skip
+                 x_gt: Tensor | None = None, metric: nn.Module | None = None,
+                 update: Callable[..., None] = lambda **shown: None):  # fmt: skip
         self.x, self.value, self.first, self.scale = x.clone(), value.clone(), value, size(x)
         self.max_iter, self.tol, self.max_seconds = max_iter, tol, max_seconds
         self.x_gt, self.metric = x_gt, PSNR() if metric is None else metric
@@ -48,7 +49,7 @@ class Progress:
         self.marked, self.iterations, self.start = self.x, 0, time.monotonic()
         self.metrics: dict[str, list[list[float]]] = {name: [[] for _ in x] for name in ("psnr", "cost", "residual")}
         self._append("psnr", self._score())
-        self.console = console
+        self.update = update
 
     @property
     def seconds(self) -> float:
@@ -65,8 +66,7 @@ class Progress:
         self._append("residual", (size(self.x - before) / (size(self.x) + 1e-6)).tolist())
         self._append("psnr", self._score())
         self.iterations += 1
-        if self.console is not None:
-            self.console.update(objective=self.value)
+        self.update(objective=self.value)
         if self.iterations % WINDOW == 0:
             self.done = self.done | (size(self.x - self.marked) < self.tol * size(self.x))
             self.done = self.done | ((self.x == self.marked).flatten(1).all(1) & (self.tol > 0))

@@ -58,6 +58,7 @@ sphinx_gallery_conf = {
     "ignore_pattern": r"(gallery|train|train_gravel|train_lfw|plain_deepinv|conf)\.py",
     "plot_gallery": "False",  # each figure is the one that the script wrote when it was last run in full
     "download_all_examples": False,
+    "notebook_images": True,  # inside the notebook, which then needs no other file
     "show_memory": False,
     "reference_url": {},
     "remove_config_comments": True,

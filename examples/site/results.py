@@ -1,19 +1,19 @@
 """
 Sphinx directives for tables of figures, which come from the JSON lines that the scripts print and are never typed.
 
-``results/NAME.json`` is an object ``{"command", "machine", "date", "result"}`` that ``python examples/gallery.py --keep NAME COMMAND``
-writes; ``result`` is the script's last line.
+``results/NAME.json`` is an object ``{"command", "machine", "date", "result"}``, which
+``python examples/gallery.py --keep NAME COMMAND`` writes; ``result`` is the script's last line.
 
-``.. kept:: NAME`` is a section with that result's command, machine, date and versions at its end, and its ``:title:`` if it has one.
-A result that is not kept has no section, so that the page can say what to measure before it is measured.
+``.. kept:: NAME`` ends with that result's command, machine, date and versions; with a ``:title:`` it is a section. Where the result
+is not kept there is nothing, so that the page can say what to measure before it is measured.
 
-``.. results:: NAME`` inside is a table with one number a cell, a row for each object in the result, below the directive's content;
-both are absent where there is no row:
+``.. results:: NAME`` inside is a table with one number a cell, a row for each object in the result, below the content of the
+directive. Both are absent where there is no row.
 
 - ``:rows:`` names the entry that holds the rows, by a path with dots; all of the result if not given;
 - ``:levels:`` is how many keys name a row, 1 if not given, and ``:head:`` are the titles of their columns, between semicolons;
-- ``:columns:`` are the entries of a row, between semicolons: a path with dots, ``seconds.*`` for all below ``seconds``, ``*`` for all
-  that are left, each with ``as TITLE`` if its name is not good enough. Rows without the first of them are left out. Without
+- ``:columns:`` are the entries of a row, between semicolons: a path with dots, ``seconds.*`` for all below ``seconds``, ``*`` for
+  all that are left, each with ``as TITLE`` if its name is not good enough. Rows without the first of them are left out. Without
   ``:columns:``, a result that is not a table by itself has a row for each number.
 """
 
