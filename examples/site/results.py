@@ -4,8 +4,8 @@ Sphinx directives for tables of figures, which come from the JSON lines that the
 ``results/NAME.json`` is an object ``{"command", "machine", "date", "result"}``, which
 ``python examples/gallery.py --keep NAME COMMAND`` writes; ``result`` is the script's last line.
 
-``.. kept:: NAME`` ends with that result's command, machine, date and versions; with a ``:title:`` it is a section. Where the result
-is not kept there is nothing, so that the page can say what to measure before it is measured.
+``.. kept:: NAME`` ends with that result's command, machine, date and versions; with a ``:title:`` it is a section. Where the
+result is not kept there is nothing, so that the page can say what to measure before it is measured.
 
 ``.. results:: NAME`` inside is a table with one number a cell, a row for each object in the result, below the content of the
 directive. Both are absent where there is no row.
