@@ -142,10 +142,10 @@ for axis, kind in zip(below.subplots(1, 2, sharey=True), figures):
     axis.set_xticks(MEASUREMENTS)
     axis.set_xlabel("measurements")
     axis.set_ylabel("PSNR (dB)")
-    axis.set_title("unseen faces" if kind == "faces" else "images that are no faces")
+    axis.set_title("unseen faces" if kind == "faces" else "images that are not faces")
     axis.legend()
 OUTPUT.mkdir(parents=True, exist_ok=True)
-figure.savefig(OUTPUT / "latent_compressed_sensing.png", dpi=110)
+figure.savefig(OUTPUT / "latent_compressed_sensing.png", dpi=160)
 print("figure:", OUTPUT / "latent_compressed_sensing.png")
 figures["measurements"] = MEASUREMENTS
 print(json.dumps({**figures, "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}))

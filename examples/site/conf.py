@@ -34,6 +34,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"deepinv_flows {release}"
 html_static_path = ["../thumbnails"]
 html_show_sourcelink = False
+html_sidebars = {page: [] for page in ("index", "getting_started", "benchmarks", "differences", "changelog")}
 html_theme_options = {
     "navbar_align": "left",
     "show_toc_level": 2,

@@ -72,7 +72,8 @@ def said_of(kept: dict) -> str:
     """The line below the tables: what made the figures, where and when, and by which versions."""
     result = kept["result"] if isinstance(kept["result"], dict) else {}
     versions = result.get("versions") or {name: result[name] for name in ABOUT if name in result}
-    threads = f", {versions['threads']} threads" if "threads" in versions else ""
+    number = versions.get("threads")
+    threads = f", {number} thread{'s' if number > 1 else ''}" if number else ""
     names = [f"{name} {version}" for name, version in versions.items() if name != "threads"]
     said = f"``{kept['command']}``, {kept['machine']}{threads}, {kept['date']}"
     return said + (f"; {', '.join(names)}." if names else ".")

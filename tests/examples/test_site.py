@@ -55,7 +55,7 @@ def test_what_is_not_kept_is_absent(kept, page):
     sections, tables, tree = page()
     assert sections == ["One iteration of tomography"]
     assert tables == [[["", "value"], ["ms physics", "12.5"], ["ratio_iteration", "1.5"]]]
-    assert "python tests/benchmarks/ct_iteration.py, 2 cores, 1 threads, 2026-01-01; torch 2.14.1." in tree.astext()
+    assert "python tests/benchmarks/ct_iteration.py, 2 cores, 1 thread, 2026-01-01; torch 2.14.1." in tree.astext()
 
 
 def test_every_result_that_is_shown_has_a_script_and_every_script_that_is_kept_is_shown():
