@@ -151,8 +151,8 @@ figures = {
 
 # %%
 # What it looks like: two crops, and below each what is wrong in it, on one scale for all. Plain splitting leaves the living
-# pixels to the network, and they stand out in white. Without motions the errors of the flat areas are scattered over the dead pixels;
-# equivariant splitting has few.
+# pixels to the network, and they stand out in white. Without motions the errors of the flat areas are scattered over the dead
+# pixels; equivariant splitting has few.
 
 figure, axes = plt.subplots(4, len(pictures), figsize=(10, 8.3), layout="constrained")
 for column, (name, x) in zip(axes.T, pictures.items()):
