@@ -1,8 +1,8 @@
 """
 What long work says: a bar while it runs, where there is a terminal, and one line at its end.
 
-Work of under :data:`LONG` seconds says nothing, so that loops and tests stay quiet. In a file a bar would be a line for each of
-its steps; there :meth:`Console.milestone` says a line in its place, at most one every :data:`LONG` seconds.
+Work of under ``LONG`` seconds says nothing, so that loops and tests stay quiet. In a file a bar would be a line for each of
+its steps; there :meth:`Console.milestone` says a line in its place, at most one every ``LONG`` seconds.
 """
 
 import sys

@@ -76,7 +76,8 @@ def by_prior(prior):
 
 def by_flow(y, physics, strength):
     sigma = float(physics.noise_model.sigma)
-    return LatentMAP(prior, dinv.optim.L2(sigma), strength, penalty="squared", max_iter=ITERATIONS)(y, physics)
+    options = dict(penalty="squared", max_iter=ITERATIONS, verbose=False)
+    return LatentMAP(prior, dinv.optim.L2(sigma), strength, **options)(y, physics)
 
 
 class HaarPrior(dinv.optim.Prior):

@@ -124,7 +124,7 @@ def by_patches(prior):
         def energy(x):
             return data_fidelity(x, y, physics) + lambda_reg * prior(x)
 
-        return nmapg(energy, physics.fbp(y), stepsize=1e-3, max_iter=ITERATIONS)
+        return nmapg(energy, physics.fbp(y), stepsize=1e-3, max_iter=ITERATIONS, verbose=False)
 
     return reconstruct
 

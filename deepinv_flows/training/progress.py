@@ -25,11 +25,11 @@ class Watched:
     eval_metrics_history: dict[str, list[float]]
 
     def train(self) -> Any:
+        self.console = None  # of a training before
         with contextlib.ExitStack() as self.opened:
             model = super().train()  # type: ignore[misc]
             if self.console is not None:
                 self.console.result = f"{self.epoch + 1} of {self.epochs} epochs, {self._said()}"
-        self.console = None
         return model
 
     def step(self, epoch: int, *args, train: bool = True, **kwargs) -> None:
