@@ -2,7 +2,7 @@
 What long work says: a bar while it runs, where there is a terminal, and one line at its end.
 
 Work of under ``LONG`` seconds says nothing, so that loops and tests stay quiet. In a file a bar would be a line for each of
-its steps; there :meth:`Console.milestone` says a line in its place, at most one every ``LONG`` seconds.
+its steps; there ``Console.milestone`` says a line in its place, at most one every ``LONG`` seconds.
 """
 
 import sys
