@@ -75,7 +75,7 @@ def visit(chromium: str, page: str, folder: Path) -> tuple[str, list[str], set[s
 
 def main() -> None:
     codes = notebooks()
-    run_notebook(codes["demo_patchnr_superresolution"])
+    run_notebook(codes["demo_learned_primal_dual"])  # the shortest
     print(json.dumps({"notebooks": len(codes)}))
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
