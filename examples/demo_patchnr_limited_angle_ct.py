@@ -168,7 +168,7 @@ figures = {
 
 # %%
 # What it looks like: the whole test image, what is wrong in it, on one scale for all, and a detail. Filtered back-projection is
-# wrong everywhere; the priors are wrong along the edges that no ray was tangent to, PatchNR at the fewest of them.
+# wrong everywhere; the priors are wrong where edges run along directions that are missing, and PatchNR is least wrong.
 
 panels = {f"{name}\n{figures[name]['psnr']:.2f} dB, SSIM {figures[name]['ssim']:.3f}": x for name, x in images.items()}
 panels["ground truth"] = test
