@@ -95,7 +95,8 @@ class LatentMAP(Reconstructor):
     >>> from deepinv_flows import LatentMAP, image_flow
     >>> x = torch.rand(2, 1, 8, 8)
     >>> physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5)
-    >>> model = LatentMAP(image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4), max_iter=30)
+    >>> flow = image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4)
+    >>> model = LatentMAP(flow, max_iter=30, verbose=False)
     >>> x_net = model(physics(x), physics)
     >>> torch.allclose(physics(x_net), physics(x), atol=0.05)
     True

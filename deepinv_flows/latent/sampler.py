@@ -62,7 +62,7 @@ class LatentSampler(Reconstructor):
     >>> from deepinv_flows import LatentSampler, image_flow
     >>> flow = image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4)
     >>> physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5)
-    >>> sampler = LatentSampler(flow, dinv.optim.L2(sigma=0.1), max_iter=20, warm_up=10)
+    >>> sampler = LatentSampler(flow, dinv.optim.L2(sigma=0.1), max_iter=20, warm_up=10, verbose=False)
     >>> mean, variance = sampler.sample(physics(torch.rand(2, 1, 8, 8)), physics)
     >>> mean.shape, variance.shape
     (torch.Size([2, 1, 8, 8]), torch.Size([2, 1, 8, 8]))
