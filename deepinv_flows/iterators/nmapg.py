@@ -8,6 +8,7 @@ from deepinv.optim import BacktrackingConfig, BaseOptim, DataFidelity, Prior
 from torch import Tensor
 
 from ..checks import at_iteration, check_autograd, positive_int
+from ..console import Console
 from .accelerated import Advance, History
 from .base import Problem
 from .converged import Criterion, Part, cut
@@ -214,6 +215,7 @@ def nmapg(
     tol: float = 1e-5,
     backtracking: BacktrackingConfig | bool = True,
     callback: Callable[[Tensor, Tensor], None] | None = None,
+    verbose: bool = True,
 ) -> Tensor:
     r"""
     A critical point of :math:`f(x) + g(x)`, by the algorithm of :class:`deepinv_flows.NMAPG`, without physics or measurements.
@@ -232,6 +234,7 @@ def nmapg(
     :param float tol: a sample has converged when an accepted step moves it by at most ``tol`` times its norm.
     :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search, as in :class:`deepinv_flows.NMAPG`.
     :param Callable callback: called after each iteration as ``callback(x, F)`` with the energies F (B,) of x.
+    :param bool verbose: show a progress bar in a terminal, and print one line at the end, if it takes more than two seconds.
     :return: tensor like x, without a graph.
     :raises ValueError: for an option out of its range and for data of another number of samples; and, naming the iteration, when
         the gradient is not finite or the energy is NaN.
@@ -255,20 +258,22 @@ def nmapg(
     start = Advance(EnergyTerm(energy, tuple(data or ())), g, config, eta).energy(x)
     z, past = x, History.starting(x, start, as_steps(stepsize, x))
     alive = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-    for it in range(max_iter):
-        rows = (alive if data is not None else torch.ones_like(alive)).nonzero().flatten()
-        advance = Advance(EnergyTerm(energy, tuple(d[rows] for d in data or ())), g, config, eta)
-        with at_iteration(it):
-            x_new, z_new, new = advance(x[rows], z[rows], past.rows(rows))
-        moves, live = ~new.accepted | (square(x_new - x[rows]) > tol**2 * square(x_new)), alive[rows]
-        going = rows[live]
-        x, z = x.index_put((going,), x_new[live]), z.index_put((going,), z_new[live])
-        past = past.with_rows(going, new.rows(live))
-        alive = alive.index_put((going,), moves[live])
-        if callback is not None:
-            callback(x, past.F)
-        if not alive.any():
-            break
+    with Console("nmapg", max_iter, verbose) as console:
+        for it in range(max_iter):
+            rows = (alive if data is not None else torch.ones_like(alive)).nonzero().flatten()
+            advance = Advance(EnergyTerm(energy, tuple(d[rows] for d in data or ())), g, config, eta)
+            with at_iteration(it):
+                x_new, z_new, new = advance(x[rows], z[rows], past.rows(rows))
+            moves, live = ~new.accepted | (square(x_new - x[rows]) > tol**2 * square(x_new)), alive[rows]
+            going = rows[live]
+            x, z = x.index_put((going,), x_new[live]), z.index_put((going,), z_new[live])
+            past = past.with_rows(going, new.rows(live))
+            alive = alive.index_put((going,), moves[live])
+            console.update(energy=past.F)
+            if callback is not None:
+                callback(x, past.F)
+            if not alive.any():
+                break
     return x
 
 

@@ -6,6 +6,7 @@ gradient of :math:`F(s u)` there, the first step of any of them has a length tha
 are in. For L-BFGS s has, besides, a factor for each pixel, the :func:`~deepinv_flows.reconstruction.metric.metric`.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -102,7 +103,15 @@ def by_lbfgs(objective: Objective, x: Tensor, progress: Progress) -> None:
 def by_nmapg(objective: Objective, x: Tensor, progress: Progress) -> None:
     scaled = Scaled(objective, x)
     prior = ScaledTerm(scaled, objective.proximable[0]) if objective.proximable else None
-    nmapg(scaled.smooth, scaled.of(x), prior, max_iter=progress.max_iter, tol=0.0, callback=scaled.watch(progress))
+    nmapg(
+        scaled.smooth,
+        scaled.of(x),
+        prior,
+        max_iter=progress.max_iter,
+        tol=0.0,
+        callback=scaled.watch(progress),
+        verbose=False,
+    )
 
 
 def by_ipiano(objective: Objective, x: Tensor, progress: Progress) -> None:
@@ -211,12 +220,8 @@ def automatic(objective: Objective, x: Tensor) -> str:
 @torch.no_grad()
 def minimise(algorithm: str, objective: Objective, x: Tensor, progress: Progress) -> Tensor:
     """The best iterate of each sample by one of :data:`ALGORITHMS`; its objective is never above that of x."""
-    try:
+    with contextlib.suppress(Finished):
         ALGORITHMS[algorithm](objective, x, progress)
-    except Finished:
-        pass
-    finally:
-        progress.close()
     value = objective.value(progress.x)  # in their own units, where rounding may differ
     better = value <= progress.first
     progress.value = torch.where(better, value, progress.first)

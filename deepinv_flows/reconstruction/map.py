@@ -1,7 +1,7 @@
 """From measurements to an image in one call, by any prior with a value and a gradient or a proximity operator."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -11,6 +11,7 @@ from deepinv.optim.data_fidelity import L2
 from torch import Tensor, nn
 
 from ..checks import check_autograd, check_choice, check_positive, positive_int
+from ..console import Console
 from . import files, tuning
 from .algorithms import ALGORITHMS, NEEDS_GRADIENT, automatic, minimise
 from .choices import as_constraint, check_fits, checked_weight
@@ -53,7 +54,7 @@ class MAP(Reconstructor):
     :param int max_iter: bound on the number of iterations.
     :param float tol: an image is done when ten iterations moved it by less than this times its norm.
     :param float max_seconds: bound on the time of a reconstruction; ``None`` is none.
-    :param bool verbose: show a progress bar, and print one line when done.
+    :param bool verbose: show a progress bar in a terminal, and print one line at the end, if it takes more than two seconds.
     :raises TypeError: for a prior that is not a deepinv prior, and other kinds of ``lambda_reg`` or ``constraint``.
     :raises ValueError: for a prior without a value, a denoiser for example, and numbers out of range.
 
@@ -136,11 +137,16 @@ class MAP(Reconstructor):
         for part in parts(y):
             if not bool(torch.isfinite(part).all()):
                 raise ValueError(f"the measurements of shape {tuple(part.shape)} hold NaN or infinite entries")
-        with torch.no_grad():
+        searches = isinstance(self.lambda_reg, str) and self.lambda_reg != "rule"
+        with torch.no_grad(), Console("MAP", None if searches else self.max_iter, self.verbose) as console:
             found = candidates(y, physics, init)
-            weight, reason = tuning.weight(self, y, physics, found)
+            weight, reason = tuning.weight(self, y, physics, found, console.update)
             x, progress, name, start = self.solve(
-                y, physics, weight, found, x_gt=x_gt if compute_metrics else None, verbose=self.verbose
+                y, physics, weight, found, x_gt=x_gt if compute_metrics else None, update=console.update
+            )
+            console.result = (
+                f"{name} from {' and '.join(sorted(set(start)))}, lambda_reg {float(weight.mean()):.4g} ({reason}), objective "
+                f"{float(progress.first.mean()):.5g} to {float(progress.value.mean()):.5g}, {progress.iterations} iterations"
             )
         self.chosen = {
             "lambda_reg": weight if len(weight) > 1 else float(weight),
@@ -149,12 +155,6 @@ class MAP(Reconstructor):
             "start": sorted(set(start)),
             "iterations": progress.iterations,
         }
-        if self.verbose:
-            print(
-                f"MAP: {name} from {' and '.join(self.chosen['start'])}, lambda_reg {float(weight.mean()):.4g} ({reason}), "
-                f"objective {float(progress.first.mean()):.5g} to {float(progress.value.mean()):.5g} in "
-                f"{progress.iterations} iterations and {progress.seconds:.1f} s"
-            )
         return (x, progress.metrics) if compute_metrics else x
 
     def solve(
@@ -166,7 +166,7 @@ class MAP(Reconstructor):
         *,
         x_gt: Tensor | None = None,
         metric: nn.Module | None = None,
-        verbose: bool = False,
+        update: Callable[..., None] = lambda **shown: None,
     ) -> tuple[Tensor, Progress, str, list[str]]:
         """
         Minimise the objective with a given weight.
@@ -177,7 +177,7 @@ class MAP(Reconstructor):
         :param dict found: images to start from, by name.
         :param torch.Tensor x_gt: true images, for ``metric``.
         :param torch.nn.Module metric: of images and true images; ``None`` is the PSNR.
-        :param bool verbose: show a progress bar.
+        :param Callable update: called as ``update(objective=values)`` after each iteration.
         :return: images, the record of the search, the algorithm, and where each image started.
         """
         by_gradient = is_smooth(self.prior) or self.solver in NEEDS_GRADIENT
@@ -187,7 +187,7 @@ class MAP(Reconstructor):
         x, value, start = least(objective, found)
         name = automatic(objective, x) if self.solver == "auto" else self.solver
         check_fits(name, objective)
-        progress = Progress(x, value, self.max_iter, self.tol, self.max_seconds, x_gt, metric, verbose)
+        progress = Progress(x, value, self.max_iter, self.tol, self.max_seconds, x_gt, metric, update)
         return minimise(name, objective, x, progress), progress, name, start
 
     def tune(

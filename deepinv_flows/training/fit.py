@@ -10,18 +10,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from ..checks import check_input, positive_int
-from ..flows import like_weights
+from ..flows import glow_flow, like_weights
 from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..reconstruction import FlowDenoiser
-from .boundary import check_level, check_options, check_range, check_trainable
+from .boundary import check_level, check_no_sizes, check_options, check_range, check_trainable
 from .conditioning import Conditioned, condition_lists
-from .effort import carried_out, measured, store
+from .effort import Plan, carried_out, measured, plan, store
 from .likelihood import FlowModel, FlowNLL
 from .runs import fit
 from .samples import ImageSamples, PatchSamples, image_list, noisy, same, stacked, subset
 from .score_matching import ScoreMatching, ScoreModel
-from .start import start
 
 
 def fit_patchnr(
@@ -85,8 +84,8 @@ def fit_patchnr(
         once; then about a quarter more patches are processed in a second.
     :param str device: device of the training.
     :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is a generator with a fixed seed.
-    :param bool verbose: print what is trained and how long it will take, and show one progress bar, with the loss and the best
-        evaluation loss.
+    :param bool verbose: print what is trained and how long it will take; show one progress bar in a terminal, elsewhere a line an
+        epoch, with the loss and the best evaluation loss; and print a line at the end. Short trainings say nothing.
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis`` or ``metrics``.
     :return: the trained prior.
     :raises ValueError: for images that are not finite floating-point tensors or are smaller than a patch, for sizes of a new
@@ -102,10 +101,16 @@ def fit_patchnr(
     """
     check_options(trainer_options)
     generator = torch.Generator() if generator is None else generator
-    sizes = dict(num_layers=num_layers, sub_net_size=sub_net_size)
-    steps = dict(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
-    resumed = dict(save_path=save_path, resume=resume)
-    prior, images, planned = start(images, prior, patch_size, effort, generator, sizes, steps, resumed)
+    if prior is not None:
+        check_no_sizes(patch_size=patch_size, num_layers=num_layers, sub_net_size=sub_net_size)
+        patch_size = prior.patch_size
+    patch_size = positive_int(patch_size=6 if patch_size is None else patch_size)
+    images = image_list(images, patch_size)
+    planned = plan(
+        effort, len(images[0]) * patch_size**2 if prior is None else prior.dim, save_path, resume, new=prior is None,
+        num_layers=num_layers, sub_net_size=sub_net_size, epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size,
+    )  # fmt: skip
+    prior = _new_prior(planned, images[0], patch_size, generator) if prior is None else prior
     held_out = images if eval_images is None else image_list(eval_images, prior.patch_size)
     check_trainable(prior, "prior")
     for image in [*images, *held_out]:
@@ -183,8 +188,8 @@ def fit_flow(
     :param bool compile: compile the flow by :func:`torch.compile`, which is not possible with ``sigma``.
     :param str device: device of the training.
     :param torch.Generator generator: source of batches and noise; ``None`` is a generator with a fixed seed.
-    :param bool verbose: print how long the training will take, and show one progress bar, with the loss and the best evaluation
-        loss.
+    :param bool verbose: show one progress bar in a terminal, elsewhere a line an epoch, with the loss and the best evaluation
+        loss; and print a line at the end. Short trainings say nothing.
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis``.
     :return: ``flow``, trained.
     :raises ValueError: for images that are not finite, floating-point and of one size, or not of the size of the flow; for a
@@ -267,6 +272,13 @@ def initialised(
         conditions = [condition[chosen].to(device) for condition in c]
         flow.initialise(first.to(device), conditions)  # type: ignore[operator]
     return flow
+
+
+def _new_prior(planned: Plan, image: Tensor, patch_size: int, generator: torch.Generator) -> PatchNR:
+    """A prior of the planned size for patches of images like this one."""
+    channels, sizes = len(image), (planned.num_layers, planned.sub_net_size)
+    flow = glow_flow(channels * patch_size**2, *sizes, permute=True, generator=generator)
+    return PatchNR(flow.to(image.dtype), patch_size=patch_size, channels=channels)
 
 
 def _batches(

@@ -194,7 +194,7 @@ def recommended(x, objective, problem, watch):
 
 def by_nmapg(**options):
     return lambda x, objective, problem, watch: nmapg(
-        objective, x, max_iter=10**6, tol=0, callback=lambda u, F: watch(u), **options
+        objective, x, max_iter=10**6, tol=0, callback=lambda u, F: watch(u), verbose=False, **options
     )
 
 
@@ -308,7 +308,7 @@ def main():
     if "LBFGS" in wanted:
         record("LBFGS", lambda watch: lbfgs(x, objective, lambda_reg, watch))
     if "nmapg" in wanted:
-        settings = {"stepsize": 30.0, "max_iter": 10**6, "tol": 0}
+        settings = {"stepsize": 30.0, "max_iter": 10**6, "tol": 0, "verbose": False}
         record("nmapg", lambda watch: nmapg(objective, x, **settings, callback=lambda u, F: watch(u)))
     for name, settings in WAYS.items():
         for kind, options in settings if name in wanted else []:

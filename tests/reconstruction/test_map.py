@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import make
 
-from deepinv_flows import MAP, FlowPrior, PatchNR, image_flow
+from deepinv_flows import MAP, FlowPrior, PatchNR, console, image_flow
 from deepinv_flows.reconstruction import algorithms, starts
 from deepinv_flows.reconstruction.objective import DataTerm, Objective, frozen, is_smooth
 
@@ -217,7 +217,8 @@ def test_flow_prior_and_dtypes():
         MAP(prior, max_iter=5, verbose=False)(y, physics)
 
 
-def test_metrics_and_stopping(capsys):
+def test_metrics_and_stopping(capsys, monkeypatch):
+    monkeypatch.setattr(console, "LONG", 0.0)
     prior, physics = patchnr(), dinv.physics.Denoising()
     x = images()
     y = x + 0.1 * torch.randn(x.shape, dtype=x.dtype, generator=generator())
