@@ -8,8 +8,8 @@ reconstructed by the same five lines. Beside it stand total variation, run to co
 test image, and the best of a grid of solvers and strengths with ten times the iterations (L-BFGS at every strength, the others
 at its best one and the two beside it): both are computed by ``--oracle`` with the flow that the road trained, chosen by the
 true image, and kept in ``road_oracle.json``. ``rule`` and ``unsupervised`` (``"sure"``, or ``"discrepancy"`` where that is
-refused) are the PSNR with lambda_reg found without clean images. The last line is one JSON object: ``margin_over_tv``, the least over the problems; ``gap_to_oracle``, the largest; ``minutes``, the longest
-road from import to picture; and the rows.
+refused) are the PSNR with lambda_reg found without clean images. The last line is one JSON object: ``margin_over_tv``, the
+least over the problems; ``gap_to_oracle``, the largest; ``minutes``, the longest road from import to picture; and the rows.
 """
 
 import time
