@@ -31,10 +31,10 @@ class MAP(Reconstructor):
 
     with f = ``data_fidelity``, g = ``prior`` and c = ``constraint``. Each image of a batch is a problem of its own. The
     objective of what is returned is never above that of the start, which is the best of :math:`A^\top y` times its best factor,
-    ``physics.A_dagger(y)``, y if it is an image, and ``init``.
+    ``physics.A_dagger(y)``, the image nearest to a constant that fits y, y itself if it is an image, and ``init``.
 
-    **Algorithms.** ``"auto"`` takes ``"lbfgs"`` where f and g are known by their gradients (in ours the fastest, with its line
-    search monotone); ``"nmapg"``, accelerated proximal gradient descent, with a constraint or a prior known by its proximity
+    **Algorithms.** ``"auto"`` takes ``"lbfgs"`` where f and g are known by their gradients (the fastest in our benchmark ``solvers.py
+    --starts``, and monotone), in the metric of the diagonal of the Hessian, where that tells pixels apart; ``"nmapg"``, accelerated proximal gradient descent, with a constraint or a prior known by its proximity
     operator; ``"davis_yin"`` with both; ``"adam"`` with a falling step, on random grids of patches, for images of half a
     million patches and more. ``"ipiano"`` is inertial proximal gradient descent.
 
@@ -58,7 +58,8 @@ class MAP(Reconstructor):
     :raises TypeError: for a prior that is not a deepinv prior, and other kinds of ``lambda_reg`` or ``constraint``.
     :raises ValueError: for a prior without a value, a denoiser for example, and numbers out of range.
 
-    Sources: of the prior, see there; Nocedal, "Updating quasi-Newton matrices with limited storage", 1980; Li & Lin 2015
+    Sources: of the prior, see there; Nocedal, "Updating quasi-Newton matrices with limited storage", 1980; Bekas, Kokiopoulou &
+    Saad, "An estimator for the diagonal of a matrix", 2007; Li & Lin 2015
     (``"nmapg"``); Morozov 1966 (discrepancy); Stein 1981, Ramani, Blu & Unser 2008 (Monte-Carlo SURE).
 
     >>> import torch, deepinv as dinv
