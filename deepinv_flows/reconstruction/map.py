@@ -10,7 +10,7 @@ from deepinv.optim import DataFidelity, Prior
 from deepinv.optim.data_fidelity import L2
 from torch import Tensor, nn
 
-from ..checks import check_autograd, check_choice, check_positive, positive_int
+from ..checks import check_autograd, check_choice, check_positive, positive_int, warn_outside
 from ..console import Console
 from . import files, tuning
 from .algorithms import ALGORITHMS, NEEDS_GRADIENT, automatic, minimise
@@ -33,10 +33,11 @@ class MAP(Reconstructor):
     objective of what is returned is never above that of the start, which is the best of :math:`A^\top y` times its best factor,
     ``physics.A_dagger(y)``, the image nearest to a constant that fits y, y itself if it is an image, and ``init``.
 
-    **Algorithms.** ``"auto"`` takes ``"lbfgs"`` where f and g are known by their gradients (the fastest in our benchmark ``solvers.py
-    --starts``, and monotone), in the metric of the diagonal of the Hessian, where that tells pixels apart; ``"nmapg"``, accelerated proximal gradient descent, with a constraint or a prior known by its proximity
-    operator; ``"davis_yin"`` with both; ``"adam"`` with a falling step, on random grids of patches, for images of half a
-    million patches and more. ``"ipiano"`` is inertial proximal gradient descent.
+    **Algorithms.** ``"auto"`` takes ``"lbfgs"`` where f and g are known by their gradients (monotone, and the fastest in our
+    benchmark ``solvers.py --starts``; in the metric of the diagonal of the Hessian, where that tells pixels apart);
+    ``"nmapg"``, accelerated proximal gradient descent, with a constraint or a prior known by its proximity operator;
+    ``"davis_yin"`` with both; ``"adam"`` with a falling step, on random grids of patches, for images of half a million patches
+    and more. ``"ipiano"`` is inertial proximal gradient descent.
 
     **Choosing** ``lambda_reg``. Best is :meth:`tune`, on a few clean images like those to come, kept from training.
     ``"rule"`` takes what the docstring of the prior says, from the noise and the sizes. ``"discrepancy"`` takes the
@@ -156,6 +157,8 @@ class MAP(Reconstructor):
             "start": sorted(set(start)),
             "iterations": progress.iterations,
         }
+        if (known := getattr(self.prior, "image_range", None)) is not None:
+            warn_outside(x, known)
         return (x, progress.metrics) if compute_metrics else x
 
     def solve(

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+import warnings
 
 import deepinv as dinv
 import pytest
@@ -308,3 +309,16 @@ def test_a_start_of_zero():
     for solver in SMOOTH:
         model = MAP(Bare(lambda x: (x - 1).square().flatten(1).sum(1)), lambda_reg=1.0, solver=solver, verbose=False)
         torch.testing.assert_close(model(y, physics), torch.full_like(y, 2 / 3), rtol=0, atol=2e-2)
+
+
+def test_only_a_result_outside_the_range_of_the_training_images_is_warned_of():
+    """A start may be far outside: the inverse of a blur, for one."""
+    prior = PatchNR(patch_size=3, num_layers=1, sub_net_size=8)
+    prior.image_range = (0.0, 1.0)
+    physics, x = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1)), images(1).float().clamp(0, 1)
+    model = MAP(prior, max_iter=3, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x, physics, init=100 * x)
+    with pytest.warns(UserWarning, match="expected images in about"):
+        model(255 * x, physics)
