@@ -1,6 +1,11 @@
-"""The built site in a headless Chromium: text and figures are there, no error on the console, no request leaves the machine."""
+"""
+The built site: each demo has a notebook that holds its picture, and one of them runs. In a headless Chromium text and figures are
+there, no error is on the console, and no request leaves the machine.
+"""
 
+import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -32,6 +37,30 @@ FLAGS = [
 ]
 
 
+def notebooks() -> dict[str, str]:
+    """The code of each demo's notebook, by name; each is offered on its page and needs no file beside it."""
+    found = {}
+    for page in sorted((SITE / "gallery").glob("demo_*.html")):
+        (link,) = re.findall(r'href="([^"]+[.]ipynb)"', page.read_text())
+        text = (page.parent / html.unescape(link)).read_text()
+        cells = [("".join(cell["source"]), cell["cell_type"]) for cell in json.loads(text)["cells"]]
+        assert "data:image/png;base64," in text and "file://" not in text, (
+            f"{page.stem}: a picture is not in its notebook"
+        )
+        found[page.stem] = "\n".join(source for source, kind in cells if kind == "code")
+        compile(found[page.stem], page.stem, "exec")
+    assert found, "expected demos in the gallery"
+    return found
+
+
+def run_notebook(code: str) -> None:
+    """As a notebook does, without a file of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", "-c", "import sys; exec(sys.stdin.read(), {'__doc__': ''})"]
+        short = {**os.environ, "DEEPINV_FLOWS_SHORT": "1"}
+        subprocess.run(command, input=code, text=True, env=short, cwd=folder, check=True, capture_output=True)
+
+
 def visit(chromium: str, page: str, folder: Path) -> tuple[str, list[str], set[str]]:
     """The page's elements after its scripts, the errors on its console, and the addresses it asked for."""
     net_log = folder / "net.json"
@@ -45,6 +74,9 @@ def visit(chromium: str, page: str, folder: Path) -> tuple[str, list[str], set[s
 
 
 def main() -> None:
+    codes = notebooks()
+    run_notebook(codes["demo_learned_primal_dual"])  # the shortest
+    print(json.dumps({"notebooks": len(codes)}))
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         print("skipped: there is no Chromium here (Debian's package chromium)")

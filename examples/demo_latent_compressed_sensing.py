@@ -17,18 +17,16 @@ import time
 from pathlib import Path
 
 import deepinv as dinv
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.data
 import torch
 import torch.nn.functional as F
 
 from deepinv_flows import FlowPrior, LatentMAP
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
 SHAPE = (1, 24, 24)
 ITERATIONS, N_TEST = (20, 4) if SHORT else (100, 10)
 MEASUREMENTS = [192] if SHORT else [96, 192, 384]
@@ -78,7 +76,8 @@ def by_prior(prior):
 
 def by_flow(y, physics, strength):
     sigma = float(physics.noise_model.sigma)
-    return LatentMAP(prior, dinv.optim.L2(sigma), strength, penalty="squared", max_iter=ITERATIONS)(y, physics)
+    options = dict(penalty="squared", max_iter=ITERATIONS, verbose=False)
+    return LatentMAP(prior, dinv.optim.L2(sigma), strength, **options)(y, physics)
 
 
 class HaarPrior(dinv.optim.Prior):
@@ -144,10 +143,10 @@ for axis, kind in zip(below.subplots(1, 2, sharey=True), figures):
     axis.set_xticks(MEASUREMENTS)
     axis.set_xlabel("measurements")
     axis.set_ylabel("PSNR (dB)")
-    axis.set_title("unseen faces" if kind == "faces" else "images that are no faces")
+    axis.set_title("unseen faces" if kind == "faces" else "images that are not faces")
     axis.legend()
 OUTPUT.mkdir(parents=True, exist_ok=True)
-figure.savefig(OUTPUT / "latent_compressed_sensing.png", dpi=110)
+figure.savefig(OUTPUT / "latent_compressed_sensing.png", dpi=160)
 print("figure:", OUTPUT / "latent_compressed_sensing.png")
 figures["measurements"] = MEASUREMENTS
 print(json.dumps({**figures, "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}))

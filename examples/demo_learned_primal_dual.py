@@ -15,18 +15,16 @@ import time
 from pathlib import Path
 
 import deepinv as dinv
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.data
 import skimage.transform
 import torch
 
 from deepinv_flows import CondatVu, LearnedPrimalDual
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
 SIDE, N_TRAIN, EPOCHS = (32, 16, 1) if SHORT else (64, 360, 8)
 start = time.perf_counter()
 torch.manual_seed(0)
@@ -135,15 +133,23 @@ for name, x in (("unseen phantoms", unseen), ("Shepp-Logan", shepp_logan)):
     figures[name] = {way: round(float(psnr(image.clamp(0, 1), x).mean()), 2) for way, image in rows[name].items()}
     rows[name]["ground truth"] = x
 
-figure, axes = plt.subplots(2, 4, figsize=(11, 6.6))
-for line, (name, images) in zip(axes, rows.items()):
-    for axis, (way, image) in zip(line, images.items()):
-        axis.imshow(image[0, 0].clamp(0, 1), cmap="gray", vmin=0, vmax=1)
-        axis.set_title(f"{way}\n{figures[name][way]:.2f} dB" if way in figures[name] else name)
-        axis.set_axis_off()
-figure.tight_layout(h_pad=2.0)
+# %%
+# What it looks like: an image of each kind, and below it what is wrong in it, on one scale for all.
+
+figure, axes = plt.subplots(4, 4, figsize=(10, 10.6), layout="constrained")
+for pictures, errors, (name, images) in zip(axes[::2], axes[1::2], rows.items()):
+    truth = images["ground truth"]
+    for picture, wrong, (way, image) in zip(pictures, errors, images.items()):
+        picture.imshow(image[0, 0].clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+        picture.set_title(f"{way}\n{figures[name][way]:.2f} dB" if way in figures[name] else name)
+        if way in figures[name]:
+            error = wrong.imshow((image.clamp(0, 1) - truth)[0, 0].abs(), cmap="magma", vmin=0, vmax=0.4)
+    # the error of the truth is zero: its place is for the scale
+    figure.colorbar(error, cax=errors[-1].inset_axes([0.2, 0.05, 0.12, 0.9]), label="absolute error", extend="max")
+for axis in axes.flat:
+    axis.set_axis_off()
 OUTPUT.mkdir(parents=True, exist_ok=True)
-figure.savefig(OUTPUT / "learned_primal_dual.png", dpi=110)
+figure.savefig(OUTPUT / "learned_primal_dual.png", dpi=160)
 print("figure:", OUTPUT / "learned_primal_dual.png")
 print(json.dumps({"psnr": figures, "seconds": round(time.perf_counter() - start, 1)}))
 

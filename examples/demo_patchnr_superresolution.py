@@ -15,17 +15,15 @@ import time
 from pathlib import Path
 
 import deepinv as dinv
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.data
 import torch
 
 from deepinv_flows import PatchNR
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
 ITERATIONS = 20 if SHORT else 100
 NOISE = 0.01
 start = time.perf_counter()

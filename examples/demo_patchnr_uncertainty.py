@@ -18,18 +18,16 @@ import time
 from pathlib import Path
 
 import deepinv as dinv
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.data
 import torch
 from deepinv.sampling import BaseSampling, SKRockIterator
 
 from deepinv_flows import PatchNR
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
 SIDE, SAMPLES = (16, 20) if SHORT else (48, 100)
 NOISE = 0.05
 start = time.perf_counter()
@@ -129,19 +127,19 @@ figures = {"psnr": round(float(psnr(mean.clamp(0, 1), test)), 2), "strength": st
 # %%
 # What it looks like: the images above; below one sample, the error, and what the error bars are worth.
 
-figure, axes = plt.subplots(2, 4, figsize=(14, 7))
+figure, axes = plt.subplots(2, 4, figsize=(10, 5.2), layout="constrained")
 gray, hot = {"cmap": "gray", "vmin": 0, "vmax": 1}, {"cmap": "magma", "vmin": 0, "vmax": float(std.quantile(0.99))}
 panels = {
     "ground truth": (test, gray),
     "measurement": (y, gray),
-    f"mean of the samples\n{figures['psnr']:.2f} dB": (mean, gray),
-    "their standard deviation": (std, hot),
+    f"mean of samples\n{figures['psnr']:.2f} dB": (mean, gray),
+    "their standard\ndeviation": (std, hot),
     "one sample": (samples[-1], gray),
     "error of the mean": (error, hot),
 }
 for axis, (title, (image, colours)) in zip(axes.flat, panels.items()):
     shown = axis.imshow(image[0, 0].clamp(0, 1), **colours)
-    axis.set_title(title)
+    axis.set_title(title, fontsize=11)
     axis.set_axis_off()
     if colours is hot:
         figure.colorbar(shown, ax=axis, shrink=0.8)
@@ -153,10 +151,11 @@ axes[1, 2].set(
 )
 axes[1, 3].plot([0, max(said)], [0, max(said)], **ideal)
 axes[1, 3].plot(said, found, "o-")
-axes[1, 3].set(xlabel="standard deviation", ylabel="root mean square error", title="error against error bar")
-figure.tight_layout()
+axes[1, 3].set(xlabel="standard deviation", ylabel="root mean square error", title="error and error bar")
+for axis in axes[1, 2:]:
+    axis.title.set_fontsize(11)
 OUTPUT.mkdir(parents=True, exist_ok=True)
-figure.savefig(OUTPUT / "patchnr_uncertainty.png", dpi=110)
+figure.savefig(OUTPUT / "patchnr_uncertainty.png", dpi=160)
 print("figure:", OUTPUT / "patchnr_uncertainty.png")
 print(json.dumps({**figures, "seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}))
 

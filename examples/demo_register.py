@@ -18,18 +18,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.data
 import torch
 
 from deepinv_flows import PatchNR, fit_patchnr
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
-SCRIPT = Path(__file__).with_name("plain_deepinv.py")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
+SCRIPT = HERE / "plain_deepinv.py"
 SIDE, ITERATIONS, EPOCHS = (48, 5, 1) if SHORT else (144, 40, 8)
 start = time.perf_counter()
 
@@ -81,7 +79,7 @@ difference = (ours["x_net"] - images["x_net"]).abs()
 # %%
 # What it looks like. Above the same picture twice; below how little the two differ, and what each took.
 
-figure, axes = plt.subplots(2, 3, figsize=(9.6, 7))
+figure, axes = plt.subplots(2, 3, figsize=(10, 7), layout="constrained")
 panels = {
     "measurement": images["y"],
     f"before register()\n{before['psnr']:.3f} dB": images["x_net"],
@@ -104,9 +102,8 @@ for axis, key, scale, title in (
     axis.bar_label(bars, fmt="%.0f")
     axis.set_title(f"{title} ({values[0] / values[1]:.1f} : 1)")
     axis.spines[["top", "right"]].set_visible(False)
-figure.tight_layout()
 OUTPUT.mkdir(parents=True, exist_ok=True)
-figure.savefig(OUTPUT / "register.png", dpi=110)
+figure.savefig(OUTPUT / "register.png", dpi=160)
 print("figure:", OUTPUT / "register.png")
 figures = {
     name: {key: round(value, 4) for key, value in run.items()} for name, run in (("before", before), ("after", after))

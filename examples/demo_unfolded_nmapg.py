@@ -15,17 +15,15 @@ import time
 from pathlib import Path
 
 import deepinv as dinv
-import matplotlib
+import matplotlib.pyplot as plt
 import skimage.data
 import torch
 
 from deepinv_flows import NMAPG
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 SHORT = bool(os.environ.get("DEEPINV_FLOWS_SHORT"))
-OUTPUT = Path(__file__).parent / ("output/short" if SHORT else "output")
+HERE = Path(globals().get("__file__", "")).parent  # a notebook has no file
+OUTPUT = HERE / ("output/short" if SHORT else "output")
 EPOCHS, SIDE = (1, 32) if SHORT else (8, 48)
 start = time.perf_counter()
 torch.manual_seed(0)
@@ -136,7 +134,7 @@ learnt = {name: [round(float(p), 5) for p in model.init_params_algo[name]] for n
 # %%
 # What it looks like: the images, the way there, and the sixteen numbers.
 
-figure, axes = plt.subplots(2, 4, figsize=(14, 7))
+figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
 for axis, (name, x) in zip(axes.flat, {**images, "ground truth": test}.items()):
     axis.imshow(x[0, 0].clamp(0, 1), cmap="gray", vmin=0, vmax=1)
     axis.set_title(f"{name}\n{figures[name]:.2f} dB" if name in figures else name)
@@ -144,14 +142,14 @@ for axis, (name, x) in zip(axes.flat, {**images, "ground truth": test}.items()):
 for name, values in progress.items():
     axes[1, 1].plot(values, label=name)
 axes[1, 1].set(xlabel="iteration", title="PSNR (dB)")
-axes[1, 1].legend()
+axes[1, 1].legend(fontsize=9)
 for axis, (name, values) in zip(axes[1, 2:], learnt.items()):
-    axis.plot(range(1, max_iter + 1), values, "o-", color="tab:green")
-    axis.axhline({"stepsize": 1.0, "lambda": 0.01}[name], color="tab:blue")
-    axis.set(xlabel="iteration", title=f"{name}, trained and untrained")
-figure.tight_layout()
+    axis.axhline({"stepsize": 1.0, "lambda": 0.01}[name], color="tab:blue", label="untrained")
+    axis.plot(range(1, max_iter + 1), values, "o-", color="tab:green", label="trained")
+    axis.set(xlabel="iteration", title=name)
+axes[1, 2].legend(fontsize=9)
 OUTPUT.mkdir(parents=True, exist_ok=True)
-figure.savefig(OUTPUT / "unfolded_nmapg.png", dpi=110)
+figure.savefig(OUTPUT / "unfolded_nmapg.png", dpi=160)
 print("figure:", OUTPUT / "unfolded_nmapg.png")
 print(json.dumps({"psnr": figures, **learnt, "seconds": round(time.perf_counter() - start, 1)}))
 

@@ -33,7 +33,7 @@ def thumbnails(names: list[str], run: bool) -> None:
             print(f"== {name}", flush=True)
             subprocess.run([sys.executable, "-W", "ignore", HERE / f"demo_{name}.py"], check=True)
         with Image.open(HERE / "output" / f"{name}.png") as figure:
-            small = figure.convert("RGB").resize((WIDTH, round(WIDTH * figure.height / figure.width)), Image.LANCZOS)
+            small = figure.convert("RGB").resize((WIDTH, round(WIDTH * figure.height / figure.width)), Image.BOX)
         small.save(HERE / "thumbnails" / f"{name}.png", optimize=True)
 
 

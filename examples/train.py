@@ -6,6 +6,8 @@ Train what a YAML file describes
 names its physics, model, losses, metrics, optimizer and data by their import paths. The command line can change every key of the
 file (``epochs=5``, ``optimizer.lr=1e-4``, ``data=/my/folder``) and add new ones (``+trainer.early_stop=3``).
 
+A terminal shows one bar for the whole training, a file a line an epoch; ``trainer.verbose=false`` is quiet.
+
 With ``resume=true`` the training continues from its newest checkpoint, as if it had not been interrupted; more epochs or another
 learning rate apply from there on. ``mode=test [test_data=/my/folder]`` evaluates the best checkpoint of the newest run, or the
 checkpoint that ``resume=`` names, and writes images to a folder beside it. ``torchrun --nproc_per_node 2 examples/train.py ...``
@@ -37,7 +39,7 @@ from torchvision.utils import save_image
 
 from deepinv_flows import DistributedTrainer, FlowModel
 from deepinv_flows.checks import check_choice, positive_int
-from deepinv_flows.training import Resumes
+from deepinv_flows.training import Resumes, Watched
 from deepinv_flows.weights import CheckpointError, guarded, read_torch
 
 PATHS = ("data", "test_data", "save_path", "resume")
@@ -126,13 +128,15 @@ def measured(data: Dataset, physics, device: torch.device) -> Dataset:
     return TensorDataset(x=x, y=y, use_dict_output=True)
 
 
-class ResumingTrainer(Resumes, DistributedTrainer):
-    """A trainer that writes the config beside its checkpoints."""
+class ResumingTrainer(Watched, Resumes, DistributedTrainer):
+    """A trainer that writes the config beside its checkpoints, with one bar in place of deepinv's two for each epoch."""
 
     config: DictConfig | None = None
 
     def setup_train(self, train: bool = True, **kwargs):
         super().setup_train(train, **kwargs)
+        if train and self.show_progress_bar:
+            self.bar, self.verbose = self.verbose, False
         if self.save_path and self.config is not None:
             OmegaConf.save(self.config, Path(self.save_path) / "config.yaml", resolve=True)
 
@@ -184,6 +188,8 @@ def run(config: DictConfig) -> ResumingTrainer:
     optimizer = instantiate(config.optimizer, _partial_=True)([p for p in model.parameters() if p.requires_grad])
     scheduler = instantiate(config.scheduler, _partial_=True)(optimizer) if config.scheduler else None
     options = instantiate(config.trainer)
+    if testing and not sys.stderr.isatty():
+        options["show_progress_bar"] = False  # a bar of deepinv's own, a line for each step in a file
 
     def loader(node: DictConfig, shuffle: bool, samples_per_epoch: int | None = None) -> DataLoader:
         data, collate = instantiate(node), only_x

@@ -18,16 +18,17 @@ PACKAGE = ROOT / "deepinv_flows"
 # neither is written twice. They do not use the priors: an iteration takes any prior.
 MAY_IMPORT = {
     "checks": set(),
+    "console": set(),
     "images": {"checks"},
     "flows": {"checks"},
     "weights": {"checks", "flows"},
     "solvers": {"checks", "flows"},
     "patchnr": {"checks", "flows", "weights", "solvers"},
-    "latent": {"checks", "flows", "weights", "solvers"},
+    "latent": {"checks", "console", "flows", "weights", "solvers"},
     "splitting": {"checks"},
-    "iterators": {"checks", "flows", "solvers"},
-    "reconstruction": {"checks", "flows", "weights", "solvers", "patchnr", "latent", "iterators"},
-    "training": {"checks", "flows", "weights", "solvers", "patchnr", "latent", "reconstruction"},
+    "iterators": {"checks", "console", "flows", "solvers"},
+    "reconstruction": {"checks", "console", "flows", "weights", "solvers", "patchnr", "latent", "iterators"},
+    "training": {"checks", "console", "flows", "weights", "solvers", "patchnr", "latent", "reconstruction"},
     "registry": {"iterators", "patchnr", "splitting"},
     "__main__": {"weights", "__version__"},
 }

@@ -4,16 +4,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from deepinv.optim import BacktrackingConfig, DataFidelity, Prior
+from deepinv.optim import BacktrackingConfig, BaseOptim, DataFidelity, Prior
 from torch import Tensor
 
 from ..checks import at_iteration, check_autograd, positive_int
+from ..console import Console
 from .accelerated import Advance, History
 from .base import Problem
+from .converged import Criterion, Part, cut
 from .optimizer import Optim
 from .parameters import check_ranges
 from .search import SearchIteration, as_config, as_steps, check_explicit
-from .terms import EnergyTerm, PriorTerm, square, unchanged
+from .terms import EnergyTerm, PriorTerm, pick, square, unchanged
 
 # of the starts of `nmapg`: in half precision its tolerances are below rounding
 PRECISIONS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -38,6 +40,14 @@ class NMAPGIteration(SearchIteration):
     constants = ("eta",)
     refuses = {"anderson_acceleration": "it has an acceleration of its own, and deepinv drops the history it needs"}
 
+    #: when a sample has converged; ``None`` without ``early_stop``
+    criterion: Criterion | None = None
+
+    def adopted(self, optimizer: BaseOptim, params: dict, options: dict) -> None:
+        super().adopted(optimizer, params, options)
+        if options.get("early_stop"):
+            self.criterion = Criterion(options["crit_conv"], options["thres_conv"])
+
     def step(self, X: dict, problem: Problem) -> dict:
         x, z = X["est"][0], X["est"][-1]
         smooth, proximable = problem.smooth, problem.proximable
@@ -53,13 +63,51 @@ class NMAPGIteration(SearchIteration):
             past = History.starting(x, advance.energy(x), as_steps(step, x))
         elif not all(kept):
             past, z = self.changed(past, x, z, advance.energy(x), same_smooth=kept[0])
-        x, z, past = advance(x, z, dataclasses.replace(past, step=as_steps(step, x)))
+        past = dataclasses.replace(past, step=as_steps(step, x))
+        of_samples = {name: X[name] for name in ("settled", "part") if name in X} if all(kept) else {}
+        if self.criterion is None or config is None or not advance.monitored:
+            x, z, past = advance(x, z, past)
+        else:
+            x, z, past, of_samples = self.without_settled(self.criterion, advance, (x, z, past), problem, **of_samples)
         if config is not None:
             self.accept(past.step)
-        X = {"est": (x, z), "nmapg": past, "terms": terms}
+        X = {"est": (x, z), "nmapg": past, "terms": terms, **of_samples}
         if self.user_cost is None and advance.monitored:
             X["cost"] = past.F
         return X
+
+    def without_settled(
+        self,
+        criterion: Criterion,
+        advance: Advance,
+        iterate: tuple[Tensor, Tensor, History],
+        problem: Problem,
+        settled: Tensor | None = None,
+        part: Part | None = None,
+    ) -> tuple[Tensor, Tensor, History, dict]:
+        """
+        The next x, z and history, where samples that have converged keep theirs, and are not evaluated if the problem can be cut.
+
+        :param torch.Tensor settled: the samples that have converged, (B,).
+        :param Part part: the terms of the other samples, as they were last cut.
+        :return: x, z and the history, and a dict of the new ``settled`` and ``part``.
+        """
+        x, z, past = iterate
+        settled = torch.zeros(len(x), dtype=torch.bool, device=x.device) if settled is None else settled
+        rows = (~settled).nonzero().flatten()
+        if settled.any() and len(rows) and (part is None or len(part.rows) != len(rows)):
+            part = Part.of(problem, x, rows)
+        if not len(rows):
+            new = x, z, past
+        elif part is not None and part.smooth is not None and part.proximable is not None:
+            alone = Advance(part.smooth, part.proximable, advance.config, cut(advance.eta, rows, len(x)))
+            x_rows, z_rows, past_rows = alone(x[rows], z[rows], past.rows(rows))
+            new = x.index_put((rows,), x_rows), z.index_put((rows,), z_rows), past.with_rows(rows, past_rows)
+        else:
+            x_all, z_all, past_all = advance(x, z, past)
+            new = pick(settled, x, x_all), pick(settled, z, z_all), past.with_rows(rows, past_all.rows(rows))
+        small = criterion(x, new[0], past.F, new[2].F)
+        return *new, {"settled": settled | (new[2].accepted & small), "part": part}
 
     def changed(self, past: History, x: Tensor, z: Tensor, F: Tensor, same_smooth: bool) -> tuple[History, Tensor]:
         """
@@ -106,9 +154,10 @@ class NMAPG(Optim):
     allowed; then :math:`x_{k+1} = z_{k+1}`. DEQ differentiates at the fixed point with the shortest accepted step. Anderson
     acceleration is refused.
 
-    **Batches.** deepinv's stopping rule ends the search for all samples of a batch together. A sample that has converged is still
-    evaluated until then, since ``physics`` may hold parameters of each sample and so measures the whole batch alone.
-    :func:`deepinv_flows.nmapg` with ``data`` leaves out the samples that have converged.
+    **Batches.** With ``early_stop=True`` each sample stops on its own, after an accepted step that changes it, or its cost, by at
+    most ``thres_conv`` times its size. A sample that has converged is not evaluated again, if the problem can be cut: the
+    measurements, the physics, the data fidelity and the parameters are reduced to the other samples, and compared with the whole
+    once. Where they differ (in a prior that holds an entry for each sample, say), the whole batch is evaluated.
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
@@ -166,6 +215,7 @@ def nmapg(
     tol: float = 1e-5,
     backtracking: BacktrackingConfig | bool = True,
     callback: Callable[[Tensor, Tensor], None] | None = None,
+    verbose: bool = True,
 ) -> Tensor:
     r"""
     A critical point of :math:`f(x) + g(x)`, by the algorithm of :class:`deepinv_flows.NMAPG`, without physics or measurements.
@@ -184,6 +234,7 @@ def nmapg(
     :param float tol: a sample has converged when an accepted step moves it by at most ``tol`` times its norm.
     :param bool, deepinv.optim.BacktrackingConfig backtracking: the line search, as in :class:`deepinv_flows.NMAPG`.
     :param Callable callback: called after each iteration as ``callback(x, F)`` with the energies F (B,) of x.
+    :param bool verbose: show a progress bar in a terminal, and print one line at the end, if it takes more than two seconds.
     :return: tensor like x, without a graph.
     :raises ValueError: for an option out of its range and for data of another number of samples; and, naming the iteration, when
         the gradient is not finite or the energy is NaN.
@@ -207,20 +258,22 @@ def nmapg(
     start = Advance(EnergyTerm(energy, tuple(data or ())), g, config, eta).energy(x)
     z, past = x, History.starting(x, start, as_steps(stepsize, x))
     alive = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-    for it in range(max_iter):
-        rows = (alive if data is not None else torch.ones_like(alive)).nonzero().flatten()
-        advance = Advance(EnergyTerm(energy, tuple(d[rows] for d in data or ())), g, config, eta)
-        with at_iteration(it):
-            x_new, z_new, new = advance(x[rows], z[rows], past.rows(rows))
-        moves, live = ~new.accepted | (square(x_new - x[rows]) > tol**2 * square(x_new)), alive[rows]
-        going = rows[live]
-        x, z = x.index_put((going,), x_new[live]), z.index_put((going,), z_new[live])
-        past = past.with_rows(going, new.rows(live))
-        alive = alive.index_put((going,), moves[live])
-        if callback is not None:
-            callback(x, past.F)
-        if not alive.any():
-            break
+    with Console("nmapg", max_iter, verbose) as console:
+        for it in range(max_iter):
+            rows = (alive if data is not None else torch.ones_like(alive)).nonzero().flatten()
+            advance = Advance(EnergyTerm(energy, tuple(d[rows] for d in data or ())), g, config, eta)
+            with at_iteration(it):
+                x_new, z_new, new = advance(x[rows], z[rows], past.rows(rows))
+            moves, live = ~new.accepted | (square(x_new - x[rows]) > tol**2 * square(x_new)), alive[rows]
+            going = rows[live]
+            x, z = x.index_put((going,), x_new[live]), z.index_put((going,), z_new[live])
+            past = past.with_rows(going, new.rows(live))
+            alive = alive.index_put((going,), moves[live])
+            console.update(energy=past.F)
+            if callback is not None:
+                callback(x, past.F)
+            if not alive.any():
+                break
     return x
 
 

@@ -97,7 +97,13 @@ class Optim(BaseOptim):
         return self.get_output({**X, "est": (x, *X["est"][1:])})
 
     def check_conv_fn(self, it: int, X_prev: dict, X: dict) -> bool:
-        """As in deepinv; the backward iteration of DEQ has neither cost nor output, so its vector decides."""
+        """
+        As in deepinv, or when all samples have converged, for iterations that know it. The backward iteration of DEQ has neither
+        cost nor output, so its vector decides.
+        """
+        if "settled" in X:
+            self.has_converged = bool(X["settled"].all())
+            return self.has_converged
         # a backward iteration has no cost; if it is accelerated, its cost is None and its estimate a list
         if "cost" in X and not (X["cost"] is None and isinstance(X["est"], list)):
             return super().check_conv_fn(it, X_prev, X)

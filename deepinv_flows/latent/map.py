@@ -9,9 +9,9 @@ from deepinv.optim import L2
 from deepinv.physics import Physics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..checks import check_autograd, check_choice, positive_int
+from ..console import Console
 from ..flows import Conditions, ImageGenerator, like_weights
 from ..solvers import Objective, first_order, lbfgs
 from .images import images_of
@@ -83,7 +83,7 @@ class LatentMAP(Reconstructor):
     :param torch.Tensor, list, Callable c: conditions of a conditional flow, a list or a single one, each (B, C', H, W); or a
         function of y and physics that returns them.
     :param torch.Generator generator: source of random starts; ``None`` is a generator of the model's own, with a fixed seed.
-    :param bool show_progress_bar: show a progress bar over the iterations.
+    :param bool verbose: show a progress bar in a terminal, and print one line at the end, if it takes more than two seconds.
     :raises ValueError: for an unknown choice, or a number out of range.
     :raises TypeError: for anything but a flow or generator, for a prior on patches, and for a flow that is not called as
         ``flow(x, rev=False)``.
@@ -95,13 +95,16 @@ class LatentMAP(Reconstructor):
     >>> from deepinv_flows import LatentMAP, image_flow
     >>> x = torch.rand(2, 1, 8, 8)
     >>> physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5)
-    >>> model = LatentMAP(image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4), max_iter=30)
+    >>> flow = image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4)
+    >>> model = LatentMAP(flow, max_iter=30, verbose=False)
     >>> x_net = model(physics(x), physics)
     >>> torch.allclose(physics(x_net), physics(x), atol=0.05)
     True
     """
 
-    c: Conditions | Callable = None  # objects that 0.1.0 pickled have none
+    # objects that 0.1.0 pickled have neither
+    c: Conditions | Callable = None
+    verbose: bool = True
 
     def __init__(
         self,
@@ -121,7 +124,7 @@ class LatentMAP(Reconstructor):
         latent_shape: Sequence[int] | None = None,
         c: Conditions | Callable = None,
         generator: torch.Generator | None = None,
-        show_progress_bar: bool = False,
+        verbose: bool = True,
     ):
         super().__init__()
         self.flow = images_of(flow).module
@@ -140,7 +143,7 @@ class LatentMAP(Reconstructor):
         _check_weight(lambda_reg)
         self.c = c
         self.generator = torch.Generator() if generator is None else generator
-        self.show_progress_bar = show_progress_bar
+        self.verbose = verbose
 
     def extra_repr(self) -> str:
         init = self.init if isinstance(self.init, str) else type(self.init).__name__
@@ -185,10 +188,10 @@ class LatentMAP(Reconstructor):
         with torch.no_grad():
             value_and_grad, z, generate = self.problem(y, physics, init, c)
             metrics = Metrics(generate, z, x_gt) if compute_metrics else None
-            with tqdm(total=self.max_iter, disable=not self.show_progress_bar, desc="LatentMAP") as bar:
+            with Console("LatentMAP", self.max_iter, self.verbose) as console:
 
                 def callback(z, value):
-                    bar.update()
+                    console.update(objective=value)
                     if metrics is not None:
                         metrics.update(z, value)
 

@@ -9,9 +9,9 @@ from deepinv.optim import L2
 from deepinv.physics import Physics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..checks import check_positive, positive_int
+from ..console import Console
 from ..flows import Conditions
 from .hamiltonian import Kernel
 from .map import LatentMAP
@@ -52,7 +52,7 @@ class LatentSampler(Reconstructor):
     :param tuple latent_shape: shape of the latent of one image; needed where the flow does not know it.
     :param torch.Generator generator: source of all random numbers of the chain; ``None`` is a generator of the sampler's own,
         with a fixed seed.
-    :param bool verbose: show a progress bar over the iterations.
+    :param bool verbose: show a progress bar in a terminal, and print one line at the end, if it takes more than two seconds.
     :raises ValueError: for numbers out of range.
 
     Sources: Neal, "MCMC using Hamiltonian dynamics", 2011, arXiv 1206.1901; Hoffman & Gelman, "The No-U-Turn Sampler", JMLR 2014,
@@ -62,7 +62,7 @@ class LatentSampler(Reconstructor):
     >>> from deepinv_flows import LatentSampler, image_flow
     >>> flow = image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4)
     >>> physics = dinv.physics.Inpainting((1, 8, 8), mask=0.5)
-    >>> sampler = LatentSampler(flow, dinv.optim.L2(sigma=0.1), max_iter=20, warm_up=10)
+    >>> sampler = LatentSampler(flow, dinv.optim.L2(sigma=0.1), max_iter=20, warm_up=10, verbose=False)
     >>> mean, variance = sampler.sample(physics(torch.rand(2, 1, 8, 8)), physics)
     >>> mean.shape, variance.shape
     (torch.Size([2, 1, 8, 8]), torch.Size([2, 1, 8, 8]))
@@ -83,7 +83,7 @@ class LatentSampler(Reconstructor):
         c: Conditions | Callable = None,
         latent_shape: tuple[int, ...] | None = None,
         generator: torch.Generator | None = None,
-        verbose: bool = False,
+        verbose: bool = True,
     ):
         super().__init__()
         self.max_iter, self.warm_up, self.num_steps = positive_int(
@@ -144,14 +144,18 @@ class LatentSampler(Reconstructor):
             acceptance probability of each image.
         :raises ValueError: as :class:`deepinv_flows.LatentMAP` raises.
         """
-        value_and_grad, z, generate = self.map.problem(y, physics, init, c)
+        with Console("LatentSampler", self.map_iter + self.warm_up + self.max_iter, self.verbose) as console:
+            return self._sample(console, *self.map.problem(y, physics, init, c), g_statistics, callback)
+
+    def _sample(self, console: Console, value_and_grad, z, generate, g_statistics, callback) -> tuple[Tensor, Tensor]:
         if self.map_iter:
-            z = self.map.minimise(value_and_grad, z)
+            z = self.map.minimise(value_and_grad, z, lambda z, value: console.update(objective=value))
         metric = curvature(value_and_grad, z, self.rank, self.temperature**-2, self.generator)
         kernel = Kernel(value_and_grad, z, metric, self.num_steps, self.acceptance, self.generator)
         mean = squares = accepted = torch.zeros(())
-        for it in tqdm(range(self.warm_up + self.max_iter), disable=not self.verbose, desc="LatentSampler"):
+        for it in range(self.warm_up + self.max_iter):
             rate = kernel.step(adapt=it < self.warm_up)
+            console.update(acceptance=rate)
             if (n := it - self.warm_up + 1) < 1:
                 continue
             x = generate(kernel.z)
@@ -162,4 +166,5 @@ class LatentSampler(Reconstructor):
             squares = squares + delta * (g - mean)
             accepted = accepted + (rate - accepted) / n
         self.accepted = accepted
+        console.result = f"{self.max_iter} samples, acceptance {float(accepted.mean()):.2f}"
         return mean, squares / max(1, self.max_iter - 1)

@@ -3,9 +3,10 @@ How an objective is minimised, by name; each algorithm sees it in units of its s
 
 With images :math:`x = s u` and :math:`G(u) = F(s u) / k`, where s is a tenth of the norm of the start and k the norm of the
 gradient of :math:`F(s u)` there, the first step of any of them has a length that suits, whatever unit images and measurements
-are in.
+are in. For L-BFGS s has, besides, a factor for each pixel, the :func:`~deepinv_flows.reconstruction.metric.metric`.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from ..checks import at_iteration
 from ..iterators import DavisYinIteration, IPianoIteration, nmapg
 from ..patchnr import PatchNR
 from ..solvers import lbfgs, per_sample
+from .metric import metric
 from .objective import Objective, PriorTerm, Term
 from .progress import Finished, Progress, size
 
@@ -31,22 +33,22 @@ class Scaled:
 
     explicit_prior = True
 
-    def __init__(self, objective: Objective, x: Tensor):
-        self.objective, self.shape = objective, x
-        s = 0.1 * size(x)
+    def __init__(self, objective: Objective, x: Tensor, r: Tensor | None = None):
+        self.objective, self.r = objective, torch.ones_like(x) if r is None else r
+        s = 0.1 * size(x / self.r)
         self.s = torch.where(s > 0, s, torch.ones_like(s))
-        k = self.s * size(objective.value_and_grad(x)[1])
+        k = self.s * size(self.r * objective.value_and_grad(x)[1])
         self.k = torch.where(k > 0, k, torch.ones_like(k))
 
     def image(self, u: Tensor) -> Tensor:
-        return per_sample(self.s, u) * u
+        return per_sample(self.s, u) * self.r * u
 
     def of(self, x: Tensor) -> Tensor:
-        return x / per_sample(self.s, x)
+        return x / (per_sample(self.s, x) * self.r)
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = self.objective.value_and_grad(self.image(u))
-        return value / self.k, per_sample(self.s / self.k, u) * grad
+        return value / self.k, per_sample(self.s / self.k, u) * self.r * grad
 
     def smooth(self, u: Tensor, *args) -> Tensor:
         """Smooth terms, (B,); autograd finds the gradient that they say themselves."""
@@ -94,14 +96,22 @@ class ScaledTerm(Prior):
 
 
 def by_lbfgs(objective: Objective, x: Tensor, progress: Progress) -> None:
-    scaled = Scaled(objective, x)
+    scaled = Scaled(objective, x, metric(objective, x))
     lbfgs(scaled.value_and_grad, scaled.of(x), progress.max_iter, callback=scaled.watch(progress))
 
 
 def by_nmapg(objective: Objective, x: Tensor, progress: Progress) -> None:
     scaled = Scaled(objective, x)
     prior = ScaledTerm(scaled, objective.proximable[0]) if objective.proximable else None
-    nmapg(scaled.smooth, scaled.of(x), prior, max_iter=progress.max_iter, tol=0.0, callback=scaled.watch(progress))
+    nmapg(
+        scaled.smooth,
+        scaled.of(x),
+        prior,
+        max_iter=progress.max_iter,
+        tol=0.0,
+        callback=scaled.watch(progress),
+        verbose=False,
+    )
 
 
 def by_ipiano(objective: Objective, x: Tensor, progress: Progress) -> None:
@@ -210,12 +220,8 @@ def automatic(objective: Objective, x: Tensor) -> str:
 @torch.no_grad()
 def minimise(algorithm: str, objective: Objective, x: Tensor, progress: Progress) -> Tensor:
     """The best iterate of each sample by one of :data:`ALGORITHMS`; its objective is never above that of x."""
-    try:
+    with contextlib.suppress(Finished):
         ALGORITHMS[algorithm](objective, x, progress)
-    except Finished:
-        pass
-    finally:
-        progress.close()
     value = objective.value(progress.x)  # in their own units, where rounding may differ
     better = value <= progress.first
     progress.value = torch.where(better, value, progress.first)

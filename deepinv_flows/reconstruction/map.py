@@ -1,7 +1,7 @@
 """From measurements to an image in one call, by any prior with a value and a gradient or a proximity operator."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -10,7 +10,8 @@ from deepinv.optim import DataFidelity, Prior
 from deepinv.optim.data_fidelity import L2
 from torch import Tensor, nn
 
-from ..checks import check_autograd, check_choice, check_positive, positive_int
+from ..checks import check_autograd, check_choice, check_positive, positive_int, warn_outside
+from ..console import Console
 from . import files, tuning
 from .algorithms import ALGORITHMS, NEEDS_GRADIENT, automatic, minimise
 from .choices import as_constraint, check_fits, checked_weight
@@ -30,12 +31,13 @@ class MAP(Reconstructor):
 
     with f = ``data_fidelity``, g = ``prior`` and c = ``constraint``. Each image of a batch is a problem of its own. The
     objective of what is returned is never above that of the start, which is the best of :math:`A^\top y` times its best factor,
-    ``physics.A_dagger(y)``, y if it is an image, and ``init``.
+    ``physics.A_dagger(y)``, the image nearest to a constant that fits y, y itself if it is an image, and ``init``.
 
-    **Algorithms.** ``"auto"`` takes ``"lbfgs"`` where f and g are known by their gradients (in ours the fastest, with its line
-    search monotone); ``"nmapg"``, accelerated proximal gradient descent, with a constraint or a prior known by its proximity
-    operator; ``"davis_yin"`` with both; ``"adam"`` with a falling step, on random grids of patches, for images of half a
-    million patches and more. ``"ipiano"`` is inertial proximal gradient descent.
+    **Algorithms.** ``"auto"`` takes ``"lbfgs"`` where f and g are known by their gradients (monotone, and the fastest in our
+    benchmark ``solvers.py --starts``; in the metric of the diagonal of the Hessian, where that tells pixels apart);
+    ``"nmapg"``, accelerated proximal gradient descent, with a constraint or a prior known by its proximity operator;
+    ``"davis_yin"`` with both; ``"adam"`` with a falling step, on random grids of patches, for images of half a million patches
+    and more. ``"ipiano"`` is inertial proximal gradient descent.
 
     **Choosing** ``lambda_reg``. Best is :meth:`tune`, on a few clean images like those to come, kept from training.
     ``"rule"`` takes what the docstring of the prior says, from the noise and the sizes. ``"discrepancy"`` takes the
@@ -53,11 +55,12 @@ class MAP(Reconstructor):
     :param int max_iter: bound on the number of iterations.
     :param float tol: an image is done when ten iterations moved it by less than this times its norm.
     :param float max_seconds: bound on the time of a reconstruction; ``None`` is none.
-    :param bool verbose: show a progress bar, and print one line when done.
+    :param bool verbose: show a progress bar in a terminal, and print one line at the end, if it takes more than two seconds.
     :raises TypeError: for a prior that is not a deepinv prior, and other kinds of ``lambda_reg`` or ``constraint``.
     :raises ValueError: for a prior without a value, a denoiser for example, and numbers out of range.
 
-    Sources: of the prior, see there; Nocedal, "Updating quasi-Newton matrices with limited storage", 1980; Li & Lin 2015
+    Sources: of the prior, see there; Nocedal, "Updating quasi-Newton matrices with limited storage", 1980; Bekas, Kokiopoulou &
+    Saad, "An estimator for the diagonal of a matrix", 2007; Li & Lin 2015
     (``"nmapg"``); Morozov 1966 (discrepancy); Stein 1981, Ramani, Blu & Unser 2008 (Monte-Carlo SURE).
 
     >>> import torch, deepinv as dinv
@@ -136,11 +139,16 @@ class MAP(Reconstructor):
         for part in parts(y):
             if not bool(torch.isfinite(part).all()):
                 raise ValueError(f"the measurements of shape {tuple(part.shape)} hold NaN or infinite entries")
-        with torch.no_grad():
+        searches = isinstance(self.lambda_reg, str) and self.lambda_reg != "rule"
+        with torch.no_grad(), Console("MAP", None if searches else self.max_iter, self.verbose) as console:
             found = candidates(y, physics, init)
-            weight, reason = tuning.weight(self, y, physics, found)
+            weight, reason = tuning.weight(self, y, physics, found, console.update)
             x, progress, name, start = self.solve(
-                y, physics, weight, found, x_gt=x_gt if compute_metrics else None, verbose=self.verbose
+                y, physics, weight, found, x_gt=x_gt if compute_metrics else None, update=console.update
+            )
+            console.result = (
+                f"{name} from {' and '.join(sorted(set(start)))}, lambda_reg {float(weight.mean()):.4g} ({reason}), objective "
+                f"{float(progress.first.mean()):.5g} to {float(progress.value.mean()):.5g}, {progress.iterations} iterations"
             )
         self.chosen = {
             "lambda_reg": weight if len(weight) > 1 else float(weight),
@@ -149,12 +157,8 @@ class MAP(Reconstructor):
             "start": sorted(set(start)),
             "iterations": progress.iterations,
         }
-        if self.verbose:
-            print(
-                f"MAP: {name} from {' and '.join(self.chosen['start'])}, lambda_reg {float(weight.mean()):.4g} ({reason}), "
-                f"objective {float(progress.first.mean()):.5g} to {float(progress.value.mean()):.5g} in "
-                f"{progress.iterations} iterations and {progress.seconds:.1f} s"
-            )
+        if (known := getattr(self.prior, "image_range", None)) is not None:
+            warn_outside(x, known)
         return (x, progress.metrics) if compute_metrics else x
 
     def solve(
@@ -166,7 +170,7 @@ class MAP(Reconstructor):
         *,
         x_gt: Tensor | None = None,
         metric: nn.Module | None = None,
-        verbose: bool = False,
+        update: Callable[..., None] = lambda **shown: None,
     ) -> tuple[Tensor, Progress, str, list[str]]:
         """
         Minimise the objective with a given weight.
@@ -177,7 +181,7 @@ class MAP(Reconstructor):
         :param dict found: images to start from, by name.
         :param torch.Tensor x_gt: true images, for ``metric``.
         :param torch.nn.Module metric: of images and true images; ``None`` is the PSNR.
-        :param bool verbose: show a progress bar.
+        :param Callable update: called as ``update(objective=values)`` after each iteration.
         :return: images, the record of the search, the algorithm, and where each image started.
         """
         by_gradient = is_smooth(self.prior) or self.solver in NEEDS_GRADIENT
@@ -187,7 +191,7 @@ class MAP(Reconstructor):
         x, value, start = least(objective, found)
         name = automatic(objective, x) if self.solver == "auto" else self.solver
         check_fits(name, objective)
-        progress = Progress(x, value, self.max_iter, self.tol, self.max_seconds, x_gt, metric, verbose)
+        progress = Progress(x, value, self.max_iter, self.tol, self.max_seconds, x_gt, metric, update)
         return minimise(name, objective, x, progress), progress, name, start
 
     def tune(

@@ -61,9 +61,12 @@ def frozen(prior: Prior) -> Prior:
     for module in prior.modules():
         shared |= {id(v): v for v in vars(module).values() if isinstance(v, torch.Generator)}
     try:
-        return copy.deepcopy(prior, shared)
+        own = copy.deepcopy(prior, shared)
     except Exception:  # not every module of a user's copies
         return prior
+    if isinstance(own, PatchNR):
+        own.image_range = None  # starts and trial steps may lie outside; what is returned is looked at
+    return own
 
 
 def is_smooth(prior: Prior) -> bool:
@@ -110,7 +113,8 @@ class PriorTerm(Term):
 
     def __init__(self, prior: Prior, weight: Tensor):
         self.prior, self.weight = frozen(prior), weight
-        self.jointly = isinstance(prior, PatchNR | FlowPrior)
+        # where the gradient is that of autograd, it is taken together with the value
+        self.jointly = isinstance(prior, PatchNR | FlowPrior) or type(prior).grad is Potential.grad
 
     def value(self, x: Tensor) -> Tensor:
         return self.weight * _each("prior", self.prior(x), x)

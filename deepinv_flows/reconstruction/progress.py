@@ -1,11 +1,11 @@
 """What watches a search: the best iterate of each image, when to stop, and what deepinv's optimizers record."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from deepinv.loss.metric import PSNR
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..solvers import per_sample
 
@@ -36,11 +36,12 @@ class Progress:
     :param float max_seconds: bound on the time, or ``None``.
     :param torch.Tensor x_gt: true images, for the metric.
     :param torch.nn.Module metric: of images and true images; ``None`` is the PSNR.
-    :param bool verbose: whether to show a progress bar.
+    :param Callable update: shows an iteration, as :meth:`deepinv_flows.console.Console.update`.
     """
 
     def __init__(self, x: Tensor, value: Tensor, max_iter: int, tol: float, max_seconds: float | None = None,
-                 x_gt: Tensor | None = None, metric: nn.Module | None = None, verbose: bool = False):  # fmt: skip
+                 x_gt: Tensor | None = None, metric: nn.Module | None = None,
+                 update: Callable[..., None] = lambda **shown: None):  # fmt: skip
         self.x, self.value, self.first, self.scale = x.clone(), value.clone(), value, size(x)
         self.max_iter, self.tol, self.max_seconds = max_iter, tol, max_seconds
         self.x_gt, self.metric = x_gt, PSNR() if metric is None else metric
@@ -48,7 +49,7 @@ class Progress:
         self.marked, self.iterations, self.start = self.x, 0, time.monotonic()
         self.metrics: dict[str, list[list[float]]] = {name: [[] for _ in x] for name in ("psnr", "cost", "residual")}
         self._append("psnr", self._score())
-        self.bar = tqdm(total=max_iter, disable=not verbose, leave=False, desc="MAP")
+        self.update = update
 
     @property
     def seconds(self) -> float:
@@ -65,18 +66,14 @@ class Progress:
         self._append("residual", (size(self.x - before) / (size(self.x) + 1e-6)).tolist())
         self._append("psnr", self._score())
         self.iterations += 1
-        self.bar.update()
+        self.update(objective=self.value)
         if self.iterations % WINDOW == 0:
             self.done = self.done | (size(self.x - self.marked) < self.tol * size(self.x))
             self.done = self.done | ((self.x == self.marked).flatten(1).all(1) & (self.tol > 0))
             self.marked = self.x
-            self.bar.set_postfix(objective=f"{float(self.value.mean()):.6g}")
         late = self.max_seconds is not None and self.seconds > self.max_seconds
         if late or self.iterations >= self.max_iter or bool(self.done.all()):
             raise Finished
-
-    def close(self) -> None:
-        self.bar.close()
 
     def _check_bounded(self, x: Tensor, value: Tensor) -> None:
         away = (size(x) > DIVERGED * self.scale) & (self.scale > 0) & (value < self.first)

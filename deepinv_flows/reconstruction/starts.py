@@ -1,5 +1,7 @@
 """Where a reconstruction starts: of a few images, the one of least objective."""
 
+from collections.abc import Callable
+
 import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
@@ -21,7 +23,11 @@ def candidates(y, physics, init: Tensor | None = None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     reasons = []
     if isinstance(physics, LinearPhysics):
-        found["A^T y"] = _scaled_adjoint(y, physics)
+        found["A^T y"] = _scaled(physics.A_adjoint(y).detach(), y, physics)
+        try:
+            found["near a constant"] = _in_units(y, lambda y: _near_a_constant(y, physics))
+        except Exception as error:  # a guess that any physics may fail to give
+            reasons.append(f"prox_l2: {error}")
     try:
         found["A_dagger(y)"] = _pseudoinverse(y, physics)
     except Exception as error:  # a guess that any physics may fail to give
@@ -40,24 +46,43 @@ def candidates(y, physics, init: Tensor | None = None) -> dict[str, Tensor]:
 
 
 def _pseudoinverse(y, physics) -> Tensor:
-    """``A_dagger(y)``; of measurements of size 1 where that is the same, as deepinv's solvers have absolute tolerances."""
-    if not isinstance(physics, LinearPhysics) or not torch.is_tensor(y):
+    """``A_dagger(y)``; of measurements of size 1 where that is the same."""
+    if not isinstance(physics, LinearPhysics):
         return physics.A_dagger(y).detach()
+    return _in_units(y, physics.A_dagger)
+
+
+def _in_units(y, solve: Callable) -> Tensor:
+    """``solve(y)`` of measurements of size 1, as deepinv's solvers have absolute tolerances; a stack stays as it is."""
+    if not torch.is_tensor(y):
+        return solve(y).detach()
     scale = y.abs().flatten(1).amax(1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    x = physics.A_dagger(y / per_sample(scale, y)).detach()
+    x = solve(y / per_sample(scale, y)).detach()
     return per_sample(scale, x) * x
 
 
-def _scaled_adjoint(y, physics) -> Tensor:
-    """The multiple of A^T y whose measurements are nearest to y."""
-    x = physics.A_adjoint(y).detach()
+def _scaled(x: Tensor, y, physics: LinearPhysics) -> Tensor:
+    """The multiple of x whose measurements are nearest to y."""
     Ax = physics.A(x)
-    pairs = list(zip(parts(Ax), parts(y)))
-    inner = torch.stack([(a.conj() * b).real.flatten(1).sum(1) for a, b in pairs]).sum(0)
-    square = torch.stack([(a.conj() * a).real.flatten(1).sum(1) for a, _ in pairs]).sum(0)
-    factor = torch.where(square > 0, inner / square, torch.zeros_like(square))
-    return per_sample(factor, x) * x
+    inner, square = _inner(Ax, y), _inner(Ax, Ax)
+    return per_sample(torch.where(square > 0, inner / square, torch.zeros_like(square)), x) * x
+
+
+def _near_a_constant(y, physics: LinearPhysics) -> Tensor:
+    """
+    The image nearest to a constant that fits the measurements, up to a hundredth of the curvature of the data fidelity.
+
+    Where nothing was measured, the constant that fits best is more plausible than 0.
+    """
+    back = physics.A_adjoint(y)
+    flat, Ax = _scaled(torch.ones_like(back), y, physics), physics.A(back)
+    return physics.prox_l2(flat, y, gamma=per_sample(100 * _inner(back, back) / _inner(Ax, Ax), back))
+
+
+def _inner(a, b) -> Tensor:
+    """Inner products (B,) of images or measurements, stacked ones among them."""
+    return torch.stack([(p.conj() * q).real.flatten(1).sum(1) for p, q in zip(parts(a), parts(b))]).sum(0)
 
 
 @torch.no_grad()
@@ -68,21 +93,22 @@ def least(objective: Objective, found: dict[str, Tensor]) -> tuple[Tensor, Tenso
     :return: images, their objectives (B,), and which candidate each sample took.
     :raises ValueError: naming the samples for which the objective, or its gradient, is finite at no candidate.
     """
-    names = list(found)
-    constraint = objective.constraint
-    images = [x if constraint is None else _feasible(constraint, x) for x in found.values()]
+    names, constraint = list(found), objective.constraint
+    images = torch.stack([x if constraint is None else _feasible(constraint, x) for x in found.values()])
     values = torch.stack([_value(objective, x) for x in images])
-    lowest, which = values.min(0)
-    bad = torch.isinf(lowest)
-    if bad.any():
-        raise ValueError(
-            f"the objective of images {bad.nonzero().flatten().tolist()} of the batch, or its gradient, is not finite "
-            f"at any start ({', '.join(names)})"
-        )
-    x = images[0]
-    for k, image in enumerate(images[1:], 1):
-        x = torch.where(per_sample(which == k, x), image, x)
-    return x.contiguous(), lowest, [names[k] for k in which.tolist()]
+    rows = torch.arange(images.shape[1], device=images.device)
+    while True:
+        lowest, which = values.min(0)
+        if torch.isinf(lowest).any():
+            raise ValueError(
+                f"the objective of images {torch.isinf(lowest).nonzero().flatten().tolist()} of the batch, or its gradient, "
+                f"is not finite at any start ({', '.join(names)})"
+            )
+        x = images[which, rows]
+        good = objective.finite(x)
+        if good.all():
+            return x, lowest, [names[k] for k in which.tolist()]
+        values[which[~good], rows[~good]] = torch.inf
 
 
 def _feasible(constraint: Constraint, x: Tensor) -> Tensor:
@@ -91,8 +117,7 @@ def _feasible(constraint: Constraint, x: Tensor) -> Tensor:
 
 
 def _value(objective: Objective, x: Tensor) -> Tensor:
-    """The objective, infinite where it or its gradient is not finite."""
+    """The objective, infinite where it is not finite."""
     if not bool(torch.isfinite(x).all()):
         return torch.full_like(x.flatten(1)[:, 0], torch.inf)
-    value = objective.value(x)
-    return torch.where(objective.finite(x), value, torch.full_like(value, torch.inf))
+    return objective.value(x).nan_to_num(torch.inf, torch.inf, torch.inf)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from deepinv.loss.metric import PSNR
 from torch import Tensor, nn
 
 from ..checks import check_positive, randomness
+from ..console import Console
 from .objective import DataTerm, frozen
 from .search import highest, root
 from .starts import candidates
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
 WORSE = 2e-3  # relative, of a metric from which on stopping early is better
 
 
-def weight(model: "MAP", y, physics, found: dict[str, Tensor]) -> tuple[Tensor, str]:
+def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[..., None]) -> tuple[Tensor, str]:
     """The weight (B,) for some measurements, and how it was found."""
     x = next(iter(found.values()))
     if not isinstance(model.lambda_reg, str):
         return model.weight_for(x), "tuned" if model.tuned else "given"
     if model.lambda_reg == "rule":
         return by_rule(model.prior, model.data_fidelity, y, physics, x), "rule"
-    reconstruct = _warm(model, y, physics, found)
+    reconstruct = _warm(model, y, physics, found, update)
     start = first_guess(model, y, physics, x)
     if model.lambda_reg == "discrepancy":
         discrepancy(physics, y, x)  # is the noise known?
@@ -52,12 +53,12 @@ def first_guess(model: "MAP", y, physics, x: Tensor) -> Tensor:
         return balance(frozen(model.prior).grad, DataTerm(model.data_fidelity, y, physics), x)
 
 
-def _warm(model: "MAP", y, physics, found: dict[str, Tensor]):
+def _warm(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[..., None]):
     """Reconstruction by weight, each from where the last ended if that is better than the other starts."""
     last: dict[str, Tensor] = {}
 
     def reconstruct(value: Tensor) -> Tensor:
-        last["the last weight's"], *_ = model.solve(y, physics, value, {**found, **last})
+        last["the last weight's"], *_ = model.solve(y, physics, value, {**found, **last}, update=update)
         return last["the last weight's"]
 
     return reconstruct
@@ -69,18 +70,24 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
         check_positive(max_seconds=max_seconds)
     x, metric, began = _images(images, n), PSNR() if metric is None else metric, time.monotonic()
     sign = -1.0 if metric.lower_better else 1.0
-    with torch.no_grad():
+    with torch.no_grad(), Console("MAP.tune", None, model.verbose) as console:
         y = simulated(x, physics, generator)
         found = candidates(y, physics)
-        reconstruct = _warm(model, y, physics, found)
+        reconstruct = _warm(model, y, physics, found, console.update)
         start = first_guess(model, y, physics, x).log().mean().exp().reshape(1)
 
         def quality(value: Tensor) -> Tensor:
             return sign * metric(reconstruct(value.expand(len(x))), x).mean().reshape(1)
 
         best, tried = highest(quality, start, lambda: max_seconds is None or time.monotonic() - began < max_seconds)
-        *_, progress, _, _ = model.solve(y, physics, best.expand(len(x)), found, x_gt=x, metric=metric)
-    iterations, score = _stop(progress.metrics["psnr"], sign)
+        *_, progress, _, _ = model.solve(
+            y, physics, best.expand(len(x)), found, x_gt=x, metric=metric, update=console.update
+        )
+        iterations, score = _stop(progress.metrics["psnr"], sign)
+        console.result = (
+            f"lambda_reg {float(best):.4g} of {len(tried)} tried on {len(x)} images, {type(metric).__name__} {score:.4g}, "
+            f"{iterations} iterations"
+        )
     if iterations < progress.iterations:
         model.max_iter = iterations
     model.lambda_reg = float(best)
@@ -94,11 +101,6 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
         "seconds": round(time.monotonic() - began, 1),
         "tried": sorted([float(f"{float(value):.6g}"), round(sign * float(quality), 6)] for value, quality in tried),
     }
-    if model.verbose:
-        print(
-            f"MAP: lambda_reg {model.lambda_reg:.4g} of {len(tried)} tried on {len(x)} images, {model.tuned['metric']} "
-            f"{score:.4g}, {iterations} iterations; {model.tuned['seconds']} s"
-        )
 
 
 def _stop(histories: list[list[float]], sign: float) -> tuple[int, float]:

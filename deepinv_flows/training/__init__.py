@@ -2,12 +2,13 @@
 Training of flows by deepinv's Trainer.
 
 ``fit`` takes images and returns a trained flow. ``samples`` draws from the images, ``likelihood`` and ``score_matching`` are the
-objectives, ``runs`` survive interruptions, and ``distributed`` divides batches between several processes.
+objectives, ``runs`` survive interruptions, ``progress`` is shown, and ``distributed`` divides batches between several processes.
 """
 
 from .distributed import DistributedTrainer
 from .fit import fit_flow, fit_patchnr, initialised
 from .likelihood import BitsPerDim, FlowModel, FlowNLL
+from .progress import Watched
 from .runs import Resumes
 from .samples import ImageSamples, PatchSamples, subset
 
@@ -19,6 +20,7 @@ __all__ = [
     "ImageSamples",
     "PatchSamples",
     "Resumes",
+    "Watched",
     "fit_flow",
     "fit_patchnr",
     "initialised",

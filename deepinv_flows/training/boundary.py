@@ -21,6 +21,12 @@ def check_options(options: dict[str, Any]) -> None:
         raise TypeError(f"expected options of deepinv.Trainer that this training does not set itself; got {unknown}")
 
 
+def check_no_sizes(**sizes: int | None) -> None:
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if given:
+        raise ValueError(f"expected no sizes of a new prior beside prior, which has its own; got {given}")
+
+
 def check_level(sigma: float, compile: bool) -> None:
     if not (isinstance(sigma, Real) and math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"expected a finite noise level sigma >= 0; got {sigma!r}")

@@ -188,8 +188,8 @@ def store(found: Plan, save_path: str | Path | None) -> None:
 
 @contextlib.contextmanager
 def carried_out(found: Plan, dim: int, verbose: bool) -> Iterator[None]:
-    """Say the plan; inside, the number of torch's threads is the plan's."""
-    if verbose:
+    """Say the plan, if it was timed and so is long; inside, the number of torch's threads is the plan's."""
+    if verbose and found.seconds_per_step:
         print(describe(found, dim), flush=True)
     before = torch.get_num_threads()
     if found.threads:

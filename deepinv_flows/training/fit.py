@@ -93,8 +93,8 @@ def fit_patchnr(
         once; then about a quarter more patches are processed in a second.
     :param str device: device of the training.
     :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is a generator with a fixed seed.
-    :param bool verbose: print what is trained and how long it will take, and show one progress bar, with the loss and the best
-        evaluation loss.
+    :param bool verbose: print what is trained and how long it will take; show one progress bar in a terminal, elsewhere a line an
+        epoch, with the loss and the best evaluation loss; and print a line at the end. Short trainings say nothing.
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis`` or ``metrics``.
     :return: the trained prior.
     :raises ValueError: for images that are not finite floating-point tensors or are smaller than a patch, for sizes of a new
@@ -197,8 +197,8 @@ def fit_flow(
     :param bool compile: compile the flow by :func:`torch.compile`, which is not possible with ``sigma``.
     :param str device: device of the training.
     :param torch.Generator generator: source of batches and noise; ``None`` is a generator with a fixed seed.
-    :param bool verbose: print how long the training will take, and show one progress bar, with the loss and the best evaluation
-        loss.
+    :param bool verbose: show one progress bar in a terminal, elsewhere a line an epoch, with the loss and the best evaluation
+        loss; and print a line at the end. Short trainings say nothing.
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis``.
     :return: ``flow``, trained.
     :raises ValueError: for images that are not finite, floating-point and of one size, or not of the size of the flow; for a

@@ -1,52 +1,53 @@
-"""One progress bar for a whole training, and an estimate of its duration."""
+"""One progress bar for a whole training, in a terminal; elsewhere a line an epoch."""
 
-import time
+import contextlib
+from typing import Any
 
-import torch
-from tqdm import tqdm
-
-MEASURED = 20  # the estimate is printed after so many batches; the first one warms up and is not timed
+from ..console import Console
 
 
-class Progress:
+class Watched:
     """
-    A progress bar over all batches of a training, with its loss and the best evaluation loss so far.
+    Mixin of :class:`deepinv.Trainer`, with one bar over all epochs in place of two bars for each.
 
-    :param int batches: number of batches in an epoch.
-    :param int start: number of epochs that were done before.
-    :param int epochs: number of all epochs.
+    Where there is no terminal it says a line an epoch, though not more often than every two seconds; at the end a line with loss,
+    metrics and time.
     """
 
-    def __init__(self, batches: int, start: int, epochs: int):
-        self.batches, self.start, self.epochs, self.done = batches, start, epochs, 0
-        self.bar = tqdm(
-            total=batches * epochs, initial=batches * start, dynamic_ncols=True, unit="batch", desc="training"
-        )
+    bar: bool = False  # whether it is wanted
+    console: Console | None = None
+    epoch: int
+    loss: float
+    epoch_start: int
+    epochs: int
+    train_dataloader: Any
+    logs_total_loss_train: Any
+    eval_metrics_history: dict[str, list[float]]
 
-    def step(self, loss: float, best: float | None) -> None:
-        """Called after each batch, with the mean loss of its epoch and the best evaluation loss."""
-        self.done += 1
-        if self.done == 1:
-            self.began = time.perf_counter()
-        if self.done == min(MEASURED, self.batches) > 1:
-            self._say_what_it_takes((time.perf_counter() - self.began) / (self.done - 1))
-        if self.done % 25 == 0 or self.done % self.batches == 0:
-            self._show(loss, best)
-        self.bar.update()
+    def train(self) -> Any:
+        self.console = None  # of a training before
+        with contextlib.ExitStack() as self.opened:
+            model = super().train()  # type: ignore[misc]
+            if self.console is not None:
+                self.console.result = f"{self.epoch + 1} of {self.epochs} epochs, {self._said()}"
+        return model
 
-    def close(self, loss: float, best: float | None) -> None:
-        self._show(loss, best)
-        self.bar.close()
+    def step(self, epoch: int, *args, train: bool = True, **kwargs) -> None:
+        if train and self.bar and self.console is None:
+            batches = min(len(loader) for loader in self.train_dataloader)
+            console = Console("training", batches * self.epochs, initial=batches * self.epoch_start)
+            self.console, self.epoch = self.opened.enter_context(console), epoch
+        if self.console is not None and epoch > self.epoch:  # the one before has been evaluated by now
+            self.console.milestone(f"epoch {self.epoch + 1} of {self.epochs}, {self._said()}")
+        super().step(epoch, *args, train=train, **kwargs)  # type: ignore[misc]
+        if train and self.console is not None:
+            self.epoch, self.loss = epoch, self.logs_total_loss_train.avg
+            self.console.update(epoch=f"{epoch + 1}/{self.epochs}", **self.figures())
 
-    def _show(self, loss: float, best: float | None) -> None:
-        shown = {"epoch": f"{self.start + -(-self.done // self.batches)}/{self.epochs}", "loss": f"{loss:.4g}"}
-        self.bar.set_postfix(shown if best is None else {**shown, "best": f"{best:.4g}"}, refresh=False)
+    def figures(self) -> dict[str, float]:
+        """What tells how good the model is by now."""
+        metrics = {name: history[-1] for name, history in self.eval_metrics_history.items() if history}
+        return {"loss": self.loss, **metrics}
 
-    def _say_what_it_takes(self, seconds: float) -> None:
-        left = self.batches * (self.epochs - self.start)
-        total = seconds * left
-        length = f"{total / 60:.1f} minutes" if total >= 60 else f"{total:.0f} seconds"
-        self.bar.write(
-            f"{left} batches in {self.epochs - self.start} epochs, {1000 * seconds:.1f} ms each on {torch.get_num_threads()} "
-            f"threads: about {length} without evaluation"
-        )
+    def _said(self) -> str:
+        return ", ".join(f"{name} {value:.4g}" for name, value in self.figures().items())

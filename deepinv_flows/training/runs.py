@@ -16,7 +16,7 @@ from deepinv.loss import Loss
 from torch import Tensor, nn
 
 from .. import weights as checkpoints
-from .progress import Progress
+from .progress import Watched
 
 
 def fit(
@@ -118,7 +118,7 @@ class Resumes:
 
 
 @dataclass
-class _Trainer(Resumes, Trainer):
+class _Trainer(Watched, Resumes, Trainer):
     """
     deepinv's Trainer, whose interrupted writes leave the last good checkpoint intact.
 
@@ -128,26 +128,10 @@ class _Trainer(Resumes, Trainer):
     keep_interval: int = 1
     best: tuple[float, dict[str, Tensor]] | None = None  # loss and weights of the best epoch of this run
     past: list[float] | None = None  # evaluation losses of the epochs before this run
-    bar: bool = False
-    progress: Progress | None = None
 
-    def train(self) -> nn.Module:
-        try:
-            return super().train()
-        finally:
-            if self.progress is not None:
-                self.progress.close(*self._losses())
-
-    def step(self, *args, train: bool = True, **kwargs) -> None:
-        super().step(*args, train=train, **kwargs)
-        if train and self.bar:
-            if self.progress is None:
-                self.progress = Progress(len(self.train_dataloader[0]), self.epoch_start, self.epochs)
-            self.progress.step(*self._losses())
-
-    def _losses(self) -> tuple[float, float | None]:
-        """The mean training loss of this epoch, and the least evaluation loss so far."""
-        return self.logs_total_loss_train.avg, min(filter(math.isfinite, self._eval_losses()), default=None)
+    def figures(self) -> dict[str, float]:
+        best = min(filter(math.isfinite, self._eval_losses()), default=None)
+        return super().figures() | ({} if best is None else {"best": best})
 
     def _eval_losses(self) -> list[float]:
         """The evaluation losses of all epochs, including those before an interruption."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..checks import positive_int
 from ..flows import glow_flow
 from ..patchnr import PatchNR
+from .boundary import check_no_sizes
 from .denoising import begin
 from .effort import Plan, plan
 from .samples import image_list
@@ -28,9 +29,7 @@ def start(
     """The prior to train, a new one unless it is given, the images as a list, and the plan of the training."""
     options: dict[str, Any] = {**resumed, **steps}
     if prior is not None:
-        given = {name: size for name, size in dict(patch_size=patch_size, **sizes).items() if size is not None}
-        if given:
-            raise ValueError(f"expected no sizes of a new prior beside prior, which has its own; got {given}")
+        check_no_sizes(patch_size=patch_size, **sizes)
         planned = plan(effort, prior.dim, new=False, **options)
         prior.sigma_range = levels
         return prior, image_list(images, prior.patch_size), planned

@@ -30,7 +30,7 @@ class Task:
     model: nn.Module
     loss: Loss
     physics: Physics
-    samples: Dataset
+    samples: PatchSamples | NoisyPieces
     eval_samples: Dataset
     grad_clip: float
     timed: nn.Module

@@ -34,6 +34,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"deepinv_flows {release}"
 html_static_path = ["../thumbnails"]
 html_show_sourcelink = False
+html_sidebars = {page: [] for page in ("index", "getting_started", "benchmarks", "differences", "changelog")}
 html_theme_options = {
     "navbar_align": "left",
     "show_toc_level": 2,
@@ -58,6 +59,7 @@ sphinx_gallery_conf = {
     "ignore_pattern": r"(gallery|train|train_gravel|train_lfw|train_natural|plain_deepinv|conf)\.py",
     "plot_gallery": "False",  # each figure is the one that the script wrote when it was last run in full
     "download_all_examples": False,
+    "notebook_images": True,  # inside the notebook, which then needs no other file
     "show_memory": False,
     "reference_url": {},
     "remove_config_comments": True,

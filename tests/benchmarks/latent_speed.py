@@ -158,7 +158,7 @@ def main():
     if args.device == "cpu":
         for way in ("graph", "plain", "memory_efficient"):
             peaks = [memory_of(__file__, "--measure", way, str(args.side), str(steps)) for steps in (8, 24)]
-            result[f"peak_MB_{way}"] = [round(peak, 1) for peak in peaks]
+            result[f"peak_MB_{way}"] = {"8 steps": round(peaks[0], 1), "24 steps": round(peaks[1], 1)}
             print(f"{way}: peak {peaks[0]:.0f} MB at 8 steps, {peaks[1]:.0f} MB at 24")
     print(json.dumps({**result, "versions": versions()}))
 

@@ -145,13 +145,14 @@ def patch_energy(prior):
 def latent(flow, iterations, physics, y, sigma, strength, **options):
     """LatentMAP on |A G(z) - y|^2 / 2 sigma^2 + strength |z|."""
     fidelity = dinv.optim.L2(sigma=sigma)
-    return LatentMAP(flow, fidelity, lambda_reg=strength, max_iter=iterations, **options)(y, physics)
+    return LatentMAP(flow, fidelity, lambda_reg=strength, max_iter=iterations, verbose=False, **options)(y, physics)
 
 
 def posterior_mean(flow, iterations, physics, y, sigma, temperature):
     """The mean over a chain in latent space, of latents whose standard deviation a priori is the temperature."""
     fidelity = dinv.optim.L2(sigma=sigma)
-    return LatentSampler(flow, fidelity, temperature, max_iter=iterations, warm_up=iterations // 2)(y, physics)
+    options = dict(max_iter=iterations, warm_up=iterations // 2, verbose=False)
+    return LatentSampler(flow, fidelity, temperature, **options)(y, physics)
 
 
 def by_score(denoiser, physics, y, sigma, strength):

@@ -1,9 +1,9 @@
 """
 Self-supervised MRI with a quarter of the k-space: what equivariance pays.
 
-    python tests/benchmarks/splitting_mri.py [--steps 1000] [--quick] [--cache FILE]
+    python tests/benchmarks/splitting_mri.py [--steps 600] [--quick] [--cache FILE]
 
-Axial slices of the MNI152 T1 template (an average of 152 brains, bundled with the package nilearn), averaged to 2 mm, 96x96
+Axial slices of the MNI152 T1 template (an average of 152 brains, bundled with the package nilearn), averaged to 3 mm, 64x64
 pixels: training from z = -48 to 11 mm, test from z = 32 to 56 mm every 3 mm, at least 20 mm apart. The slices are axial because
 the template is its own mirror image. One Cartesian mask for all of them, of acceleration 4, without noise; an unrolled network
 of three steps, three seeds. ``SSDU`` is deepinv's SplittingLoss with SSDU's Gaussian masks, and all the measurements as input in
@@ -19,7 +19,7 @@ import torch
 from deepinv.physics.generator import GaussianMaskGenerator, GaussianSplittingMaskGenerator
 from splitting_inpainting import Network, Setting, parser, report, run_all
 
-SIDE = 96
+SIDE = 64
 METHODS = {"mri": ["supervised", "MC", "EI", "SSDU", "ours, no motions", "ours"]}
 TRAIN, TEST = range(-48, 12), range(32, 57, 3)  # z in mm
 
@@ -41,7 +41,7 @@ class Unrolled(dinv.models.Reconstructor):
 
 
 def slices(heights):
-    """(N, 2, 96, 96) slices of the template at heights in mm, complex as two channels, in [0, 1]."""
+    """(N, 2, 64, 64) slices of the template at heights in mm, complex as two channels, in [0, 1]."""
     import nibabel
     import nilearn
 
@@ -49,7 +49,7 @@ def slices(heights):
     volume = nibabel.load(path)
     index = [round(z - float(volume.affine[2, 3])) for z in heights]
     x = torch.from_numpy(volume.get_fdata(dtype="float32"))[:, :, index].movedim(-1, 0) / 255
-    x = torch.nn.functional.avg_pool2d(x, 2)
+    x = torch.nn.functional.avg_pool2d(x, 3)
     top, left = ((n - SIDE) // 2 for n in x.shape[1:])
     x = x[:, top : top + SIDE, left : left + SIDE]
     return torch.stack([x, torch.zeros_like(x)], 1)
@@ -66,7 +66,7 @@ def mri(variant, seed):
 
 def main():
     options = parser(__doc__)
-    options.set_defaults(steps=1000)
+    options.set_defaults(steps=600)
     args = options.parse_args()
     warnings.simplefilter("ignore")
     steps, seeds = (80, 2) if args.quick else (args.steps, args.seeds)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from deepinv_flows import PatchNR
+from deepinv_flows import PatchNR, console
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIGS = EXAMPLES / "configs"
@@ -276,6 +276,18 @@ def test_grey_from_a_folder_in_colour_is_said(folder, tmp_path):
         UserWarning, match="3 of 3 files of .* are in colour and are read as grey; channels=3 keeps the colours"
     ):
         train.main(arguments("patchnr", tmp_path, f"data={folder}"))
+
+
+def test_in_a_file_a_training_says_a_line_an_epoch(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "LONG", 0.0)
+    loud = ["epochs=3", "trainer.show_progress_bar=true"]
+    assert train.main(arguments("patchnr", tmp_path, *loud)) == 0
+    out, err = capsys.readouterr()
+    lines = [line.split(", loss ")[0] for line in out.splitlines() if line.startswith("training: ")]
+    assert lines == [f"training: {text}" for text in ("epoch 1 of 3", "epoch 2 of 3", "3 of 3 epochs")]
+    assert "BitsPerDim" in out and "%|" not in err and "Train epoch" not in out + err
+    assert train.main(arguments("patchnr", tmp_path, "trainer.show_progress_bar=true", "mode=test")) == 0
+    assert "%|" not in capsys.readouterr().err
 
 
 def test_progress_bars_are_on_by_default():

@@ -4,13 +4,14 @@ import copy
 import itertools
 import math
 import pickle
+import warnings
 
 import deepinv as dinv
 import pytest
 import torch
 from cases import make
 
-from deepinv_flows import MAP, FlowPrior, PatchNR, image_flow
+from deepinv_flows import MAP, FlowPrior, PatchNR, console, image_flow
 from deepinv_flows.reconstruction import algorithms, starts
 from deepinv_flows.reconstruction.objective import DataTerm, Objective, frozen, is_smooth
 
@@ -113,6 +114,15 @@ def test_never_above_the_start(solver):
     torch.testing.assert_close(objective.value(x), torch.tensor([c[-1] for c in metrics["cost"]], dtype=torch.float64))
 
 
+def test_a_start_where_nothing_was_measured_is_near_a_constant():
+    x = 0.5 + 0.01 * images(2)
+    physics = dinv.physics.Inpainting((1, 8, 8), mask=torch.cat([torch.ones(4, 8), torch.zeros(4, 8)]).double()[None])
+    for unit in (1e-6, 1.0, 1e6):
+        start = starts.candidates(physics.A(unit * x), physics)["near a constant"] / unit
+        torch.testing.assert_close(start[:, :, :4], x[:, :, :4], rtol=1e-3, atol=0)
+        torch.testing.assert_close(start[:, :, 4:], x[:, :, :4].mean((1, 2, 3), keepdim=True).expand(2, 1, 4, 8))
+
+
 def test_each_image_takes_its_best_start():
     physics = dinv.physics.Blur(filter=torch.ones(1, 1, 3, 3, dtype=torch.float64) / 9, padding="circular")
     x = images(2)
@@ -120,7 +130,7 @@ def test_each_image_takes_its_best_start():
     init = torch.stack([x[0], x[1] + 10])
     model = MAP(Tikhonov(), lambda_reg=1e-9, max_iter=1, solver="nmapg", verbose=False)
     found = starts.candidates(y, physics, init)
-    assert list(found) == ["A^T y", "A_dagger(y)", "y", "init"]
+    assert list(found) == ["A^T y", "near a constant", "A_dagger(y)", "y", "init"]
     objective = Objective(DataTerm(L2(), y, physics), Tikhonov(), torch.full((2,), 1e-9), None, True)
     values = torch.stack([objective.value(start) for start in found.values()])
     _, value, names = starts.least(objective, found)
@@ -208,7 +218,8 @@ def test_flow_prior_and_dtypes():
         MAP(prior, max_iter=5, verbose=False)(y, physics)
 
 
-def test_metrics_and_stopping(capsys):
+def test_metrics_and_stopping(capsys, monkeypatch):
+    monkeypatch.setattr(console, "LONG", 0.0)
     prior, physics = patchnr(), dinv.physics.Denoising()
     x = images()
     y = x + 0.1 * torch.randn(x.shape, dtype=x.dtype, generator=generator())
@@ -298,3 +309,16 @@ def test_a_start_of_zero():
     for solver in SMOOTH:
         model = MAP(Bare(lambda x: (x - 1).square().flatten(1).sum(1)), lambda_reg=1.0, solver=solver, verbose=False)
         torch.testing.assert_close(model(y, physics), torch.full_like(y, 2 / 3), rtol=0, atol=2e-2)
+
+
+def test_only_a_result_outside_the_range_of_the_training_images_is_warned_of():
+    """A start may be far outside: the inverse of a blur, for one."""
+    prior = PatchNR(patch_size=3, num_layers=1, sub_net_size=8)
+    prior.image_range = (0.0, 1.0)
+    physics, x = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1)), images(1).float().clamp(0, 1)
+    model = MAP(prior, max_iter=3, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x, physics, init=100 * x)
+    with pytest.warns(UserWarning, match="expected images in about"):
+        model(255 * x, physics)

@@ -6,6 +6,7 @@ import deepinv as dinv
 import pytest
 import torch
 
+from deepinv_flows import console
 from deepinv_flows.training import effort
 
 README = Path(__file__).parents[2] / "README.md"
@@ -16,6 +17,7 @@ def test_the_road(tmp_path, monkeypatch, capsys):
     pytest.importorskip("skimage")
     assert len([line for line in ROAD.splitlines() if line.strip()]) <= 12
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "LONG", 0.0)
     monkeypatch.setitem(effort.MINUTES, "quick", 0.02)
     monkeypatch.setattr(effort, "LEAST_STEPS", 5)
     monkeypatch.setitem(effort.SIZES, "quick", (5, lambda dim: 32, 64, 1))
@@ -26,7 +28,7 @@ def test_the_road(tmp_path, monkeypatch, capsys):
     physics, y, x_net, model = (namespace[name] for name in ("physics", "y", "x_net", "model"))
     said = capsys.readouterr().out
     assert "fit_patchnr: 5 blocks of width 32 on patches of dimension 48" in said
-    assert "MAP: lambda_reg" in said and "(tuned)" in said
+    assert "MAP.tune: lambda_reg" in said and "(tuned)" in said
     assert x_net.shape == y.shape and torch.isfinite(x_net).all()
     again = namespace["MAP"].from_checkpoint("map.safetensors", verbose=False)
     assert torch.equal(again(y, physics), x_net) and again.lambda_reg == model.lambda_reg

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import make
 
-from deepinv_flows import MAP, CheckpointError, FlowPrior, PatchNR, glow_flow, image_flow
+from deepinv_flows import MAP, CheckpointError, FlowPrior, PatchNR, console, glow_flow, image_flow
 from deepinv_flows.reconstruction import tuning
 from deepinv_flows.reconstruction.search import highest, root
 from deepinv_flows.reconstruction.strength import by_rule, sure
@@ -193,17 +193,18 @@ def test_sure_is_refused_where_it_is_blind():
 # --- by clean images ---
 
 
-def test_tuning_finds_the_best_weight(capsys):
+def test_tuning_finds_the_best_weight(capsys, monkeypatch):
     """Of a Gaussian prior of standard deviation s it is sigma^2 / s^2."""
     physics, clean = denoising(), gaussians(6, 48, std=0.5)
     state = torch.get_rng_state()
     model = MAP(Tikhonov(), lambda_reg=3.0, tol=0, max_iter=20)
+    monkeypatch.setattr(console, "LONG", 0.0)
     assert model.tune(clean, physics, n=4) is model
     assert torch.equal(state, torch.get_rng_state()) and torch.equal(physics(clean), denoising()(clean))
     assert math.isclose(model.lambda_reg, SIGMA**2 / 0.25, rel_tol=0.25) and model.max_iter == 20
     tried = [weight for weight, _ in model.tuned["tried"]]
     assert min(tried) < model.lambda_reg < max(tried) and model.tuned["images"] == 4
-    assert "MAP: lambda_reg 0.1" in capsys.readouterr().out
+    assert "MAP.tune: lambda_reg 0.1" in capsys.readouterr().out
     assert "tuned: PSNR" in repr(model)
     model.verbose = False
     model(physics(clean), physics)

@@ -101,8 +101,8 @@ def test_stored_and_resumed(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_a_given_prior_keeps_its_sizes(capsys):
+def test_a_given_prior_keeps_its_sizes():
     options = dict(epochs=1, steps_per_epoch=2, batch_size=16)
     prior = fit_patchnr(torch.rand(1, 1, 12, 12), prior=PatchNR(glow_flow(9, 1, 8), patch_size=3), **options)
-    assert "the prior given, on patches of dimension 9, 2 steps" in capsys.readouterr().out
+    assert "the prior given, on patches of dimension 9, 2 steps" in describe(prior.effort, 9)
     assert prior.effort.num_layers == prior.effort.sub_net_size == 0

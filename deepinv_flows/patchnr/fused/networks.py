@@ -69,7 +69,7 @@ class Network:
     """
     A fully connected network.
 
-    :param list packed: the matrix [W b] (out, in + 1) of each layer.
+    :param list packed: the matrix W (out, in) and the bias b (out,) of each layer, in turns.
     :param list activations: the activation after each layer but the last.
     """
 
@@ -78,37 +78,32 @@ class Network:
 
     def recorded(self, x: Tensor) -> Tensor:
         """The outputs for the rows of x, with a graph."""
-        for w, act in zip(self.packed, self.activations):
-            x = act.function(F.linear(x, w[:, :-1], w[:, -1]))
-        return F.linear(x, self.packed[-1][:, :-1], self.packed[-1][:, -1])
+        *inner, last = zip(self.packed[::2], self.packed[1::2])
+        for (w, b), act in zip(inner, self.activations):
+            x = act.function(F.linear(x, w, b))
+        return F.linear(x, *last)
 
     def prepare(self, space: Workspace) -> SimpleNamespace:
-        weights = [w.detach().to(space.dtype) for w in self.packed]
-        inputs = [space.new(w.shape[1], space.dtype) for w in weights]
-        for h in inputs:
-            h[-1].fill_(1)
-        kept = [
-            h[:-1] if act.in_place else space.new(len(h) - 1, space.dtype)
-            for h, act in zip(inputs[1:], self.activations)
-        ]
+        weights, biases = ([w.detach().to(space.dtype) for w in self.packed[k::2]] for k in (0, 1))
+        hidden = [space.new(w.shape[1], space.dtype) for w in weights]
+        kept = [h if act.in_place else space.new(len(h), space.dtype) for h, act in zip(hidden[1:], self.activations)]
         return SimpleNamespace(
             weights=weights,
-            transposed=[w[:, :-1].t() for w in weights],
-            inputs=inputs,
-            hidden=[h[:-1] for h in inputs],
+            transposed=[w.t() for w in weights],
+            biases=[b[:, None] for b in biases],
+            hidden=hidden,
             kept=kept,
-            grads=[space.shared(f"hidden {k % 2}", len(h) - 1, space.dtype) for k, h in enumerate(inputs)],
-            product=space.shared("input", len(inputs[0]) - 1, space.dtype)
-            if space.dtype != space.state_dtype
-            else None,
+            grads=[space.shared(f"hidden {k % 2}", len(h), space.dtype) for k, h in enumerate(hidden)],
+            product=space.shared("input", len(hidden[0]), space.dtype) if space.dtype != space.state_dtype else None,
+            ones=space.ones(),
         )
 
     def forward(self, do: Callable, x: Tensor, tape: SimpleNamespace, out: Tensor) -> None:
         do(tape.hidden[0].copy_, x)
         for k, act in enumerate(self.activations):
-            do(torch.mm, tape.weights[k], tape.inputs[k], out=tape.kept[k])
+            do(torch.addmm, tape.biases[k], tape.weights[k], tape.hidden[k], out=tape.kept[k])
             act.apply(do, tape.kept[k], tape.hidden[k + 1])
-        do(torch.mm, tape.weights[-1], tape.inputs[-1], out=out)
+        do(torch.addmm, tape.biases[-1], tape.weights[-1], tape.hidden[-1], out=out)
 
     def backward(
         self, do: Callable, g: Tensor, tape: SimpleNamespace, grads: list[Tensor] | None, into: Tensor
@@ -116,7 +111,8 @@ class Network:
         """Add the gradient in the input to ``into``, and the gradients in ``packed`` to ``grads``."""
         for k in range(len(tape.weights) - 1, -1, -1):
             if grads is not None:
-                do(grads[k].addmm_, g, tape.inputs[k].t())
+                do(grads[2 * k].addmm_, g, tape.hidden[k].t())
+                do(grads[2 * k + 1].addmv_, g, tape.ones)
             if k == 0:
                 break
             do(torch.mm, tape.transposed[k], g, out=tape.grads[k])

@@ -250,10 +250,10 @@ def _network(module: nn.Module, read: _Reading, dim_out: int, scale: list[float]
     activations, packed = list(module)[1::2], []
     _require(len(layers) == len(activations) + 1 and layers[-1].out_features == dim_out)
     for layer in layers:
-        bias = read.zeros(layer.out_features) if layer.bias is None else read(layer.bias)
-        packed.append(torch.cat([read(layer.weight), bias[:, None]], 1))
+        packed += [read(layer.weight), read.zeros(layer.out_features) if layer.bias is None else read(layer.bias)]
     if scale is not None:
-        packed[-1] = packed[-1] * packed[-1].new_tensor(scale)[:, None]
+        factors = packed[-1].new_tensor(scale)
+        packed[-2:] = packed[-2] * factors[:, None], packed[-1] * factors
     return Network(packed, [_activation(module) for module in activations])
 
 

@@ -2,8 +2,8 @@ r"""
 The steps of a patch flow with their derivatives written out, without a graph, in buffers that are reused for each chunk.
 
 A chunk of N patches is held as the columns of a (D, N) matrix, so that halves and single entries are contiguous rows, and
-each layer is one matrix product into a buffer. A row of ones below the activations makes the bias a column of the
-weights, :math:`W h + b = [W\;b]\,[h;1]`, and the gradient in the bias a column of the gradient in the weights.
+each layer is one matrix product into a buffer. Sizes of products are those of the layers: with the bias as a column of the
+weights, one more than a multiple of 16, they take a tenth longer.
 
 Each step has ``packed`` weights, which are functions of the flow's parameters (autograd maps their gradients back), and
 
