@@ -120,10 +120,12 @@ def fit_patchnr(
     check_trainable(prior, "prior")
     for image in [*images, *held_out]:
         check_input(image[None], like_weights(prior).cpu(), prior.patch_size, prior.channels, images_only=True)
+    if not levels:
+        check_range(images, dequantise)
+    prior.sigma_range = levels
     if levels:
         task = score_matching(prior, images, held_out, augment, generator)
     else:
-        check_range(images, dequantise)
         task = likelihood(prior, images, held_out, dequantise, augment, generator, compile)
     planned = measured(planned, task.timed, task.samples, device, task.step, task.size)
     store(planned, save_path)

@@ -31,7 +31,6 @@ def start(
     if prior is not None:
         check_no_sizes(patch_size=patch_size, **sizes)
         planned = plan(effort, prior.dim, new=False, **options)
-        prior.sigma_range = levels
         return prior, image_list(images, prior.patch_size), planned
     side = positive_int(patch_size=(8 if levels else 6) if patch_size is None else patch_size)
     images = image_list(images, side)
