@@ -113,6 +113,7 @@ class PriorTerm(Term):
 
     def __init__(self, prior: Prior, weight: Tensor):
         self.prior, self.weight = frozen(prior), weight
+        self.last: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
         # where the gradient is that of autograd, it is taken together with the value
         self.jointly = isinstance(prior, PatchNR | FlowPrior) or type(prior).grad is Potential.grad
 
@@ -120,6 +121,12 @@ class PriorTerm(Term):
         return self.weight * _each("prior", self.prior(x), x)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # the start is asked for by its choice, by the metric and by the units
+        if self.last is None or self.last[0] is not x or self.last[1] != x._version:
+            self.last = x, x._version, self._value_and_grad(x)
+        return self.last[2]
+
+    def _value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.jointly:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
@@ -177,8 +184,8 @@ class Objective:
 
     @torch.no_grad()
     def finite(self, x: Tensor) -> Tensor:
-        """Samples (B,) where F and the gradient of its smooth terms are finite."""
-        return finite(*self.value_and_grad(x)) & torch.isfinite(self.value(x))
+        """Samples (B,) where the smooth terms and their gradients are finite."""
+        return finite(*self.value_and_grad(x))
 
 
 def _each(who: str, value: Tensor, x: Tensor) -> Tensor:

@@ -95,7 +95,11 @@ def least(objective: Objective, found: dict[str, Tensor]) -> tuple[Tensor, Tenso
     """
     names, constraint = list(found), objective.constraint
     images = torch.stack([x if constraint is None else _feasible(constraint, x) for x in found.values()])
-    values = torch.stack([_value(objective, x) for x in images])
+    found_values: list[Tensor] = []
+    for k, x in enumerate(images):  # of some physics several are the same
+        same = next((j for j in range(k) if torch.equal(images[j], x)), None)
+        found_values.append(_value(objective, x) if same is None else found_values[same])
+    values = torch.stack(found_values)
     rows = torch.arange(images.shape[1], device=images.device)
     while True:
         lowest, which = values.min(0)
