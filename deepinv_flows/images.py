@@ -69,17 +69,17 @@ def load_images(
 def crops(
     data: str | os.PathLike | Sequence[str],
     size: int,
-    number: int,
+    number: int | None,
     channels: int = 1,
     part: str | None = None,
     seed: int = 0,
 ) -> Tensor:
     """
-    Square pieces of images, at random positions.
+    Square pieces of images, at random positions; no image is used again before all have been used.
 
     :param str data: as in :func:`deepinv_flows.load_images`; or ``"phantoms"``, for random phantoms.
     :param int size: height and width of a piece, in pixels.
-    :param int number: number of pieces N.
+    :param int number: number of pieces N; ``None`` takes one of each image.
     :param int channels: as in :func:`deepinv_flows.load_images`.
     :param str part: as in :func:`deepinv_flows.load_images`.
     :param int seed: seed of the positions, or of the phantoms.
@@ -89,13 +89,15 @@ def crops(
     >>> crops("grass", size=16, number=3).shape
     torch.Size([3, 1, 16, 16])
     """
-    positive_int(size=size, number=number)
+    positive_int(size=size, **({} if number is None and data != "phantoms" else {"number": number}))
     generator = torch.Generator().manual_seed(2 * seed + (part == "eval"))
     if data == "phantoms":
-        return phantoms(number, size, generator=generator).repeat(1, channels, 1, 1)
+        return phantoms(number, size, generator=generator).repeat(1, channels, 1, 1)  # type: ignore[arg-type]
     images = load_images(data, channels, part, size)
+    number = len(images) if number is None else number
+    rounds = [torch.randperm(len(images), generator=generator) for _ in range(0, number, len(images))]
     pieces = []
-    for k in torch.randint(len(images), (number,), generator=generator).tolist():
+    for k in torch.cat(rounds)[:number].tolist():
         top, left = (int(torch.randint(n - size + 1, (), generator=generator)) for n in images[k].shape[1:])
         pieces.append(images[k][:, top : top + size, left : left + size])
     return torch.stack(pieces)

@@ -10,7 +10,8 @@ A terminal shows one bar for the whole training, a file a line an epoch; ``train
 
 With ``resume=true`` the training continues from its newest checkpoint, as if it had not been interrupted; more epochs or another
 learning rate apply from there on. ``mode=test [test_data=/my/folder]`` evaluates the best checkpoint of the newest run, or the
-checkpoint that ``resume=`` names, and writes images to a folder beside it. ``torchrun --nproc_per_node 2 examples/train.py ...``
+checkpoint that ``resume=`` names, with the settings of that run, and writes images to a folder beside it; each image of
+``test_data`` is used once. ``torchrun --nproc_per_node 2 examples/train.py ...``
 divides each batch between two processes, with the losses of a single process.
 
 A file can name any function to be called, so run only files that you trust.
@@ -138,7 +139,7 @@ class ResumingTrainer(Watched, Resumes, DistributedTrainer):
         if train and self.show_progress_bar:
             self.bar, self.verbose = self.verbose, False
         if self.save_path and self.config is not None:
-            OmegaConf.save(self.config, Path(self.save_path) / "config.yaml", resolve=True)
+            OmegaConf.save(self.config, Path(self.save_path) / "config.yaml")
 
 
 def generators(*things) -> tuple[torch.Generator, ...]:
@@ -160,11 +161,22 @@ def device_of(config: DictConfig) -> torch.device:
 
 
 def whole_folder(node) -> None:
-    """Use all images of the data in this node, not the held-out part alone."""
-    for key, below in node.items() if OmegaConf.is_dict(node) else ():
+    """Use all images of the data in this node, each once, not the held-out part alone."""
+    for key, below in list(node.items()) if OmegaConf.is_dict(node) else ():
         if key == "part":
             node[key] = None
+            if "number" in node:
+                node["number"] = None
         whole_folder(below)
+
+
+def of_the_run(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """For ``mode=test`` the config that the run left beside its checkpoint, with the changes of the command line."""
+    if config.get("mode") != "test" or not (config.resume or config.save_path):
+        return config
+    checkpoint = newest_checkpoint(config)
+    left = checkpoint.parent / "config.yaml"
+    return read_config(str(left), [*overrides, f"resume={checkpoint}"]) if left.is_file() else config
 
 
 def run(config: DictConfig) -> ResumingTrainer:
@@ -273,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     start, dtype = time.perf_counter(), torch.get_default_dtype()
     try:
         args = parser.parse_intermixed_args(argv)
-        trainer = run(read_config(args.config, args.overrides))
+        trainer = run(of_the_run(read_config(args.config, args.overrides), args.overrides))
         if trainer.save_path:
             print(f"{time.perf_counter() - start:.1f} s; checkpoints: {trainer.save_path}")
     except Exception as error:

@@ -83,6 +83,14 @@ def test_crops_are_pieces_of_the_image():
     assert not torch.equal(pieces, crops("gravel", size=5, number=20, part="train", seed=1))
 
 
+def test_crops_use_every_image_before_one_again(tmp_path):
+    images = torch.arange(5.0).view(5, 1, 1).expand(5, 6, 6).numpy() / 10
+    np.save(tmp_path / "five.npy", images)
+    found = crops(tmp_path / "five.npy", size=6, number=13)[:, 0, 0, 0].mul(10).round().tolist()
+    assert sorted(found[:5]) == sorted(found[5:10]) == [0, 1, 2, 3, 4] and len(set(found[10:])) == 3
+    assert len(crops(tmp_path / "five.npy", size=3, number=None)) == 5
+
+
 def test_phantoms_of_training_and_evaluation_differ():
     train, held_out = (crops("phantoms", size=16, number=4, part=part) for part in ("train", "eval"))
     assert train.shape == (4, 1, 16, 16) and train.min() == 0 and train.max() <= 1 and not torch.equal(train, held_out)

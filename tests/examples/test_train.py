@@ -271,6 +271,17 @@ def test_mode_test_evaluates_and_writes_images(name, tmp_path, folder, capsys):
     assert f"{metric}: " in capsys.readouterr().out
 
 
+def test_mode_test_uses_the_settings_of_the_run_and_each_image_once(tmp_path, folder, capsys):
+    assert train.main(arguments("splitting_noiseless", tmp_path)) == 0
+    run = next(tmp_path.glob("2*"))
+    quiet = ["trainer.show_progress_bar=false", "mode=test", "channels=1", f"test_data={folder}"]
+    config = ["--config", str(CONFIGS / "splitting_noiseless.yaml"), f"save_path={tmp_path}"]
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match="3 of 3 files"):
+        assert train.main([*config, *quiet]) == 0, capsys.readouterr().err  # without the sizes of the training
+    assert f"images: {run / 'test'}" in capsys.readouterr().out
+
+
 def test_grey_from_a_folder_in_colour_is_said(folder, tmp_path):
     with pytest.warns(
         UserWarning, match="3 of 3 files of .* are in colour and are read as grey; channels=3 keeps the colours"
