@@ -55,6 +55,12 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
+    @property
+    def left(self) -> str:
+        """What to say of a search that ended at ``max_iter`` before it had converged."""
+        cut = self.tol > 0 and self.iterations >= self.max_iter and not bool(self.done.all())
+        return ", the most allowed: it had not converged, so try a larger max_iter" if cut else ""
+
     def __call__(self, x: Tensor, value: Tensor) -> None:
         """Take note of an iterate and its objective."""
         self._check_bounded(x, value)
