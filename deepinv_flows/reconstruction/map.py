@@ -148,7 +148,8 @@ class MAP(Reconstructor):
             )
             console.result = (
                 f"{name} from {' and '.join(sorted(set(start)))}, lambda_reg {float(weight.mean()):.4g} ({reason}), objective "
-                f"{float(progress.first.mean()):.5g} to {float(progress.value.mean()):.5g}, {progress.iterations} iterations{progress.left}"
+                f"{float(progress.first.mean()):.5g} to {float(progress.value.mean()):.5g}, {progress.iterations} iterations"
+                f"{progress.left}"
             )
         self.chosen = {
             "lambda_reg": weight if len(weight) > 1 else float(weight),

@@ -327,6 +327,6 @@ def test_only_a_result_outside_the_range_of_the_training_images_is_warned_of():
 def test_a_search_that_max_iter_ends_says_so(capsys, monkeypatch):
     monkeypatch.setattr(console, "LONG", 0.0)
     physics, y = dinv.physics.Denoising(), images(1)
-    for max_iter, said in ((11, True), (200, False)):
+    for max_iter, said in ((3, True), (200, False)):
         MAP(patchnr(), lambda_reg=0.7, max_iter=max_iter, tol=1e-6 if said else 1e-2)(y, physics)
         assert ("had not converged" in capsys.readouterr().out) == said
