@@ -68,7 +68,7 @@ class NMAPGIteration(SearchIteration):
         if self.criterion is None or config is None or not advance.monitored:
             x, z, past = advance(x, z, past)
         else:
-            x, z, past, of_samples = self.without_settled(self.criterion, advance, (x, z, past), problem, **of_samples)
+            x, z, past, of_samples = self._without_settled(self.criterion, advance, (x, z, past), problem, **of_samples)
         if config is not None:
             self.accept(past.step)
         X = {"est": (x, z), "nmapg": past, "terms": terms, **of_samples}
@@ -76,7 +76,7 @@ class NMAPGIteration(SearchIteration):
             X["cost"] = past.F
         return X
 
-    def without_settled(
+    def _without_settled(
         self,
         criterion: Criterion,
         advance: Advance,

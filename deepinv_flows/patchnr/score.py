@@ -24,7 +24,7 @@ def score(prior: PatchNR, y: Tensor, borders: bool = True) -> Tensor:
     :param torch.Tensor y: images (B, C, H, W).
     :param bool borders: whether to mirror the images at their borders by p - 1 pixels, so that border pixels lie in as many
         patches. Otherwise only pixels at least p - 1 away from the borders are returned.
-    :return: tensor like y, or (B, C, H - 2p + 2, W - 2p + 2); differentiable as :meth:`PatchNR.grad` is.
+    :return: tensor like y, or (B, C, H - 2p + 2, W - 2p + 2); differentiable as :meth:`deepinv_flows.PatchNR.grad` is.
     :raises ValueError, TypeError: for images that the prior refuses, and that are too small to have such pixels.
     """
     prior._check(y, images_only=True)

@@ -3,7 +3,8 @@ How an objective is minimised, by name; each algorithm sees it in units of its s
 
 With images :math:`x = s u` and :math:`G(u) = F(s u) / k`, where s is a tenth of the norm of the start and k the norm of the
 gradient of :math:`F(s u)` there, the first step of any of them has a length that suits, whatever unit images and measurements
-are in. For L-BFGS s has, besides, a factor for each pixel, the :func:`~deepinv_flows.reconstruction.metric.metric`.
+are in. For L-BFGS s has, besides, a factor for each pixel, from
+:mod:`~deepinv_flows.reconstruction.metric`.
 """
 
 import contextlib
