@@ -31,7 +31,7 @@ class MAP(Reconstructor):
 
     with f = ``data_fidelity``, g = ``prior`` and c = ``constraint``. Each image of a batch is a problem of its own. The
     objective of what is returned is never above that of the start, which is the best of :math:`A^\top y` times its best factor,
-    the image nearest to a constant that fits y, ``physics.A_dagger(y)`` where that is cheap or there is nothing else, y itself
+    the image nearest to a constant that fits y (a regularised ``A_dagger(y)``), ``physics.A_dagger(y)`` where that is cheap or there is nothing else, y itself
     if it is an image, and ``init``.
 
     **Algorithms.** ``"auto"`` takes ``"lbfgs"`` where f and g are known by their gradients (monotone, and the fastest in our

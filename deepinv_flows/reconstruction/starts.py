@@ -25,11 +25,11 @@ def candidates(y, physics, init: Tensor | None = None) -> dict[str, Tensor]:
     if isinstance(physics, LinearPhysics):
         found["A^T y"] = _scaled(physics.A_adjoint(y).detach(), y, physics)
         try:
-            found["near a constant"] = _in_units(y, lambda y: _near_a_constant(y, physics))
+            found["regularised A_dagger(y)"] = _in_units(y, lambda y: _near_a_constant(y, physics))
         except Exception as error:  # a guess that any physics may fail to give
             reasons.append(f"prox_l2: {error}")
     # by conjugate gradients it takes as long as some iterations, and the image near a constant is as good a start
-    if "near a constant" not in found or isinstance(physics, DecomposablePhysics):
+    if "regularised A_dagger(y)" not in found or isinstance(physics, DecomposablePhysics):
         try:
             found["A_dagger(y)"] = _pseudoinverse(y, physics)
         except Exception as error:  # a guess that any physics may fail to give

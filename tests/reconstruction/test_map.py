@@ -118,7 +118,7 @@ def test_a_start_where_nothing_was_measured_is_near_a_constant():
     x = 0.5 + 0.01 * images(2)
     physics = dinv.physics.Inpainting((1, 8, 8), mask=torch.cat([torch.ones(4, 8), torch.zeros(4, 8)]).double()[None])
     for unit in (1e-6, 1.0, 1e6):
-        start = starts.candidates(physics.A(unit * x), physics)["near a constant"] / unit
+        start = starts.candidates(physics.A(unit * x), physics)["regularised A_dagger(y)"] / unit
         torch.testing.assert_close(start[:, :, :4], x[:, :, :4], rtol=1e-3, atol=0)
         torch.testing.assert_close(start[:, :, 4:], x[:, :, :4].mean((1, 2, 3), keepdim=True).expand(2, 1, 4, 8))
 
@@ -130,7 +130,7 @@ def test_each_image_takes_its_best_start():
     init = torch.stack([x[0], x[1] + 10])
     model = MAP(Tikhonov(), lambda_reg=1e-9, max_iter=1, solver="nmapg", verbose=False)
     found = starts.candidates(y, physics, init)
-    assert list(found) == ["A^T y", "near a constant", "y", "init"]
+    assert list(found) == ["A^T y", "regularised A_dagger(y)", "y", "init"]
     objective = Objective(DataTerm(L2(), y, physics), Tikhonov(), torch.full((2,), 1e-9), None, True)
     values = torch.stack([objective.value(start) for start in found.values()])
     _, value, names = starts.least(objective, found)
