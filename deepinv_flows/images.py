@@ -89,7 +89,9 @@ def crops(
     >>> crops("grass", size=16, number=3).shape
     torch.Size([3, 1, 16, 16])
     """
-    positive_int(size=size, **({} if number is None and data != "phantoms" else {"number": number}))
+    positive_int(size=size)
+    if number is not None or data == "phantoms":
+        positive_int(number=number)
     generator = torch.Generator().manual_seed(2 * seed + (part == "eval"))
     if data == "phantoms":
         return phantoms(number, size, generator=generator).repeat(1, channels, 1, 1)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from .converged import Criterion, Part, cut
 from .optimizer import Optim
 from .parameters import check_ranges
 from .search import SearchIteration, as_config, as_steps, check_explicit
-from .terms import EnergyTerm, PriorTerm, pick, square, unchanged
+from .terms import EnergyTerm, PriorTerm, pick, unchanged
 
 # of the starts of `nmapg`: in half precision its tolerances are below rounding
 PRECISIONS = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -157,7 +157,8 @@ class NMAPG(Optim):
     **Batches.** With ``early_stop=True`` each sample stops on its own, after an accepted step that changes it, or its cost, by at
     most ``thres_conv`` times its size. A sample that has converged is not evaluated again, if the problem can be cut: the
     measurements, the physics, the data fidelity and the parameters are reduced to the other samples, and compared with the whole
-    once. Where they differ (in a prior that holds an entry for each sample, say), the whole batch is evaluated.
+    each time that a sample converges. Where they differ (in a prior that holds an entry for each sample, say), the whole batch is
+    evaluated. A model of ``deepinv.optim.optim_builder`` does the same, but ends by deepinv's rule, the mean over the batch.
 
     :param deepinv.optim.DataFidelity data_fidelity: f; ``None`` is 0.
     :param deepinv.optim.Prior prior: g; ``None`` is 0.
@@ -257,18 +258,18 @@ def nmapg(
         check_explicit("nmapg", g)
     start = Advance(EnergyTerm(energy, tuple(data or ())), g, config, eta).energy(x)
     z, past = x, History.starting(x, start, as_steps(stepsize, x))
-    alive = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    alive, converged = torch.ones(x.shape[0], dtype=torch.bool, device=x.device), Criterion("residual", tol)
     with Console("nmapg", max_iter, verbose) as console:
         for it in range(max_iter):
             rows = (alive if data is not None else torch.ones_like(alive)).nonzero().flatten()
             advance = Advance(EnergyTerm(energy, tuple(d[rows] for d in data or ())), g, config, eta)
             with at_iteration(it):
                 x_new, z_new, new = advance(x[rows], z[rows], past.rows(rows))
-            moves, live = ~new.accepted | (square(x_new - x[rows]) > tol**2 * square(x_new)), alive[rows]
+            small, live = converged(x[rows], x_new, past.F[rows], new.F), alive[rows]
             going = rows[live]
             x, z = x.index_put((going,), x_new[live]), z.index_put((going,), z_new[live])
             past = past.with_rows(going, new.rows(live))
-            alive = alive.index_put((going,), moves[live])
+            alive = alive.index_put((going,), ~(new.accepted & small)[live])
             console.update(energy=past.F)
             if callback is not None:
                 callback(x, past.F)

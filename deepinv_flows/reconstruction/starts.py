@@ -6,7 +6,7 @@ import torch
 from deepinv.physics import DecomposablePhysics, LinearPhysics
 from torch import Tensor
 
-from ..solvers import per_sample
+from ..solvers import dot, per_sample
 from .objective import Constraint, Objective, parts
 
 
@@ -84,7 +84,7 @@ def _near_a_constant(y, physics: LinearPhysics) -> Tensor:
 
 def _inner(a, b) -> Tensor:
     """Inner products (B,) of images or measurements, stacked ones among them."""
-    return torch.stack([(p.conj() * q).real.flatten(1).sum(1) for p, q in zip(parts(a), parts(b))]).sum(0)
+    return torch.stack([dot(p, q) for p, q in zip(parts(a), parts(b))]).sum(0)
 
 
 @torch.no_grad()
