@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import positive_int
 from .model import EquivariantSplittingModel, SplitReconstructor
-from .parts import observed_mask, parts
+from .parts import observed_mask, rest
 from .pickling import recipe
 from .recorruption import Recorruption
 from .terms import term, unknown_levels
@@ -165,7 +165,7 @@ class EquivariantSplittingLoss(Loss):
         for split in adapted.get_splits():
             x_split = x_net if split.x_net is None else split.x_net
             losses = (self.consistency_loss, self.prediction_loss)
-            for inner, part in zip(losses, parts(split.mask, observed)):
+            for inner, part in zip(losses, (split.mask, rest(split.mask, observed))):
                 terms.append(term(inner, part, split, x_split, y, physics, adapted, **kwargs))
         values, present = (torch.stack(t).unflatten(0, (-1, 2)) for t in zip(*terms))
         if not self._warned and not bool(present.all()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .joint import Alone, of_all
 from .masks import sized
-from .parts import check_mask, kept, observed_mask, parts, shares
+from .parts import check_mask, kept, observed_mask, rest, shares
 from .pickling import Portable
 from .recorruption import Recorruption
 
@@ -50,10 +50,11 @@ class RandomState:
 
 @dataclass
 class Split:
-    """One splitting of a forward pass: its mask, the measurements it was applied to, and all that is needed to repeat it."""
+    """One splitting of a forward pass: its mask, the measurements it was applied to, A_1, and all that is needed to repeat it."""
 
     mask: Tensor
     y: Tensor
+    physics: Physics
     x_net: Tensor | None
     random: RandomState
     autocast: bool
@@ -107,10 +108,11 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
                 mask = self.draw(y, physics)
                 y_in = y if self.recorruption is None else self.recorruption(y, physics, self.joint_draws)
                 random = RandomState(sources, y.device) if update_parameters else None
-                outputs.append(self.model(*self.split(mask, y_in, physics)))
+                y1, physics1 = self.split(mask, y_in, physics)
+                outputs.append(self.model(y1, physics1))
                 if random is not None:
                     own = outputs[-1] if n_samples > 1 else None
-                    splits.append(Split(mask, y_in, own, random, torch.is_autocast_enabled(y.device.type)))
+                    splits.append(Split(mask, y_in, physics1, own, random, torch.is_autocast_enabled(y.device.type)))
         out = outputs[0] if n_samples == 1 else sum(outputs[1:], outputs[0]) / n_samples
         if update_parameters:
             self.splits, self.masks = splits, [split.mask for split in splits]
@@ -161,7 +163,8 @@ class EquivariantSplittingModel(Portable, SplittingLoss.SplittingModel):
     def _check_ratio(self, mask, observed, step) -> None:
         # a small mask may keep all or nothing by chance; it is a mistake only if this happens in every draw
         for _ in range(_REDRAWS):
-            first, second = (bool((shares(part) > 0).any()) for part in parts(mask, observed))
+            inside = kept(mask, observed)
+            first, second = (bool((shares(part) > 0).any()) for part in (inside, rest(inside, observed)))
             if first and second:
                 return
             mask = step()

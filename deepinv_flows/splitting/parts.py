@@ -24,10 +24,9 @@ def kept(mask: Tensor, observed: Tensor | None) -> Tensor:
     return mask * aligned(observed, mask)
 
 
-def parts(mask: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The masks of A_1 and A_2, whose sum is the mask of the observed entries."""
-    first = kept(mask, observed)
-    return first, (1 if observed is None else aligned(observed, first)) - first
+def rest(first: Tensor, observed: Tensor | None) -> Tensor:
+    """The mask of A_2, which with that of A_1 makes up the mask of the observed entries."""
+    return (1 if observed is None else aligned(observed, first)) - first
 
 
 def shares(part: Tensor) -> Tensor:

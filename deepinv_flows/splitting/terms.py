@@ -93,7 +93,10 @@ def term(
     :return: the values, (B,), which are 0 where the mask keeps nothing; and where it keeps something, (B,).
     :raises ValueError: for a loss that does not have a value for each sample.
     """
-    y_part, physics_part = SplittingLoss.split(part, y, physics)
+    if part is split.mask:
+        y_part, physics_part = aligned(part, y) * y, split.physics
+    else:
+        y_part, physics_part = SplittingLoss.split(part, y, physics)
     noise = None if isinstance(model.joint_draws, Alone) else JointNoise(model.joint_draws, y.shape)
     reconstruct = Reconstruction(model, split, part, physics, noise)
     share = shares(part)
