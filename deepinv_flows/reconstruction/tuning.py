@@ -23,7 +23,7 @@ WORSE = 2e-3  # relative, of a metric from which on stopping early is better
 
 
 def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[..., None]) -> tuple[Tensor, str]:
-    """The weight (B,) for some measurements, and how it was found."""
+    """The weight (B,) for some measurements, and how it was found; a search adds its last images to ``found``."""
     x = next(iter(found.values()))
     if not isinstance(model.lambda_reg, str):
         return model.weight_for(x), "tuned" if model.tuned else "given"
@@ -55,11 +55,10 @@ def first_guess(model: "MAP", y, physics, x: Tensor) -> Tensor:
 
 def _warm(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[..., None]):
     """Reconstruction by weight, each from where the last ended if that is better than the other starts."""
-    last: dict[str, Tensor] = {}
 
     def reconstruct(value: Tensor) -> Tensor:
-        last["the last weight's"], *_ = model.solve(y, physics, value, {**found, **last}, update=update)
-        return last["the last weight's"]
+        found["the last weight's"], *_ = model.solve(y, physics, value, found, update=update)
+        return found["the last weight's"]
 
     return reconstruct
 
@@ -73,11 +72,14 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
     with torch.no_grad(), Console("MAP.tune", None, model.verbose) as console:
         y = simulated(x, physics, generator)
         found = candidates(y, physics)
-        reconstruct = _warm(model, y, physics, found, console.update)
         start = first_guess(model, y, physics, x).log().mean().exp().reshape(1)
 
         def quality(value: Tensor) -> Tensor:
-            return sign * metric(reconstruct(value.expand(len(x))), x).mean().reshape(1)
+            # from the starts that images to come have: that of the last weight may lead to another minimum
+            x_net, *_ = model.solve(y, physics, value.expand(len(x)), found, update=console.update)
+            score = metric(x_net, x).mean().reshape(1)
+            console.milestone(f"lambda_reg {float(value):.4g}, {type(metric).__name__} {float(score):.4g}")
+            return sign * score
 
         best, tried = highest(quality, start, lambda: max_seconds is None or time.monotonic() - began < max_seconds)
         *_, progress, _, _ = model.solve(

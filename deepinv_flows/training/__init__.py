@@ -6,11 +6,12 @@ objectives, ``runs`` survive interruptions, ``progress`` is shown, and ``distrib
 """
 
 from .distributed import DistributedTrainer
-from .fit import fit_flow, fit_patchnr, initialised
+from .fit import fit_flow, fit_patchnr
 from .likelihood import BitsPerDim, FlowModel, FlowNLL
 from .progress import Watched
 from .runs import Resumes
 from .samples import ImageSamples, PatchSamples, subset
+from .start import initialised
 
 __all__ = [
     "BitsPerDim",

@@ -14,7 +14,7 @@ from ..flows import like_weights
 from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..reconstruction import FlowDenoiser
-from .boundary import check_level, check_options, check_range, check_trainable
+from .boundary import check_level, check_options, check_range, check_trainable, noise_width
 from .conditioning import Conditioned, condition_lists
 from .denoising import level_range, noisy_range
 from .effort import carried_out, measured, store
@@ -22,7 +22,7 @@ from .likelihood import FlowModel, FlowNLL
 from .runs import fit
 from .samples import ImageSamples, image_list, noisy, same, stacked
 from .score_matching import ScoreMatching, ScoreModel
-from .start import start
+from .start import initialised, start
 from .tasks import likelihood, score_matching
 
 
@@ -39,7 +39,7 @@ def fit_patchnr(
     steps_per_epoch: int | None = None,
     batch_size: int | None = None,
     lr: float = 1e-3,
-    dequantise: float = 1 / 255,
+    dequantise: float | None = None,
     sigma: float | tuple[float, float] = 0.0,
     augment: bool = True,
     early_stop: int | None = None,
@@ -78,7 +78,9 @@ def fit_patchnr(
     :param int steps_per_epoch: batches in an epoch.
     :param int batch_size: patches in a batch; a denoiser has at least one piece in a batch.
     :param float lr: largest learning rate.
-    :param float dequantise: width of the uniform noise added to the patches, in colour to each channel, for the likelihood alone.
+    :param float dequantise: width of the uniform noise added to the patches, in colour to each channel, for the likelihood alone;
+        ``None`` is 1/255, and 16/255 of their range for images of flat regions, such as phantoms, in which more than three
+        quarters of neighbouring pixels are equal.
     :param float, tuple sigma: standard deviation of the Gaussian noise that the prior learns to remove, kept as
         ``prior.sigma_range``; ``(low, high)`` for all levels between the two, by a flow of images divided by their level; 0 for
         the likelihood.
@@ -120,13 +122,12 @@ def fit_patchnr(
     check_trainable(prior, "prior")
     for image in [*images, *held_out]:
         check_input(image[None], like_weights(prior).cpu(), prior.patch_size, prior.channels, images_only=True)
-    if not levels:
-        check_range(images, dequantise)
     prior.sigma_range = levels
     if levels:
         task = score_matching(prior, images, held_out, augment, generator)
     else:
-        task = likelihood(prior, images, held_out, dequantise, augment, generator, compile)
+        planned.dequantise = noise_width(images, dequantise)
+        task = likelihood(prior, images, held_out, planned.dequantise, augment, generator, compile)
     planned = measured(planned, task.timed, task.samples, device, task.step, task.size)
     store(planned, save_path)
     batch = max(1, planned.batch_size // task.size)
@@ -244,44 +245,6 @@ def fit_flow(
         generator=generator, epochs=epochs, early_stop=early_stop, mixed_precision=mixed_precision, device=device,
         verbose=verbose, keep_interval=max(1, epochs // 20), **{**objective, **trainer_options},
     )  # fmt: skip
-    return flow
-
-
-def initialised(
-    flow: nn.Module,
-    images: Tensor,
-    dequantise: float = 1 / 255,
-    generator: torch.Generator | None = None,
-    sigma: float = 0.0,
-    c: Sequence[Tensor] = (),
-) -> nn.Module:
-    """
-    Initialise the affine maps of a new :func:`deepinv_flows.image_flow` from up to 256 of the images that it will be trained on.
-    Other flows are returned as they are.
-
-    :param torch.nn.Module flow: the flow.
-    :param torch.Tensor images: images (B, C, H, W).
-    :param float dequantise: width of the uniform noise added to the images.
-    :param torch.Generator generator: source of the noise and of the choice of images; ``None`` is a generator with a fixed seed.
-    :param float sigma: standard deviation of Gaussian noise that replaces the uniform noise; 0 for uniform noise.
-    :param list c: conditions of the images, for a conditional flow.
-    :return: ``flow``.
-
-    >>> import torch
-    >>> from deepinv_flows import image_flow
-    >>> from deepinv_flows.training import initialised
-    >>> flow = initialised(image_flow((1, 8, 8), num_levels=2, num_steps=1, hidden=4), torch.rand(32, 1, 8, 8))
-    """
-    if not getattr(flow, "initialised", True):
-        generator = torch.Generator() if generator is None else generator
-        chosen = torch.randperm(len(images), generator=generator)[:256]
-        first, device = images[chosen], next(flow.parameters()).device
-        if sigma:
-            first = noisy(first, sigma, generator)
-        else:
-            first = first + dequantise * (torch.rand(first.shape, generator=generator, dtype=first.dtype) - 0.5)
-        conditions = [condition[chosen].to(device) for condition in c]
-        flow.initialise(first.to(device), conditions)  # type: ignore[operator]
     return flow
 
 

@@ -11,7 +11,7 @@ import torch
 from cases import central_difference
 
 from deepinv_flows import CheckpointError, FlowDenoiser, FlowPrior, LatentMAP, fit_flow, image_flow
-from deepinv_flows.training.fit import initialised
+from deepinv_flows.training import initialised
 from deepinv_flows.training.samples import ImageSamples
 
 SIGMA = 0.5

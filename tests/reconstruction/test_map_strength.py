@@ -221,6 +221,33 @@ def test_tuning_by_other_metrics_and_within_a_time():
     assert len(hurried.tuned["tried"]) == 1
 
 
+class DoubleWell(dinv.optim.Prior):
+    """Least at -1 and 1 for each pixel, so that a reconstruction depends on where it starts."""
+
+    def __init__(self):
+        super().__init__()
+        self.explicit_prior = True
+
+    def fn(self, x, *args, **kwargs):
+        return (x**2 - 1).square().flatten(1).sum(1)
+
+    def grad(self, x, *args, **kwargs):
+        return 4 * x * (x**2 - 1)
+
+
+def test_what_was_tried_is_what_a_reconstruction_will_give():
+    """Not what the image of the weight tried before leads to."""
+    physics, clean = denoising(0.8), gaussians(1, 16).sign()
+    model = MAP(DoubleWell(), lambda_reg="rule", verbose=False)
+    with pytest.raises(ValueError):  # it has no rule, and the search begins elsewhere
+        model(clean, physics)
+    model.tune(clean, physics)
+    y = tuning.simulated(clean, physics, None)
+    for weight, score in model.tuned["tried"]:
+        x_net = MAP(DoubleWell(), lambda_reg=weight, verbose=False)(y, physics)
+        assert math.isclose(float(dinv.metric.PSNR()(x_net, clean)), score, rel_tol=1e-3)
+
+
 def test_a_tuned_weight_grows_with_the_image():
     physics = denoising()
     model = MAP(patchnr(), max_iter=3, verbose=False).tune(torch.rand(1, 1, 8, 8, dtype=torch.float64), physics)
