@@ -58,11 +58,11 @@ def keep(name: str, command: list[str]) -> None:
         "command": " ".join(command),
         "machine": f"{os.cpu_count()} cores{', ' + _processor() if _processor() else ''}",
         "date": datetime.date.today().isoformat(),
-        "result": json.loads(last),
+        "result": json.loads(last, parse_constant=lambda name: None),  # NaN and Infinity are not JSON
     }
     path = HERE / "site" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1) + "\n")
+    path.write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
 
 
 def _processor() -> str:
