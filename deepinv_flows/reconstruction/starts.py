@@ -4,10 +4,13 @@ from collections.abc import Callable
 
 import torch
 from deepinv.physics import DecomposablePhysics, LinearPhysics
+from deepinv.physics.functional import conv2d, gaussian_blur
 from torch import Tensor
 
 from ..solvers import dot, per_sample
 from .objective import Constraint, Objective, parts
+
+WIDTHS = 0.75, 1.5, 3.0  # in pixels, of the smoothing of a start
 
 
 def candidates(y, physics, init: Tensor | None = None) -> dict[str, Tensor]:
@@ -42,9 +45,23 @@ def candidates(y, physics, init: Tensor | None = None) -> dict[str, Tensor]:
         if init.shape[0] not in (1, batch) or (shape is not None and tuple(init.shape[1:]) != shape[1:]):
             raise ValueError(f"expected an initial image of shape {shape}; got {tuple(init.shape)}")
         found["init"] = init.detach().expand(batch, *init.shape[1:])
+    if sharp := next((name for name in ("regularised A_dagger(y)", "A_dagger(y)", "y") if name in found), None):
+        found |= _smoothed(sharp, found[sharp])
     if not found:
         raise ValueError(f"this physics has neither A_adjoint nor A_dagger ({'; '.join(reasons)}): pass init=...")
     return found
+
+
+def _smoothed(name: str, x: Tensor) -> dict[str, Tensor]:
+    """
+    An image at coarser scales, from which a search comes to a lower minimum sooner.
+
+    Far from the images that it has learned, such as at noise, a prior pulls in many directions; smooth images are nearer.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        return {}
+    kernels = {width: gaussian_blur(sigma=(width, width), device=x.device).to(x.dtype) for width in WIDTHS}
+    return {f"{name} smoothed by {w:g}": conv2d(x, kernel, padding="replicate") for w, kernel in kernels.items()}
 
 
 def _pseudoinverse(y, physics) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import make
 
-from deepinv_flows import MAP, FlowPrior, PatchNR, console, image_flow
+from deepinv_flows import MAP, FlowPrior, PatchNR, console, image_flow, load_images
 from deepinv_flows.reconstruction import algorithms, starts
 from deepinv_flows.reconstruction.objective import DataTerm, Objective, frozen, is_smooth
 
@@ -130,13 +130,44 @@ def test_each_image_takes_its_best_start():
     init = torch.stack([x[0], x[1] + 10])
     model = MAP(Tikhonov(), lambda_reg=1e-9, max_iter=1, solver="nmapg", verbose=False)
     found = starts.candidates(y, physics, init)
-    assert list(found) == ["A^T y", "regularised A_dagger(y)", "y", "init"]
+    coarse = [f"regularised A_dagger(y) smoothed by {width:g}" for width in starts.WIDTHS]
+    assert list(found) == ["A^T y", "regularised A_dagger(y)", "y", "init", *coarse]
     objective = Objective(DataTerm(L2(), y, physics), Tikhonov(), torch.full((2,), 1e-9), None, True)
     values = torch.stack([objective.value(start) for start in found.values()])
     _, value, names = starts.least(objective, found)
     torch.testing.assert_close(value, values.min(0).values)
     assert [names[k] for k in range(2)] == [list(found)[k] for k in values.argmin(0).tolist()]
     torch.testing.assert_close(model(y, physics, init=x), x, rtol=0, atol=1e-3)
+
+
+def test_coarser_starts():
+    """Constants stay as they are; a wave is damped as a Gaussian damps it, up to the ends of the kernel."""
+    physics, sites = dinv.physics.Denoising(), torch.arange(64, dtype=torch.float64)
+    flat = starts.candidates(torch.full((1, 3, 5, 4), 0.3, dtype=torch.float64), physics)
+    wave = torch.cos(2 * torch.pi * sites / 16).expand(1, 1, 64, 64)
+    waves = starts.candidates(wave, physics)
+    for width in starts.WIDTHS:
+        name = f"regularised A_dagger(y) smoothed by {width:g}"
+        torch.testing.assert_close(flat[name], flat["y"], rtol=0.02, atol=0)
+        damped = math.exp(-0.5 * (2 * torch.pi * width / 16) ** 2) * waves["regularised A_dagger(y)"]
+        torch.testing.assert_close(waves[name][..., 16:48, 16:48], damped[..., 16:48, 16:48], rtol=0, atol=0.02)
+
+
+def test_noise_is_left_from_a_coarser_start():
+    """From there the minimum is lower than from the noisy image."""
+    pytest.importorskip("skimage")
+    prior = PatchNR(pretrained="gravel").requires_grad_(False)
+    x = load_images("gravel")[0][None, :, 200:232, 200:232]
+    physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1, rng=generator()))
+    y = physics(x)
+    model = MAP(prior, verbose=False)
+    x_net = model(y, physics)
+    assert "smoothed" in model.chosen["start"][0]
+    weight, found = torch.tensor([model.chosen["lambda_reg"]]), starts.candidates(y, physics)
+    with torch.no_grad():
+        values = {name: model.solve(y, physics, weight, {name: start})[1].value for name, start in found.items()}
+    assert values[model.chosen["start"][0]] <= values["y"]
+    assert dinv.metric.PSNR()(x_net, x) > dinv.metric.PSNR()(y, x) + 3
 
 
 @pytest.mark.parametrize("solver", ["lbfgs", "nmapg", "ipiano", "adam"])
