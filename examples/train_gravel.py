@@ -35,7 +35,13 @@ learn, held_out = gravel[:, :192], gravel[:, 192:256]
 start = time.time()
 checkpoints = {"save_path": args.save_path, "resume": args.save_path is not None}
 prior = fit_patchnr(
-    [learn], [held_out], sub_net_size=args.width, epochs=args.epochs, steps_per_epoch=250, **checkpoints
+    [learn],
+    [held_out],
+    sub_net_size=args.width,
+    epochs=args.epochs,
+    steps_per_epoch=250,
+    dequantise=1 / 255,
+    **checkpoints,
 )
 prior.save(args.out)
 

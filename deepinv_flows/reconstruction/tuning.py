@@ -19,7 +19,7 @@ from .strength import balance, by_rule, check_sure, dimension, discrepancy, sure
 if TYPE_CHECKING:
     from .map import MAP
 
-WORSE = 2e-3  # relative, of a metric from which on stopping early is better
+WORSE = 1e-2  # relative, of a metric from which on stopping early is better: less may be chance
 
 
 def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[..., None]) -> tuple[Tensor, str]:

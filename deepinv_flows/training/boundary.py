@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Real
 from typing import Any
@@ -11,8 +11,6 @@ import torch
 from deepinv import Trainer
 from torch import Tensor, nn
 
-GREY_STEP = 1 / 255
-FLAT = 0.75  # of neighbouring pixels that are equal, from which on images count as piecewise constant
 # the options of deepinv's Trainer that a training sets itself
 OWN = {"model", "physics", "optimizer", "scheduler", "losses", "train_dataloader", "eval_dataloader", "ckpt_pretrained"}
 
@@ -39,27 +37,9 @@ def check_level(sigma: float, compile: bool) -> None:
 def check_range(images: Iterable[Tensor], dequantise: float) -> None:
     if 0 < dequantise < 1 and max(float(image.abs().max()) for image in images) > 10:
         warnings.warn(
-            f"dequantise={dequantise:.4g} is for images in [0, 1]; divide them by their range, or pass their grey-level step",
+            f"dequantise={dequantise:.4g} is for images in [0, 1]; divide them by their range, or pass a width in their unit",
             stacklevel=3,
         )
-
-
-def noise_width(images: Sequence[Tensor], dequantise: float | None) -> float:
-    """
-    The width of the uniform noise that makes grey levels continuous.
-
-    In flat regions the density of a patch is as peaked as this noise is narrow. Where most patches are flat, minimisation cannot
-    follow such a density, and the prior prefers images that are too smooth.
-    """
-    if dequantise is not None:
-        check_range(images, dequantise)
-        return dequantise
-    low, high = min(float(image.min()) for image in images), max(float(image.max()) for image in images)
-    equal = [(image.diff(dim=dim).abs() < 1e-3 * (high - low)).flatten() for image in images for dim in (1, 2)]
-    if torch.cat(equal).double().mean() > FLAT:
-        return 16 / 255 * (high - low)
-    check_range(images, GREY_STEP)
-    return GREY_STEP
 
 
 def check_trainable(module: nn.Module, name: str) -> None:

@@ -50,7 +50,6 @@ class Plan:
     :param int steps_per_epoch: batches in an epoch; 0 until it is known.
     :param float seconds_per_step: measured, 0 if nothing was.
     :param int threads: of torch, chosen by measurement; 0 leaves them alone.
-    :param float dequantise: width of the uniform noise; 0 where there is none.
     """
 
     effort: str
@@ -61,7 +60,6 @@ class Plan:
     steps_per_epoch: int = 0
     seconds_per_step: float = 0.0
     threads: int = 0
-    dequantise: float = 0.0
     timed: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -175,8 +173,6 @@ def describe(found: Plan, dim: int) -> str:
     steps = found.epochs * found.steps_per_epoch
     flow = f"{found.num_layers} blocks of width {found.sub_net_size}" if found.num_layers else "the prior given,"
     text = f"fit_patchnr: {flow} on patches of dimension {dim}, {steps} steps of {found.batch_size} patches"
-    if found.dequantise > 1 / 255:
-        text += f" with noise of width {found.dequantise:.3f}"
     if found.seconds_per_step:
         text += f": about {found.minutes / 0.9:.1f} minutes ({1000 * found.seconds_per_step:.0f} ms a step"
         text += f", {found.threads} of {max(found.timed)} threads)" if found.threads else ")"

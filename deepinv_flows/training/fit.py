@@ -14,7 +14,7 @@ from ..flows import like_weights
 from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..reconstruction import FlowDenoiser
-from .boundary import check_level, check_options, check_range, check_trainable, noise_width
+from .boundary import check_level, check_options, check_range, check_trainable
 from .conditioning import Conditioned, condition_lists
 from .denoising import level_range, noisy_range
 from .effort import carried_out, measured, store
@@ -39,7 +39,7 @@ def fit_patchnr(
     steps_per_epoch: int | None = None,
     batch_size: int | None = None,
     lr: float = 1e-3,
-    dequantise: float | None = None,
+    dequantise: float = 8 / 255,
     sigma: float | tuple[float, float] = 0.0,
     augment: bool = True,
     early_stop: int | None = None,
@@ -79,8 +79,8 @@ def fit_patchnr(
     :param int batch_size: patches in a batch; a denoiser has at least one piece in a batch.
     :param float lr: largest learning rate.
     :param float dequantise: width of the uniform noise added to the patches, in colour to each channel, for the likelihood alone;
-        ``None`` is 1/255, and 16/255 of their range for images of flat regions, such as phantoms, in which more than three
-        quarters of neighbouring pixels are equal.
+        wider than a grey level, since the density of flat patches is as peaked as this noise is narrow, and minimisation then
+        ends far from the minimum. Of 1, 4, 8 and 16/255 the default reconstructed best in ``tests/benchmarks/road.py``.
     :param float, tuple sigma: standard deviation of the Gaussian noise that the prior learns to remove, kept as
         ``prior.sigma_range``; ``(low, high)`` for all levels between the two, by a flow of images divided by their level; 0 for
         the likelihood.
@@ -126,8 +126,8 @@ def fit_patchnr(
     if levels:
         task = score_matching(prior, images, held_out, augment, generator)
     else:
-        planned.dequantise = noise_width(images, dequantise)
-        task = likelihood(prior, images, held_out, planned.dequantise, augment, generator, compile)
+        check_range(images, dequantise)
+        task = likelihood(prior, images, held_out, dequantise, augment, generator, compile)
     planned = measured(planned, task.timed, task.samples, device, task.step, task.size)
     store(planned, save_path)
     batch = max(1, planned.batch_size // task.size)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 GUIDE = (Path(__file__).parents[2] / "examples" / "site" / "guides" / "splitting.rst").read_text()
-LINES = textwrap.dedent(GUIDE.split("From a folder of images")[1].split(".. code-block:: python\n")[1].split("\nNorm")[0])
+LINES = textwrap.dedent(
+    GUIDE.split("From a folder of images")[1].split(".. code-block:: python\n")[1].split("\nNorm")[0]
+)
 
 
 def test_training_from_a_folder_of_images_with_dead_pixels(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ import torch
 from cases import mlp
 
 from deepinv_flows import BitsPerDim, FlowModel, PatchNR, fit_flow, fit_patchnr, image_flow
-from deepinv_flows.images import phantoms
 
 
 def test_fit_patchnr_learns_and_keeps_the_best_epoch(tmp_path):
@@ -64,20 +63,6 @@ def test_prior_and_images_must_fit():
 def test_a_range_of_255_is_noticed():
     with pytest.warns(UserWarning, match="is for images in"):
         fit_patchnr(255 * torch.rand(1, 1, 20, 20), patch_size=3, epochs=1, steps_per_epoch=1, verbose=False)
-
-
-def test_flat_images_get_wider_noise():
-    drawn, textured = 3 * phantoms(3, 32), torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    sizes = dict(patch_size=3, num_layers=1, sub_net_size=8, epochs=1, steps_per_epoch=1, verbose=False)
-    width = float(drawn.max() - drawn.min()) * 16 / 255
-    for images, given, found in (
-        (drawn, None, width),
-        (list(drawn), None, width),
-        (drawn, 0.0, 0.0),
-        (textured, None, 1 / 255),
-        (torch.zeros(1, 1, 8, 8), None, 1 / 255),
-    ):
-        assert math.isclose(fit_patchnr(images, dequantise=given, **sizes).effort.dequantise, found)
 
 
 def test_models_adapt_flows_and_refuse_bad_samples():
