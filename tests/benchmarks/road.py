@@ -1,14 +1,15 @@
 r"""
 The road from images to a reconstruction, the same for six problems: train ``quick``, tune, reconstruct.
 
-    python tests/benchmarks/road.py [--only NAME ...] [--oracle] [--save DIR]
+    python tests/benchmarks/road.py [--only NAME ...] [--oracle] [--save DIR] [--cache FILE]
 
 Each problem is trained on images that the test image is not one of, lambda_reg is tuned on another, and the test image is
 reconstructed by the same five lines. Beside it stand total variation, run to convergence at the strength that is best for the
 test image, and the best of a grid of solvers and strengths with ten times the iterations (L-BFGS at every strength, the others
 at its best one and the two beside it): both are computed by ``--oracle`` with the flow that the road trained, chosen by the
 true image, and kept in ``road_oracle.json``. ``rule`` and ``unsupervised`` (``"sure"``, or ``"discrepancy"`` where that is
-refused) are the PSNR with lambda_reg found without clean images. The last line is one JSON object: ``margin_over_tv``, the
+refused) are the PSNR with lambda_reg found without clean images. ``--cache`` appends each row to a file of JSON lines, and rows
+that it holds are not repeated, unless for the oracle. The last line is one JSON object: ``margin_over_tv``, the
 least over the problems; ``gap_to_oracle``, the largest; ``minutes``, the longest road from import to picture; and the rows.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path  # noqa: E402
 
 import deepinv as dinv  # noqa: E402
 import torch  # noqa: E402
+from common import versions  # noqa: E402
 
 from deepinv_flows import MAP, fit_patchnr  # noqa: E402
 from deepinv_flows.images import load_images, phantoms  # noqa: E402
@@ -220,27 +222,35 @@ def main():
     parser.add_argument("--oracle", action="store_true", help="compute what stands beside, and keep it")
     parser.add_argument("--tv", action="store_true", help="of that, total variation alone, without a road")
     parser.add_argument("--save", type=Path, help="folder for pictures and models")
+    parser.add_argument("--cache", type=Path, help="JSON lines, one for each finished row")
     args = parser.parse_args()
     if args.oracle or args.tv:
         for name in args.only:
             keep(name, tv=total_variation(name))
         if args.tv:
             return
-    rows = {}
+    done = args.cache.read_text().splitlines() if args.cache and args.cache.exists() else []
+    rows = {} if args.oracle else {line.pop("row"): line for line in map(json.loads, done)}
     for name in args.only:
-        rows[name], problem = row(name, args.save)
-        if args.oracle:
-            keep(name, **oracle(*problem))
+        if name not in rows:
+            rows[name], problem = row(name, args.save)
+            if args.oracle:
+                keep(name, **oracle(*problem))
+            if args.cache:
+                with args.cache.open("a") as file:
+                    print(json.dumps({"row": name} | rows[name]), file=file)
         beside = kept().get(name, {})
         rows[name] |= {"tv": beside.get("tv", {}).get("psnr"), "oracle": beside.get("best")}
         print(name, rows[name], flush=True)
     margins = [r["psnr"] - r["tv"] for r in rows.values() if r["tv"]]
     gaps = [r["oracle"] - r["psnr"] for r in rows.values() if r["oracle"]]
+    rows = {name: rows[name] for name in args.only}
     result = {
         "margin_over_tv": round(min(margins), 3) if margins else None,
         "gap_to_oracle": round(max(gaps), 3) if gaps else None,
         "minutes": max(r["minutes"] for r in rows.values()),
         "rows": rows,
+        "versions": versions(),
     }
     print(json.dumps(result))
 
