@@ -31,8 +31,8 @@ class MAP(Reconstructor):
 
     with f = ``data_fidelity``, g = ``prior`` and c = ``constraint``. Each image of a batch is a problem of its own. The
     objective of what is returned is never above that of the start, which is the best of :math:`A^\top y` times its best factor,
-    the image nearest to a constant that fits y (a regularised ``A_dagger(y)``), the same at coarser scales, ``physics.A_dagger(y)``
-    where that is cheap or there is nothing else, y itself if it is an image, and ``init``.
+    the image nearest to a constant that fits y (a regularised ``A_dagger(y)``), ``physics.A_dagger(y)`` where that is cheap or
+    there is nothing else, y itself if it is an image, one of these at coarser scales, and ``init``.
 
     **Algorithms.** ``"auto"`` takes ``"lbfgs"`` where f and g are known by their gradients (monotone, and the fastest in our
     benchmark ``solvers.py --starts``; in the metric of the diagonal of the Hessian, where that tells pixels apart);

@@ -86,15 +86,15 @@ def highest(
 
 
 def _vertex(tried: list[tuple[Tensor, Tensor]], top: Tensor) -> Tensor:
-    """Offset of the vertex of the parabola through the best point and its neighbours, as far as they are known."""
-
-    def at(where: Tensor) -> Tensor:
-        found = torch.full_like(where, torch.nan)
-        for position, value in tried:
-            found = torch.where(position == where, value.to(found), found)
-        return found
-
-    below, middle, above = at(top - 1), at(top), at(top + 1)
-    curvature = below - 2 * middle + above
-    offset = (0.5 * (below - above) / curvature).clamp(-0.5, 0.5)
+    """Offset of the vertex of the parabola through the best point and its nearest neighbours; 0 if one is not known."""
+    at, value = (torch.stack(column) for column in zip(*tried))
+    away = at - top
+    middle, far = value.gather(0, (away == 0).to(at).argmax(0, keepdim=True))[0], torch.full_like(away, torch.inf)
+    sides = []
+    for sign in (-1.0, 1.0):
+        distance, which = torch.where(sign * away > 0, sign * away, far).min(0)
+        sides.append((distance, sign * (value.gather(0, which[None])[0] - middle) / distance))
+    (left, before), (right, after) = sides  # distances, and slopes there
+    slope, curvature = (before * right + after * left) / (left + right), 2 * (after - before) / (left + right)
+    offset = torch.minimum(torch.maximum(-slope / curvature, -left / 2), right / 2)
     return torch.where(torch.isfinite(offset) & (curvature < 0), offset, torch.zeros_like(offset))

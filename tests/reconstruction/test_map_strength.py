@@ -50,6 +50,11 @@ def test_maxima_are_enclosed(peak):
     torch.testing.assert_close(best, target)
     weights = torch.stack([weight for weight, _ in tried])
     assert (weights.min(0).values < best).all() and (weights.max(0).values > best).all()
+    left = iter([True, True] + [False] * 9)  # three weights a factor of 4 apart
+    hurried, tried = highest(lambda value: -((value / target).log() ** 2), target.new_ones(2), lambda: next(left))
+    assert len(tried) == 3
+    if 0.1 < peak < 2:
+        torch.testing.assert_close(hurried, target)
     left = iter([True, False] + [False] * 9)
     best, tried = highest(lambda value: -((value / target).log() ** 2), torch.ones(2), lambda: next(left))
     assert len(tried) == 2 and (best == torch.where(target > 2, 4.0, 1.0)).all()

@@ -29,6 +29,7 @@ class Activation:
     backward: Callable[[Callable, Tensor, Tensor], None]
 
 
+@functools.cache
 def relu() -> Activation:
     return Activation(
         torch.relu,
@@ -38,6 +39,7 @@ def relu() -> Activation:
     )
 
 
+@functools.cache
 def leaky_relu(slope: float) -> Activation:
     return Activation(
         functools.partial(F.leaky_relu, negative_slope=slope),
@@ -47,6 +49,7 @@ def leaky_relu(slope: float) -> Activation:
     )
 
 
+@functools.cache
 def silu() -> Activation:
     return Activation(
         F.silu,
@@ -56,6 +59,7 @@ def silu() -> Activation:
     )
 
 
+@functools.cache
 def gelu(approximate: str) -> Activation:
     return Activation(
         functools.partial(F.gelu, approximate=approximate),

@@ -126,7 +126,7 @@ def _halves(module) -> tuple[slice, slice]:
 
 def _joint(subnet: nn.Module, moved: slice, inner: float, read: _Reading) -> list[Network]:
     d = moved.stop - moved.start
-    return [_network(subnet, read, 2 * d, [inner] * d + [1.0] * d)]
+    return [_network(subnet, read, 2 * d, inner, d)]
 
 
 def _glow(module, read: _Reading, centred: bool = False) -> list:
@@ -151,7 +151,7 @@ def _realnvp(module, read: _Reading) -> list:
 
     def networks(scale, shift, moved):
         d = moved.stop - moved.start
-        return [_network(scale, read, d, [inner] * d), _network(shift, read, d)]
+        return [_network(scale, read, d, inner, d), _network(shift, read, d)]
 
     return _two_sided(
         (networks(module.subnet_s2, module.subnet_t2, first), first, second),
@@ -196,7 +196,7 @@ def _all_in_one(module, read: _Reading) -> list:
     coupling = Coupling(
         slice(0, kept),
         moved,
-        [_network(module.subnet, read, 2 * d, [0.1] * (2 * d))],
+        [_network(module.subnet, read, 2 * d, 0.1, 2 * d)],
         function="tanh",
         alpha=module.clamp,
         centred=bool(module.GIN),
@@ -242,8 +242,8 @@ def _clamp(module) -> tuple[str, float, float]:
     raise _Unknown
 
 
-def _network(module: nn.Module, read: _Reading, dim_out: int, scale: list[float] | None = None) -> Network:
-    """Linear layers with activations between them; ``scale`` multiplies the entries of the output."""
+def _network(module: nn.Module, read: _Reading, dim_out: int, scale: float = 1.0, first: int = 0) -> Network:
+    """Linear layers with activations between them; ``scale`` multiplies the ``first`` entries of the output."""
     if type(module) is not nn.Sequential or len(module) % 2 == 0:
         raise _Unknown
     layers = [layer for layer in list(module)[::2] if type(layer) is nn.Linear]
@@ -251,9 +251,8 @@ def _network(module: nn.Module, read: _Reading, dim_out: int, scale: list[float]
     _require(len(layers) == len(activations) + 1 and layers[-1].out_features == dim_out)
     for layer in layers:
         packed += [read(layer.weight), read.zeros(layer.out_features) if layer.bias is None else read(layer.bias)]
-    if scale is not None:
-        factors = packed[-1].new_tensor(scale)
-        packed[-2:] = packed[-2] * factors[:, None], packed[-1] * factors
+    if scale != 1.0:
+        packed[-2:] = (torch.cat([scale * last[:first], last[first:]]) for last in packed[-2:])
     return Network(packed, [_activation(module) for module in activations])
 
 
