@@ -54,8 +54,9 @@ def keep(name: str, command: list[str]) -> None:
         last = line
     if process.wait():
         raise SystemExit(process.returncode)
+    told = ["DIR" if before == "--data" else part for before, part in zip(["", *command], command)]
     kept = {
-        "command": " ".join(command),
+        "command": " ".join(told),
         "machine": f"{os.cpu_count()} cores{', ' + _processor() if _processor() else ''}",
         "date": datetime.date.today().isoformat(),
         "result": json.loads(last, parse_constant=lambda name: None),  # NaN and Infinity are not JSON
