@@ -108,12 +108,14 @@ def term(
             f"expected one value per sample, ({len(y)},), from {type(loss).__name__}; got shape {tuple(value.shape)}: "
             "each sample has its own mask, so its metric has to reduce over all dimensions but the first"
         )
-    # SURE subtracts the noise of all entries, while only those that are kept are noisy
-    value = value.reshape(-1) + (1 - share) * sigma2
-    value = torch.where(share > 0, value / share.clamp(min=torch.finfo(share.dtype).tiny), 0.0)
+    value, present = value.reshape(-1), share > 0
+    if torch.is_tensor(sigma2) or sigma2:
+        # SURE subtracts the noise of all entries, while only those that are kept are noisy
+        value = value + (1 - share) * sigma2
+    value = torch.where(present, value / share.clamp(min=torch.finfo(share.dtype).tiny), 0.0)
     if ascend is not None:
         _once_in_backward(value, ascend)
-    return value, share > 0
+    return value, present
 
 
 def _once_in_backward(value: Tensor, act: Callable[[], None]) -> None:
