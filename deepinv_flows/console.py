@@ -2,7 +2,8 @@
 What long work says: a bar while it runs, where there is a terminal, and one line at its end.
 
 Work of under ``LONG`` seconds says nothing, so that loops and tests stay quiet. In a file a bar would be a line for each of
-its steps; there ``Console.milestone`` says a line in its place, at most one every ``LONG`` seconds.
+its steps; there ``Console.milestone`` says a line in its place, at most one every ``LONG`` seconds, and work without milestones
+one every ``RARE`` seconds, so that nobody takes it for hung.
 """
 
 import sys
@@ -12,7 +13,7 @@ from numbers import Real
 from torch import Tensor
 from tqdm import tqdm
 
-LONG = 2.0  # seconds
+LONG, RARE = 2.0, 20.0  # seconds
 
 
 class Console:
@@ -23,6 +24,7 @@ class Console:
     :param int total: number of steps, or ``None`` if nobody knows.
     :param bool verbose: whether to say anything.
     :param int initial: steps that were done before.
+    :param bool sparse: whether lines in a file are left to ``milestone`` alone.
 
     >>> from deepinv_flows.console import Console
     >>> with Console("sum", total=3) as console:
@@ -30,8 +32,9 @@ class Console:
     ...         console.update(term=k)  # "sum: 3 iterations, term 2; 2.5 s", had it taken so long
     """
 
-    def __init__(self, who: str, total: int | None, verbose: bool = True, initial: int = 0):
-        self.who, self.verbose, self.result, self.steps = who, verbose, "", 0
+    def __init__(self, who: str, total: int | None, verbose: bool = True, initial: int = 0, sparse: bool = False):
+        self.who, self.verbose, self.result, self.steps = who, verbose, "", initial
+        self.total, self.sparse = total, sparse
         self.shown: dict[str, Tensor | float | str] = {}
         self.began = self.last = time.monotonic()
         self.terminal = sys.stderr.isatty()
@@ -49,6 +52,10 @@ class Console:
         self.steps, self.shown = self.steps + 1, shown
         if self.bar.update():
             self.bar.set_postfix({name: _said(value) for name, value in shown.items()}, refresh=False)
+        hidden = self.verbose and not (self.sparse or self.terminal)
+        if hidden and time.monotonic() - self.last >= max(RARE, LONG):
+            of = "" if self.total is None else f" of at most {self.total}"
+            self.milestone(", ".join([f"iteration {self.steps}{of}", *self._last()]))
 
     def milestone(self, text: str) -> None:
         """A line in place of the bar, where there is no terminal."""
@@ -63,9 +70,11 @@ class Console:
         """Remove the bar, and say the result, unless there was an error."""
         self.bar.close()
         if self.verbose and kind is None and self.seconds >= LONG:
-            last = [f"{name} {_said(value)}" for name, value in self.shown.items()]
-            result = self.result or ", ".join([f"{self.steps} iterations", *last])
+            result = self.result or ", ".join([f"{self.steps} iterations", *self._last()])
             print(f"{self.who}: {result}; {duration(self.seconds)}", flush=True)
+
+    def _last(self) -> list[str]:
+        return [f"{name} {_said(value)}" for name, value in self.shown.items()]
 
 
 def duration(seconds: float) -> str:

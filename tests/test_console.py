@@ -68,9 +68,19 @@ def test_in_a_file_long_work_says_lines_and_shows_no_bar(name, capsys, long):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert err == "" and all(line.startswith(f"{name}: ") and line[-1] == "s" for line in lines)
-    assert len(lines) == (
-        4 if name == "training" else 1
-    )  # two trainings of two epochs: a line at the first, one at the end
+    if name == "MAP.tune":  # a line a weight, and one at the end
+        assert len(lines) > 4 and all(line.startswith("MAP.tune: lambda_reg ") for line in lines)
+    else:  # two trainings of two epochs: a line at the first, one at the end
+        assert len(lines) == (4 if name == "training" else 1)
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_in_a_file_nobody_takes_long_work_for_hung(name, capsys, long, monkeypatch):
+    monkeypatch.setattr(console_module, "RARE", 0.0)
+    WORKS[name]()
+    out, err = capsys.readouterr()
+    said = [line for line in out.splitlines() if f"{name}: iteration " in line]
+    assert err == "" and bool(said) == (name != "training")
 
 
 @pytest.mark.parametrize("name", WORKS)

@@ -1,5 +1,6 @@
 """From measurements to an image in one call, by any prior with a value and a gradient or a proximity operator."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
@@ -35,7 +36,7 @@ class MAP(Reconstructor):
     there is nothing else, y itself if it is an image, one of these at coarser scales, and ``init``.
 
     **Algorithms.** ``"auto"`` takes ``"lbfgs"`` where f and g are known by their gradients (monotone, and the fastest in our
-    benchmark ``solvers.py --starts``; in the metric of the diagonal of the Hessian, where that tells pixels apart);
+    benchmark ``solvers.py --starts``; scaled by the diagonal of the Hessian where its entries differ);
     ``"nmapg"``, accelerated proximal gradient descent, with a constraint or a prior known by its proximity operator;
     ``"davis_yin"`` with both; ``"adam"`` with a falling step, on random grids of patches, for images of half a million patches
     and more. ``"ipiano"`` is inertial proximal gradient descent.
@@ -148,9 +149,9 @@ class MAP(Reconstructor):
                 y, physics, weight, found, x_gt=x_gt if compute_metrics else None, update=console.update
             )
             console.result = (
-                f"{name} from {' and '.join(sorted(set(start)))}, lambda_reg {float(weight.mean()):.4g} ({reason}), objective "
-                f"{float(progress.first.mean()):.5g} to {float(progress.value.mean()):.5g}, {progress.iterations} iterations"
-                f"{progress.left}"
+                f"{name} from {' and '.join(sorted(set(start)))}, lambda_reg {float(weight.mean()):.4g} "
+                f"({self._told(reason, x)}), objective {float(progress.first.mean()):.5g} to {float(progress.value.mean()):.5g}, "
+                f"{progress.iterations} iterations{progress.left}"
             )
         self.chosen = {
             "lambda_reg": weight if len(weight) > 1 else float(weight),
@@ -173,6 +174,7 @@ class MAP(Reconstructor):
         x_gt: Tensor | None = None,
         metric: nn.Module | None = None,
         update: Callable[..., None] = lambda **shown: None,
+        max_seconds: float = math.inf,
     ) -> tuple[Tensor, Progress, str, list[str]]:
         """
         Minimise the objective with a given weight.
@@ -184,6 +186,7 @@ class MAP(Reconstructor):
         :param torch.Tensor x_gt: true images, for ``metric``.
         :param torch.nn.Module metric: of images and true images; ``None`` is the PSNR.
         :param Callable update: called as ``update(objective=values)`` after each iteration.
+        :param float max_seconds: a further bound on the time.
         :return: images, the record of the search, the algorithm, and where each image started.
         """
         by_gradient = is_smooth(self.prior) or self.solver in NEEDS_GRADIENT
@@ -193,7 +196,8 @@ class MAP(Reconstructor):
         x, value, start = least(objective, found)
         name = automatic(objective, x) if self.solver == "auto" else self.solver
         check_fits(name, objective)
-        progress = Progress(x, value, self.max_iter, self.tol, self.max_seconds, x_gt, metric, update)
+        seconds = min(max_seconds, math.inf if self.max_seconds is None else self.max_seconds)
+        progress = Progress(x, value, self.max_iter, self.tol, seconds, x_gt, metric, update)
         return minimise(name, objective, x, progress), progress, name, start
 
     def tune(
@@ -217,7 +221,7 @@ class MAP(Reconstructor):
         :param deepinv.physics.Physics physics: what measures them, with its noise.
         :param torch.nn.Module metric: a deepinv metric of images and true images; ``None`` is ``PSNR()``.
         :param int n: number of images used at most.
-        :param float max_seconds: bound on the time; the best so far is taken.
+        :param float max_seconds: bound on the time; the best so far is taken, and that time ran out is said.
         :param torch.Generator generator: source of the noise, if the physics has none of its own; ``None`` is one with a fixed
             seed.
         :return: this model; ``model.tuned`` holds what was tried.
@@ -273,6 +277,11 @@ class MAP(Reconstructor):
         model = cls(**arguments)
         model.tuned = tuned
         return model
+
+    def _told(self, reason: str, x: Tensor) -> str:
+        """How the weight was found, in words."""
+        grown = dimension(self.prior, x) / self.tuned["dimension"] if reason == "tuned" else 1.0
+        return reason if grown == 1 else f"{reason} on {1 / grown:.3g} times as many pixels"
 
     def weight_for(self, x: Tensor) -> Tensor:
         """The number that ``lambda_reg`` is for images like x, (B,); tuned on images of another size, it grows with them."""

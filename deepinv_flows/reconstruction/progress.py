@@ -1,5 +1,6 @@
 """What watches a search: the best iterate of each image, when to stop, and what deepinv's optimizers record."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -33,13 +34,13 @@ class Progress:
     :param torch.Tensor value: its objective (B,).
     :param int max_iter: bound on the number of iterations.
     :param float tol: see above; 0 never stops.
-    :param float max_seconds: bound on the time, or ``None``.
+    :param float max_seconds: bound on the time.
     :param torch.Tensor x_gt: true images, for the metric.
     :param torch.nn.Module metric: of images and true images; ``None`` is the PSNR.
     :param Callable update: shows an iteration, as :meth:`deepinv_flows.console.Console.update`.
     """
 
-    def __init__(self, x: Tensor, value: Tensor, max_iter: int, tol: float, max_seconds: float | None = None,
+    def __init__(self, x: Tensor, value: Tensor, max_iter: int, tol: float, max_seconds: float = math.inf,
                  x_gt: Tensor | None = None, metric: nn.Module | None = None,
                  update: Callable[..., None] = lambda **shown: None):  # fmt: skip
         self.x, self.value, self.first, self.scale = x.clone(), value.clone(), value, size(x)
@@ -77,8 +78,7 @@ class Progress:
             self.done = self.done | (size(self.x - self.marked) < self.tol * size(self.x))
             self.done = self.done | ((self.x == self.marked).flatten(1).all(1) & (self.tol > 0))
             self.marked = self.x
-        late = self.max_seconds is not None and self.seconds > self.max_seconds
-        if late or self.iterations >= self.max_iter or bool(self.done.all()):
+        if self.seconds > self.max_seconds or self.iterations >= self.max_iter or bool(self.done.all()):
             raise Finished
 
     def _check_bounded(self, x: Tensor, value: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Finding the weight of a prior by reconstructing: for an image to come by its measurements, or beforehand by clean images."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..checks import check_positive, randomness
 from ..console import Console
 from .objective import DataTerm, frozen
+from .progress import Progress
 from .search import highest, root
 from .starts import candidates
 from .strength import balance, by_rule, check_sure, dimension, discrepancy, sure
@@ -19,6 +21,7 @@ from .strength import balance, by_rule, check_sure, dimension, discrepancy, sure
 if TYPE_CHECKING:
     from .map import MAP
 
+SEARCH = 0.75  # of the time, the rest of which is for the reconstruction that tells how it went
 WORSE = 1e-2  # relative, of a metric from which on stopping early is better: less may be chance
 
 
@@ -65,44 +68,66 @@ def _warm(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[.
 
 def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_seconds, generator) -> None:
     """See :meth:`deepinv_flows.MAP.tune`."""
-    if max_seconds is not None:
-        check_positive(max_seconds=max_seconds)
-    x, metric, began = _images(images, n), PSNR() if metric is None else metric, time.monotonic()
+    x, metric, clock = _images(images, n), PSNR() if metric is None else metric, _Clock(max_seconds)
     sign = -1.0 if metric.lower_better else 1.0
     with torch.no_grad(), Console("MAP.tune", None, model.verbose) as console:
         y = simulated(x, physics, generator)
         found = candidates(y, physics)
         start = first_guess(model, y, physics, x).log().mean().exp().reshape(1)
 
-        def quality(value: Tensor) -> Tensor:
+        def solve(value: Tensor, seconds: float, **options) -> tuple[Tensor, Progress]:
             # from the starts that images to come have: that of the last weight may lead to another minimum
-            x_net, *_ = model.solve(y, physics, value.expand(len(x)), found, update=console.update)
-            score = metric(x_net, x).mean().reshape(1)
+            options |= dict(update=console.update, max_seconds=seconds)
+            return model.solve(y, physics, value.expand(len(x)), found, **options)[:2]
+
+        def quality(value: Tensor) -> Tensor:
+            score = metric(solve(value, clock.left(SEARCH))[0], x).mean().reshape(1)
             console.milestone(f"lambda_reg {float(value):.4g}, {type(metric).__name__} {float(score):.4g}")
             return sign * score
 
-        best, tried = highest(quality, start, lambda: max_seconds is None or time.monotonic() - began < max_seconds)
-        *_, progress, _, _ = model.solve(
-            y, physics, best.expand(len(x)), found, x_gt=x, metric=metric, update=console.update
-        )
+        best, tried = highest(quality, start, lambda: clock.left(SEARCH) > 0)
+        progress = solve(best, clock.left(), x_gt=x, metric=metric)[1]
         iterations, score = _stop(progress.metrics["psnr"], sign)
-        console.result = (
-            f"lambda_reg {float(best):.4g} of {len(tried)} tried on {len(x)} images, {type(metric).__name__} {score:.4g}, "
-            f"{iterations} iterations"
-        )
-    if iterations < progress.iterations:
-        model.max_iter = iterations
-    model.lambda_reg = float(best)
-    model.tuned = {
-        "lambda_reg": float(best),
-        "dimension": dimension(model.prior, x),
-        "metric": type(metric).__name__,
-        "score": score,
-        "iterations": iterations,
-        "images": len(x),
-        "seconds": round(time.monotonic() - began, 1),
-        "tried": sorted([float(f"{float(value):.6g}"), round(sign * float(quality), 6)] for value, quality in tried),
-    }
+        early = iterations < progress.iterations
+        model.lambda_reg, model.max_iter = float(best), iterations if early else model.max_iter
+        model.tuned = {
+            "lambda_reg": float(best),
+            "dimension": dimension(model.prior, x),
+            "metric": type(metric).__name__,
+            "score": score,
+            "iterations": iterations,
+            "images": len(x),
+            "seconds": round(clock.seconds, 1),
+            "tried": sorted(
+                [float(f"{float(value):.6g}"), round(sign * float(quality), 6)] for value, quality in tried
+            ),
+        }
+        console.result = _said(model.tuned, early, clock.left(SEARCH) <= 0)
+
+
+class _Clock:
+    """The time since it was made, and what is left of a bound."""
+
+    def __init__(self, max_seconds: float | None):
+        if max_seconds is not None:
+            check_positive(max_seconds=max_seconds)
+        self.began, self.bound = time.monotonic(), math.inf if max_seconds is None else max_seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def left(self, share: float = 1.0) -> float:
+        return share * self.bound - self.seconds
+
+
+def _said(tuned: dict, early: bool, late: bool) -> str:
+    stop = ", where reconstructions will stop" if early else ""
+    up = "; the time was up, and more max_seconds may find a better one" if late else ""
+    return (
+        f"lambda_reg {tuned['lambda_reg']:.4g} of {len(tuned['tried'])} tried on {tuned['images']} images, {tuned['metric']} "
+        f"{tuned['score']:.4g} after {tuned['iterations']} iterations{stop}{up}"
+    )
 
 
 def _stop(histories: list[list[float]], sign: float) -> tuple[int, float]:

@@ -35,7 +35,7 @@ class Watched:
     def step(self, epoch: int, *args, train: bool = True, **kwargs) -> None:
         if train and self.bar and self.console is None:
             batches = min(len(loader) for loader in self.train_dataloader)
-            console = Console("training", batches * self.epochs, initial=batches * self.epoch_start)
+            console = Console("training", batches * self.epochs, initial=batches * self.epoch_start, sparse=True)
             self.console, self.epoch = self.opened.enter_context(console), epoch
         if self.console is not None and epoch > self.epoch:  # the one before has been evaluated by now
             self.console.milestone(f"epoch {self.epoch + 1} of {self.epochs}, {self._said()}")

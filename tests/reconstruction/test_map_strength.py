@@ -1,6 +1,7 @@
 """The weight of the prior in MAP: rule, discrepancy, SURE and tuning against known answers; models saved and loaded."""
 
 import math
+import time
 
 import deepinv as dinv
 import pytest
@@ -224,6 +225,22 @@ def test_tuning_by_other_metrics_and_within_a_time():
     assert by_error.tuned["metric"] == "MSE" and by_error.tuned["score"] < 0.05
     hurried = MAP(Tikhonov(), lambda_reg=1.0, verbose=False).tune(clean, physics, max_seconds=1e-9)
     assert len(hurried.tuned["tried"]) == 1
+
+
+def test_the_time_of_tuning_is_bounded_and_told(capsys, monkeypatch):
+    """A slow prior, whose every gradient takes a twentieth of the time."""
+
+    class Slow(Tikhonov):
+        def grad(self, x, *args, **kwargs):
+            time.sleep(0.02)
+            return super().grad(x, *args, **kwargs)
+
+    monkeypatch.setattr(console, "LONG", 0.0)
+    model = MAP(Slow(), lambda_reg=1.0, tol=0, max_iter=200).tune(gaussians(1), denoising(), max_seconds=0.4)
+    assert model.tuned["iterations"] < 100  # of 200, of which a single weight would take 4 seconds
+    said = capsys.readouterr().out
+    assert "the time was up, and more max_seconds may find a better one" in said and "PSNR" in said
+    assert model.max_iter == 200
 
 
 class DoubleWell(dinv.optim.Prior):

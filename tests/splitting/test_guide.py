@@ -1,5 +1,6 @@
 """The guide's lines for a folder of images with dead pixels, run as a user copies them, on fewer images."""
 
+import copy
 import textwrap
 from pathlib import Path
 
@@ -25,6 +26,13 @@ def test_training_from_a_folder_of_images_with_dead_pixels(tmp_path, monkeypatch
     namespace = {}
     with torch.random.fork_rng(devices=[]):
         exec(compile(LINES.replace("epochs=20", "epochs=2"), "guide", "exec"), namespace)
+    network = namespace["dinv"].models.ArtifactRemoval(copy.deepcopy(namespace["network"]), mode="adjoint")
+    again = namespace["loss"].adapt_model(network)
+    with torch.no_grad():
+        for p in again.parameters():
+            p.zero_()
+    again.load_state_dict(torch.load("model.pth", weights_only=True))
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), namespace["model"].parameters()))
     mask, y, x_net = (namespace[name] for name in ("mask", "y", "x_net"))
     assert torch.equal(mask, living[None].float()) and x_net.shape == y.shape and torch.isfinite(x_net).all()
     assert np.isfinite(namespace["trainer"].loss_history["EquivariantSplittingLoss"]).all()
