@@ -64,7 +64,7 @@ def tomography():
     physics = dinv.physics.Tomography(
         torch.linspace(0, 120, 61)[:-1], 96, circle=False, normalize=True, noise_model=noise(0.005)
     )
-    return images[:10], images[10:11], images[11:12], physics, {}
+    return images[:9], images[9:11], images[11:12], physics, {}
 
 
 def superresolution():
@@ -136,7 +136,7 @@ def road(images, val_images, y, physics, options):
     prior = fit_patchnr(images, effort="quick", verbose=False, **options)
     trained = time.perf_counter()
     model = MAP(prior, verbose=False)
-    model.tune(val_images, physics, max_seconds=80)
+    model.tune(val_images, physics, max_seconds=100)
     return model, model(y, physics), trained
 
 
