@@ -35,7 +35,7 @@ start = time.perf_counter()
 # Weights in deepinv's own form: a flow as deepinv builds it, trained by three lines of ours.
 
 upper_half = torch.from_numpy(skimage.data.gravel()[:256]).float()[None] / 255
-sizes = dict(epochs=EPOCHS, steps_per_epoch=5 if SHORT else 60, batch_size=512)
+sizes = dict(epochs=EPOCHS, steps_per_epoch=5 if SHORT else 60, batch_size=512, dequantise=1 / 255)
 prior = fit_patchnr([upper_half], prior=PatchNR(), verbose=False, **sizes)
 folder = Path(tempfile.mkdtemp())
 torch.save(prior.to_deepinv_state_dict(), folder / "weights.pt")
