@@ -240,10 +240,11 @@ def main():
                 with args.cache.open("a") as file:
                     print(json.dumps({"row": name} | rows[name]), file=file)
         beside = kept().get(name, {})
-        rows[name] |= {"tv": beside.get("tv", {}).get("psnr"), "oracle": beside.get("best")}
+        known = {"tv": beside.get("tv", {}).get("psnr"), "oracle": beside.get("best")}
+        rows[name] |= {key: value for key, value in known.items() if value is not None}
         print(name, rows[name], flush=True)
-    margins = [r["psnr"] - r["tv"] for r in rows.values() if r["tv"]]
-    gaps = [r["oracle"] - r["psnr"] for r in rows.values() if r["oracle"]]
+    margins = [r["psnr"] - r["tv"] for r in rows.values() if "tv" in r]
+    gaps = [r["oracle"] - r["psnr"] for r in rows.values() if "oracle" in r]
     rows = {name: rows[name] for name in args.only}
     result = {
         "margin_over_tv": round(min(margins), 3) if margins else None,
