@@ -52,14 +52,13 @@ class Console:
         self.steps, self.shown = self.steps + 1, shown
         if self.bar.update():
             self.bar.set_postfix({name: _said(value) for name, value in shown.items()}, refresh=False)
-        hidden = self.verbose and not (self.sparse or self.terminal)
-        if hidden and time.monotonic() - self.last >= max(RARE, LONG):
+        if not self.sparse and self._due(RARE):
             of = "" if self.total is None else f" of at most {self.total}"
             self.milestone(", ".join([f"iteration {self.steps}{of}", *self._last()]))
 
     def milestone(self, text: str) -> None:
         """A line in place of the bar, where there is no terminal."""
-        if self.verbose and not self.terminal and time.monotonic() - self.last >= LONG:
+        if self._due(LONG):
             self.last = time.monotonic()
             print(f"{self.who}: {text}; {duration(self.seconds)}", flush=True)
 
@@ -72,6 +71,9 @@ class Console:
         if self.verbose and kind is None and self.seconds >= LONG:
             result = self.result or ", ".join([f"{self.steps} iterations", *self._last()])
             print(f"{self.who}: {result}; {duration(self.seconds)}", flush=True)
+
+    def _due(self, seconds: float) -> bool:
+        return self.verbose and not self.terminal and time.monotonic() - self.last >= seconds
 
     def _last(self) -> list[str]:
         return [f"{name} {_said(value)}" for name, value in self.shown.items()]

@@ -80,7 +80,7 @@ def fit_patchnr(
     :param float lr: largest learning rate.
     :param float dequantise: width of the uniform noise added to the patches, in colour to each channel, for the likelihood alone;
         wider than a grey level, since the density of flat patches is as peaked as this noise is narrow, and minimisation then
-        ends far from the minimum. With 1/255 reconstructions were worse in four of six problems, and as good in two.
+        ends far from the minimum.
     :param float, tuple sigma: standard deviation of the Gaussian noise that the prior learns to remove, kept as
         ``prior.sigma_range``; ``(low, high)`` for all levels between the two, by a flow of images divided by their level; 0 for
         the likelihood.
