@@ -101,6 +101,12 @@ def _standardising(x: Tensor) -> tuple[Tensor, Tensor]:
     return log_scale, -mean * log_scale.exp()
 
 
+def _rotated(x: Tensor, matrix: Tensor) -> Tensor:
+    """Rotate the channels; under autocast too in the precision of x, which holds the finest details of the image."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x, matrix)
+
+
 class AllInOneBlock(Fm.AllInOneBlock):
     """FrEIA's block, which can be pickled and deep-copied at any time, also after a forward pass."""
 
@@ -113,6 +119,8 @@ class AllInOneBlock(Fm.AllInOneBlock):
         finally:
             np.random.set_state(kept)
         self.global_scale_activation = GlobalScale(global_affine_type)
+        if self.input_rank == 2:
+            self.permute_function = _rotated
         # In FrEIA these are frozen parameters, which requires_grad_(True) on the flow would make trainable
         for name in ("w_0",) if self.householder else ("w_perm", "w_perm_inv"):
             rotation = getattr(self, name).data
@@ -205,9 +213,9 @@ class ChannelAffine(Fm.InvertibleModule):
         log_det = self.log_scale.sum() * x[0, 0].numel()
         if rev:
             return (
-                F.conv2d((x - self.offset) * torch.exp(-self.log_scale), self.rotation.T[:, :, None, None]),
+                _rotated((x - self.offset) * torch.exp(-self.log_scale), self.rotation.T[:, :, None, None]),
             ), -log_det
-        return (F.conv2d(x, self.rotation[:, :, None, None]) * self.log_scale.exp() + self.offset,), log_det
+        return (_rotated(x, self.rotation[:, :, None, None]) * self.log_scale.exp() + self.offset,), log_det
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -238,7 +246,9 @@ class Squeeze(Fm.InvertibleModule):
         (x,) = x
         if rev:
             return (F.pixel_shuffle(self._rotated(x), 2),), x.new_zeros(len(x))
-        return (self._rotated(F.pixel_unshuffle(x, 2)),), x.new_zeros(len(x))
+        # the layout in which convolutions are fastest
+        x_out = self._rotated(F.pixel_unshuffle(x, 2)).contiguous(memory_format=torch.channels_last)
+        return (x_out,), x.new_zeros(len(x))
 
     def _rotated(self, x: Tensor) -> Tensor:
         if not self.haar:

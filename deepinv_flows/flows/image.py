@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..checks import check_choice, check_positive, positive_int, randomness
-from .multiscale import ImageFlow
+from .multiscale import ImageFlow, Subnet
 from .vector import ACTIVATIONS
 
 COUPLINGS = ("allinone", "glow")
@@ -151,6 +151,6 @@ def _subnet(config):
         for p in last.parameters():
             nn.init.zeros_(p)
         first = nn.Conv2d(channels_in, hidden, 3, padding=1)
-        return nn.Sequential(first, act(), nn.Conv2d(hidden, hidden, 1), act(), last)
+        return Subnet(first, act(), nn.Conv2d(hidden, hidden, 1), act(), last)
 
     return subnet

@@ -11,6 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from .state import KnowsItsConfig
 
 
+class Subnet(nn.Sequential):
+    """The network of a coupling, whose result is of the precision of x under autocast too: log-determinants sum up many of these."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
+
 class ImageFlow(KnowsItsConfig, nn.Module):
     """
     A flow of levels of FrEIA blocks; after each level but the last, half of the channels become part of the latent.

@@ -102,7 +102,7 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
         )
         fit_flow(
             flow, images["train"], images["val"], epochs=args.epochs, save_path=runs / f"flow{args.side}", resume=True,
-            device=args.device,
+            device=args.device, mixed_precision=args.mixed_precision,
         )  # fmt: skip
         FlowPrior(flow).save(runs / f"flow{args.side}.safetensors")
     seconds = {"seconds_flow": round(time.perf_counter() - start)}
@@ -127,6 +127,7 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None
         fit_flow(
             flow.requires_grad_(True).to(args.device), images["train"], images["val"], sigma=sigma, batch_size=8,
             epochs=epochs, lr=lr, save_path=runs / f"{name}{args.side}", resume=True, device=args.device,
+            mixed_precision=args.mixed_precision,
         )  # fmt: skip
         FlowPrior(flow).save(runs / f"{name}{args.side}.safetensors")
         return flow
@@ -138,7 +139,7 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None
     missing = [sigma for sigma in args.noise if sigma not in flows]
     if missing:
         middle, generator = sorted(args.noise)[len(args.noise) // 2], torch.Generator().manual_seed(0)
-        sizes = args.levels, args.steps, args.hidden, args.coupling
+        sizes = args.denoiser_levels, args.denoiser_steps, args.denoiser_hidden, args.coupling
         common = image_flow(images["train"].shape[1:], *sizes, activation="silu", generator=generator)
         fitted(common, middle, "denoiser", args.denoiser_epochs, lr=1.5e-3)
     for sigma in missing:
@@ -204,13 +205,17 @@ def parse() -> argparse.Namespace:
     add("--patch", help="weights of a PatchNR, instead of training")
     add("--denoisers", nargs="+", default=[], help="weights of FlowDenoisers, as 0.1=FILE, instead of training")
     add("--side", type=int, choices=(64, 32), default=64)
-    add("--levels", type=int, default=3)
+    add("--levels", type=int, default=4)
     add("--steps", type=int, default=8)
-    add("--hidden", type=int, default=64)
+    add("--hidden", type=int, default=96)
     add("--coupling", default="allinone")
-    add("--epochs", type=int, default=150)
+    add("--epochs", type=int, default=110)
+    add("--mixed-precision", default=False, help='of the image flows\' training: "bf16" where the processor has such products')
     add("--patch-size", type=int, default=8)
     add("--patch-epochs", type=int, default=40, help="epochs of 250 batches of 1024 patches")
+    add("--denoiser-levels", type=int, default=3)
+    add("--denoiser-steps", type=int, default=8)
+    add("--denoiser-hidden", type=int, default=64)
     add(
         "--denoiser-epochs", type=int, default=30, help="of the flow at the middle level, from which each level goes on"
     )
