@@ -12,7 +12,7 @@ from .state import KnowsItsConfig
 
 
 class Subnet(nn.Sequential):
-    """The network of a coupling, whose result is of the precision of x under autocast too: log-determinants sum up many of these."""
+    """The network of a coupling, whose result has the precision of x under autocast too, as log-determinants sum up many."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)

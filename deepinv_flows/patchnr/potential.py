@@ -152,7 +152,8 @@ class PatchPotential:
         return self.chunk_size or (2048 if x.device.type == "cpu" else 65536)
 
     def _sums(self, steps: list, x: Tensor, image: bool = True, dtype=None, weights: bool = False, scale=None) -> Sums:
-        return patch_sums(steps, x, self.index, _fused_chunk(self.chunk_size, x, steps), dtype, image, weights, scale)
+        size = self.chunk_size or _fused_chunk(x, steps, dtype or x.dtype)
+        return patch_sums(steps, x, self.index, size, dtype, image, weights, scale)
 
     def _means(self, sums: Sums, x: Tensor) -> tuple[Tensor, Tensor | None]:
         value = (sums.value * self.index.weight).to(x.dtype)
@@ -181,7 +182,7 @@ def _product_dtype(x: Tensor, precision: str | None) -> torch.dtype | None:
     return wanted if x.dtype != torch.float64 else None
 
 
-def _fused_chunk(chunk_size: int | None, x: Tensor, steps: list) -> int:
+def _fused_chunk(x: Tensor, steps: list, dtype: torch.dtype) -> int:
     width = max((len(w) for step in steps for w in step.packed if w.ndim == 2), default=1)
     # hidden layers have to fit into a core's cache, and products to take longer than the calls to them
-    return chunk_size or (min(max(2**18 // width, 1024), 4096) if x.device.type == "cpu" else 32768)
+    return min(max(2**20 // (dtype.itemsize * width), 1024), 4096) if x.device.type == "cpu" else 32768

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .networks import Activation, Network, gelu, leaky_relu, relu, silu
+from .activations import Activation, gelu, leaky_relu, relu, silu
+from .networks import Network
 from .originals import unchanged
 from .steps import Affine, Coupling
 

@@ -1,9 +1,7 @@
 r"""
 The steps of a patch flow with their derivatives written out, without a graph, in buffers that are reused for each chunk.
 
-A chunk of N patches is held as the columns of a (D, N) matrix, so that halves and single entries are contiguous rows, and
-each layer is one matrix product into a buffer. Sizes of products are those of the layers: with the bias as a column of the
-weights, one more than a multiple of 16, they take a tenth longer.
+A chunk of N patches is held as the columns of a (D, N) matrix, so that halves and single entries are contiguous rows.
 
 Each step has ``packed`` weights, which are functions of the flow's parameters (autograd maps their gradients back), and
 
@@ -135,7 +133,6 @@ class Coupling:
             factor=space.new(d),
             product=space.new(d),
             sum=space.shared("sum", 1)[0],
-            cast=None if space.dtype == space.state_dtype else space.shared("cast", rows, space.dtype),
             grad=grad,
             grad_a=grad[:-d],
             grad_t=grad[-d:],
@@ -147,8 +144,8 @@ class Coupling:
         return self.sign * (self.alpha if self.function == "tanh" else 1 / self.alpha)
 
     def forward(self, do: Callable, x: Tensor, log_det: Tensor, tape: SimpleNamespace) -> Tensor:
-        for network, network_tape, out in zip(self.networks, tape.networks, tape.outs):
-            network.forward(do, x[self.kept], network_tape, out)
+        for network_tape, out in zip(tape.networks, tape.outs):
+            network_tape.forward(do, x[self.kept], out)
         if tape.state is not tape.out:
             do(tape.state.copy_, tape.out)
         m, s = x[self.moved], tape.factor
@@ -178,13 +175,10 @@ class Coupling:
             do(torch.mul, gm, self.sign, out=grad)
         else:
             self._backward_affine(do, gm, weight, tape)
-        if tape.cast is not None:
-            do(tape.cast.copy_, grad)
-            grad = tape.cast
         start = 0
         for network, network_tape, part in zip(self.networks, tape.networks, grad.chunk(len(self.networks))):
             own = None if grads is None else grads[start : start + len(network.packed)]
-            network.backward(do, part, network_tape, own, g[self.kept])
+            network_tape.backward(do, part, own, g[self.kept])
             start += len(network.packed)
         return g
 

@@ -17,9 +17,7 @@ from .steps import Program
 from .workspace import workspace
 
 LEAST_SHARE = 256  # with fewer patches a thread is not worth its start
-ALIGNED = (
-    16  # float32 entries in a cache line; matrix products of a chunk size that it does not divide take a sixth longer
-)
+ALIGNED = 64  # bytes of a cache line; matrix products of a chunk size that it does not divide take a sixth longer
 
 
 @dataclass
@@ -61,7 +59,7 @@ def patch_sums(
 
     :param list steps: as :func:`deepinv_flows.patchnr.fused.steps_of` gives them.
     :param torch.Tensor x: images (B, C, H, W).
-    :param int chunk_size: number of patches at a time, in each thread; rounded up to a multiple of 16.
+    :param int chunk_size: number of patches at a time, in each thread; rounded up to whole cache lines.
     :param torch.dtype dtype: of matrix products; ``None`` for the dtype of x.
     :param bool image: whether to compute the gradient in the image.
     :param bool weights: whether to compute the gradients in the packed weights.
@@ -97,7 +95,8 @@ class _Sweep:
         sums = _zeros(self.steps, flat, self.index.batch, self.image, self.weights)
         # the smallest number of equal chunks; the last one is filled up with patches of weight zero
         size = math.ceil((stop - start) / math.ceil((stop - start) / self.chunk_size))
-        size = math.ceil(size / ALIGNED) * ALIGNED
+        entries = ALIGNED // self.dtype.itemsize
+        size = math.ceil(size / entries) * entries
         with workspace(size, flat.dtype, flat.device, self.dtype) as space:
             program = Program(self.steps, dim, space, self.image or self.weights, sums.grads)
             pixels = space.new(dim, torch.int64)

@@ -47,10 +47,6 @@ class Workspace:
             self.typed[self.slab, dtype] = self.slabs[self.slab].view(dtype)
         return self.typed[self.slab, dtype].as_strided((rows, self.n), (self.n, 1), start)
 
-    def ones(self) -> Tensor:
-        """A vector (n,) of ones, in the dtype of matrix products, that all steps share."""
-        return self.shared("ones", 1, self.dtype)[0].fill_(1)
-
     @property
     def nbytes(self) -> int:
         return sum(len(slab) for slab in self.slabs)
