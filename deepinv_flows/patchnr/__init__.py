@@ -8,7 +8,8 @@ of the flow is known, by :mod:`~deepinv_flows.patchnr.fused`.
 
 from .distributed import DistributedPatchNR
 from .patches import PatchIndex
+from .potential import Asked, patch_nll
 from .prior import PatchNR
 from .score import score
 
-__all__ = ["DistributedPatchNR", "PatchIndex", "PatchNR", "score"]
+__all__ = ["Asked", "DistributedPatchNR", "PatchIndex", "PatchNR", "patch_nll", "score"]

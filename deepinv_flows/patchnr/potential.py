@@ -14,12 +14,14 @@ patches of any flow, are evaluated by autograd inside each chunk (:mod:`deepinv_
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import transformed
+from ..flows import nll
 from . import plain, recorded
 from .fused import patch_sums, steps_of
 from .fused.sweep import Sums
@@ -45,8 +47,8 @@ class PatchPotential:
     :param torch.nn.Module flow: flow on (N, D).
     :param PatchIndex index: the patches to take.
     :param int chunk_size: number of patches at a time; ``None`` chooses it.
-    :param str precision: ``"bfloat16"`` for matrix products in this dtype, if only the image needs a gradient and the hardware
-        has them; autocast does the same. ``None`` is the dtype of the weights.
+    :param str precision: ``"bfloat16"`` for matrix products in this dtype, if the hardware has them, save for second derivatives;
+        autocast does the same. ``None`` is the dtype of the weights.
     :param Asked asked: what the backward pass of the last call asked for; the backward pass of this call updates it.
     :param dict weights: tensors (by name) in place of the flow's parameters; ``None`` for the parameters.
     """
@@ -64,6 +66,7 @@ class PatchPotential:
         self.asked = Asked() if asked is None else asked
         self.params = dict(flow.named_parameters()) | (weights or {})
         self.replaced = bool(weights)
+        self.dtype: torch.dtype | None = None  # of matrix products, as it was in the forward pass
 
     @property
     def trainable(self) -> bool:
@@ -74,16 +77,22 @@ class PatchPotential:
         """Mean negative log-likelihood (B,) of the patches of images x (B, C, H, W), differentiable in x and the weights."""
         if transformed(x, *self.params.values()):
             return plain.value(self.module(), x, self.index, len(self.index))
-        trainable, steps = self.trainable, self.steps(x)
+        return self.by_steps(x, self.steps(x))
+
+    def by_steps(self, x: Tensor, steps: list | None) -> Tensor:
+        """The value by these steps; by autograd in the flow if they are ``None``."""
+        trainable, self.dtype = self.trainable, _product_dtype(x, self.precision)
         if not trainable and not (x.requires_grad and torch.is_grad_enabled()):
             return self.constants(x, steps, image=False)[0]
-        chunk, autocast = self.recorded_chunk(x), torch.is_autocast_enabled(x.device.type)
-        if (trainable and autocast) or (steps is None and (trainable or len(self.index) <= chunk)):
+        chunk = self.recorded_chunk(x)
+        scaled = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)  # losses, against underflow
+        if (trainable and scaled) or (steps is None and (trainable or len(self.index) <= chunk)):
             return plain.value(self.module(), x, self.index, chunk)
         return recorded.value(self, x, steps)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value (B,) and its gradient in the image, without a graph; the weights are constants."""
+        self.dtype = self.dtype or _product_dtype(x, self.precision)
         return self.constants(x, self.steps(x))  # type: ignore[return-value]
 
     def constants(self, x: Tensor, steps: list | None, image: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +100,7 @@ class PatchPotential:
         with torch.no_grad():
             if steps is None:
                 return plain.value_and_grad(self.module(), x, self.index, self.recorded_chunk(x), image)
-            return self._means(self._sums(steps, x, image, _product_dtype(x, self.precision)), x)
+            return self._means(self._sums(steps, x, image), x)
 
     def grad(self, x: Tensor) -> Tensor:
         """The gradient of the value in the image; differentiable in the image and the weights that ask for a gradient."""
@@ -124,7 +133,9 @@ class PatchPotential:
     def on(self, values: tuple[Tensor, ...]) -> "PatchPotential":
         """The potential with these tensors in place of the weights."""
         weights = dict(zip(self.params, values))
-        return PatchPotential(self.flow, self.index, self.chunk_size, self.precision, self.asked, weights)
+        potential = PatchPotential(self.flow, self.index, self.chunk_size, self.precision, self.asked, weights)
+        potential.dtype = self.dtype
+        return potential
 
     @torch.no_grad()
     def steps(self, x: Tensor) -> list | None:
@@ -151,13 +162,29 @@ class PatchPotential:
         """The number of patches whose graph is held at a time."""
         return self.chunk_size or (2048 if x.device.type == "cpu" else 65536)
 
-    def _sums(self, steps: list, x: Tensor, image: bool = True, dtype=None, weights: bool = False, scale=None) -> Sums:
-        size = self.chunk_size or _fused_chunk(x, steps, dtype or x.dtype)
-        return patch_sums(steps, x, self.index, size, dtype, image, weights, scale)
+    def _sums(self, steps: list, x: Tensor, image: bool = True, weights: bool = False, scale=None) -> Sums:
+        size = self.chunk_size or _fused_chunk(x, steps, self.dtype or x.dtype)
+        return patch_sums(steps, x, self.index, size, self.dtype, image, weights, scale)
 
     def _means(self, sums: Sums, x: Tensor) -> tuple[Tensor, Tensor | None]:
         value = (sums.value * self.index.weight).to(x.dtype)
         return value, None if sums.grad is None else sums.grad.mul_(self.index.weight).view_as(x).to(x.dtype)
+
+
+def patch_nll(flow: nn.Module, patches: Tensor, asked: Asked) -> Tensor:
+    """
+    Negative log-likelihoods (N,) of patches (N, D), with the constant, differentiable in the weights that ask for a gradient.
+
+    Derivatives are written out if every part of the flow is known.
+
+    :param Asked asked: as in :class:`PatchPotential`.
+    """
+    columns = patches[:, :, None, None]
+    potential = PatchPotential(flow, PatchIndex(columns.shape, 1, device=patches.device), asked=asked)
+    steps = None if transformed(patches, *potential.params.values()) else potential.steps(columns)
+    if steps is None:
+        return nll(flow, patches)
+    return potential.by_steps(columns, steps) + 0.5 * patches.shape[1] * math.log(2 * math.pi)
 
 
 def _in_parameters(steps: list, grads: list[list[Tensor]] | None, weights) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from ..flows import as_flow, nll
+from ..patchnr import Asked, patch_nll
 from .conditioning import conditions_of
 
 
@@ -54,7 +55,7 @@ class FlowModel(Reconstructor):
         compile: bool = False,
     ):
         super().__init__()
-        self.compile_flow = compile
+        self.compile_flow, self.asked = compile, Asked(weights=True)
         if dequantise < 0:
             raise ValueError(f"expected a width of the dequantisation noise >= 0; got {dequantise}")
         self.flow, self.dequantise = as_flow(getattr(flow, "normalizing_flow", flow)), dequantise
@@ -79,6 +80,8 @@ class FlowModel(Reconstructor):
             noise = torch.rand(y.shape, generator=self.generator, device=self.generator.device, dtype=y.dtype)
             y = y + self.dequantise * (noise.to(y.device) - 0.5)
         c = conditions_of(physics) if c is None else c
+        if y.ndim == 2 and c is None and not self.compile_flow:
+            return patch_nll(self.flow, y, self.asked)
         return (_compiled() if self.compile_flow else nll)(self.flow, y, c=c)
 
 
