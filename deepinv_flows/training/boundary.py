@@ -11,6 +11,8 @@ import torch
 from deepinv import Trainer
 from torch import Tensor, nn
 
+from ..checks import check_choice
+
 # the options of deepinv's Trainer that a training sets itself
 OWN = {"model", "physics", "optimizer", "scheduler", "losses", "train_dataloader", "eval_dataloader", "ckpt_pretrained"}
 
@@ -48,3 +50,16 @@ def check_trainable(module: nn.Module, name: str) -> None:
         raise ValueError(f"the weights of the {name} are frozen; {name}.requires_grad_(True) makes them trainable")
     if trainable[0] in (torch.float16, torch.bfloat16):
         raise TypeError(f"expected weights of float32 or float64 to train; got {trainable[0]} ({name}.float())")
+
+
+def check_objective(objective: str | None, levels: tuple[float, float] | None) -> None:
+    check_choice("objective", objective, (None, "score", "likelihood"))
+    if objective == "score" and levels is None:
+        raise ValueError('expected sigma > 0 for objective="score", which learns to remove noise; got sigma = 0')
+
+
+def autocast(mixed_precision: bool | str, device: str | torch.device) -> torch.autocast:
+    """The context in which :class:`deepinv.Trainer` evaluates a model."""
+    low = mixed_precision in ("bfloat16", "bf16", torch.bfloat16)
+    dtype = torch.bfloat16 if low else torch.float16
+    return torch.autocast(torch.device(device).type, dtype, enabled=bool(mixed_precision))

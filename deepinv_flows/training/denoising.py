@@ -108,6 +108,18 @@ class NoisyPieces(Dataset):
         return {"x": x, "y": y, "params": {"sigma": sigma}}
 
 
+class NoisyPatches(NoisyPieces):
+    """Patches (D,) with noise as samples, in the unit in which the prior sees them; the arguments are those of the base class."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {key: value[0] for key, value in self.__getitems__([i]).items()}
+
+    def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
+        batch = super().__getitems__(numbers)
+        y = batch["y"] / batch["params"]["sigma"] if scaled(self.sigma_range) else batch["y"]
+        return {"x": y.flatten(1), "y": y.flatten(1)}
+
+
 def mean_error(prior: Any, batch: dict[str, Any], device) -> Tensor:
     """The loss of a batch, for timing."""
     x, y, sigma = batch["x"].to(device), batch["y"].to(device), batch["params"]["sigma"].to(device)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..checks import check_choice, positive_int
-from ..flows import nll
+from ..patchnr import Asked, patch_nll
 
 Step = Callable[[nn.Module, dict[str, Any], Any], Tensor]
 MINUTES = {"quick": 2.0, "standard": 10.0, "thorough": 60.0}
@@ -106,7 +106,7 @@ def _near(width: float) -> int:
 
 
 def mean_nll(flow: nn.Module, batch: dict[str, Any], device) -> Tensor:
-    return nll(flow, batch["x"].to(device)).mean()
+    return patch_nll(flow, batch["x"].to(device), Asked(weights=True)).mean()
 
 
 def measured(found: Plan, module: nn.Module, samples: Dataset, device, loss: Step = mean_nll, size: int = 1) -> Plan:

@@ -1,6 +1,5 @@
 """Images as training samples: their patches, or whole images."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..patchnr import PatchIndex
-
 
 class PatchSamples(Dataset):
     """
-    All overlapping patches of some images as training samples. They are gathered from the images when they are asked for.
+    All overlapping patches of some images as training samples, gathered from a copy of the images when they are asked for.
 
     :param Sequence[torch.Tensor] images: images (C, H, W), possibly of different sizes.
     :param int patch_size: side of a patch, in pixels.
@@ -39,9 +36,13 @@ class PatchSamples(Dataset):
         self.shape = (images[0].shape[0], patch_size, patch_size)
         self.augment = augment
         self.generator = torch.Generator() if generator is None else generator
-        self.flat = [image.reshape(-1) for image in images]
-        self.indices = [PatchIndex((1, *image.shape), patch_size) for image in images]
-        self.ends = torch.tensor([len(index) for index in self.indices]).cumsum(0)
+        self.flat = torch.cat([image.reshape(-1) for image in images])
+        channels, rows, columns = (torch.arange(size) for size in self.shape)
+        self.within = channels[:, None, None], rows[:, None], columns  # of each entry of a patch
+        self.heights, self.widths = (torch.tensor([image.shape[k] for image in images]) for k in (1, 2))
+        self.first_pixels = torch.tensor([0, *(image.numel() for image in images[:-1])]).cumsum(0)
+        self.across = self.widths - patch_size + 1
+        self.ends = ((self.heights - patch_size + 1) * self.across).cumsum(0)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -50,13 +51,7 @@ class PatchSamples(Dataset):
         return {key: value[0] for key, value in self.__getitems__([i]).items()}
 
     def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
-        drawn = torch.as_tensor(numbers)
-        image = torch.bucketize(drawn, self.ends, right=True)
-        patches = self.flat[0].new_empty(len(numbers), math.prod(self.shape))
-        for k in image.unique().tolist():
-            own = image == k
-            _, pixels = self.indices[k](drawn[own] - self.ends[k] + len(self.indices[k]))
-            patches[own] = self.flat[k][pixels]
+        patches = self.flat[self._pixels(torch.as_tensor(numbers))].flatten(1)
         if self.augment:
             parts = patches.view(-1, *self.shape).tensor_split(min(8, len(patches)))
             symmetries = list(range(8))
@@ -65,6 +60,16 @@ class PatchSamples(Dataset):
                 symmetries = draws.tolist()
             patches = torch.cat([_symmetry(part, k) for k, part in zip(symmetries, parts)]).flatten(1)
         return {"x": patches, "y": patches}
+
+    def _pixels(self, number: Tensor) -> Tensor:
+        """The places (n, C, p, p) in ``flat`` of the entries of the patches with these numbers."""
+        image = torch.bucketize(number, self.ends, right=True)
+        position = number - self.ends[image] + (self.heights[image] - self.shape[1] + 1) * self.across[image]
+        row, column = position // self.across[image], position % self.across[image]
+        width, area = (part[image, None, None, None] for part in (self.widths, self.heights * self.widths))
+        corner = self.first_pixels[image] + row * self.widths[image] + column
+        channels, rows, columns = self.within
+        return corner[:, None, None, None] + channels * area + rows * width + columns
 
 
 def _symmetry(patches: Tensor, k: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..patchnr import PatchNR
-from .denoising import Levelled, NoisyPieces, PatchScoreModel, RelativeError, mean_error, piece_side
+from .denoising import Levelled, NoisyPatches, NoisyPieces, PatchScoreModel, RelativeError, mean_error, piece_side
 from .effort import Step, mean_nll
 from .likelihood import FlowModel, FlowNLL
 from .samples import PatchSamples, subset
@@ -52,6 +52,19 @@ def likelihood(
     samples = PatchSamples(images, prior.patch_size, augment, generator)
     eval_samples = subset(PatchSamples(held_out, prior.patch_size))
     return Task(model, FlowNLL(), Denoising(), samples, eval_samples, 100.0, prior.normalizing_flow, mean_nll)
+
+
+def noisy_likelihood(
+    prior: PatchNR, images: Sequence[Tensor], held_out: Sequence[Tensor], augment: bool, generator: torch.Generator
+) -> Task:
+    """Maximum likelihood of single patches with noise, at the levels of ``prior.sigma_range``."""
+    model = FlowModel(prior.normalizing_flow, 0, generator)
+    samples, eval_samples = (
+        NoisyPatches(part, prior.patch_size, prior.sigma_range, source, augment)
+        for part, source in ((images, generator), (held_out, None))
+    )
+    chosen = subset(eval_samples)
+    return Task(model, FlowNLL(), Denoising(), samples, chosen, 100.0, prior.normalizing_flow, mean_nll)
 
 
 def score_matching(
