@@ -3,8 +3,8 @@ Train a denoiser of natural images on patches
 =============================================
 
 A PatchNR of noisy 8x8 patches, whose :class:`deepinv_flows.FlowDenoiser` takes grey images of any size. It learns the likelihood
-of noisy patches, and then to make the error of the denoiser small. It learns from a folder of images; for ``tests/benchmarks/bsd68.py`` from the 400 of the standard split. Every fortieth, from the 21st on, is held out to
-choose the best epoch.
+of noisy patches, and then to make the error of the denoiser small, from a folder of images; for ``tests/benchmarks/bsd68.py``
+from the 400 of the standard split. Every fortieth, from the 21st on, is held out to choose the best epoch.
 
 Run ``python examples/train_natural.py --data FOLDER --sigma 25 --save-path runs --out natural.safetensors``. Two levels, as in
 ``--sigma 15 50``, train for all levels between them.
