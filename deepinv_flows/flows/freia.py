@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import state
+from .rotations import check_rotation, orthogonal, rotated
 
 SAMPLES_PER_CHANNEL = 10  # with as many, or more, sample variances are taken as they are
 LEAST_VARIANCE = 1e-6  # of a channel, as a multiple of the mean over channels
@@ -58,29 +59,6 @@ class GlobalScale:
         return torch.exp(a)
 
 
-_ROTATION_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-
-def _not_orthogonal(matrix: Tensor) -> Tensor:
-    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) - matrix.T @ matrix
-
-
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """Make a rotation that a shorter dtype has rounded orthogonal again, to the precision of its dtype (Newton-Schulz steps)."""
-    tolerance = _ROTATION_ROUNDING.get(matrix.dtype, 1.0)
-    for _ in range(0 if matrix.is_meta else 3):
-        error = _not_orthogonal(matrix)
-        if not tolerance < float(error.abs().max()) < 0.02:
-            break
-        matrix = matrix + 0.5 * matrix @ error
-    return matrix
-
-
-def _check_rotation(name: str, matrix: Tensor, errors: list[str]) -> None:
-    if not matrix.is_meta and not state.is_rotation(matrix):
-        errors.append(f"{name}: is not a rotation (an average of different rotations?)")
-
-
 def shrinkage(samples: int, channels: int) -> float:
     """The weight of the mean over channels in an estimate of their variances; 0 from ten samples for each channel on."""
     return max(0.0, 1 - samples / (SAMPLES_PER_CHANNEL * channels))
@@ -101,12 +79,6 @@ def _standardising(x: Tensor) -> tuple[Tensor, Tensor]:
     return log_scale, -mean * log_scale.exp()
 
 
-def _rotated(x: Tensor, matrix: Tensor) -> Tensor:
-    """Rotate the channels; under autocast too in the precision of x, which holds the finest details of the image."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x, matrix)
-
-
 class AllInOneBlock(Fm.AllInOneBlock):
     """FrEIA's block, which can be pickled and deep-copied at any time, also after a forward pass."""
 
@@ -120,7 +92,7 @@ class AllInOneBlock(Fm.AllInOneBlock):
             np.random.set_state(kept)
         self.global_scale_activation = GlobalScale(global_affine_type)
         if self.input_rank == 2:
-            self.permute_function = _rotated
+            self.permute_function = rotated
         # In FrEIA these are frozen parameters, which requires_grad_(True) on the flow would make trainable
         for name in ("w_0",) if self.householder else ("w_perm", "w_perm_inv"):
             rotation = getattr(self, name).data
@@ -129,7 +101,7 @@ class AllInOneBlock(Fm.AllInOneBlock):
 
     def _orthogonalise(self):
         w = self.w_0 if self.householder else self.w_perm
-        w.data = _orthogonal(w.detach().flatten(1)).view_as(w)
+        w.data = orthogonal(w.detach().flatten(1)).view_as(w)
         if not self.householder:
             self.w_perm_inv.data = w.flatten(1).T.reshape(w.shape)
 
@@ -151,7 +123,7 @@ class AllInOneBlock(Fm.AllInOneBlock):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict(state_dict, prefix, *args)
         name = "w_0" if self.householder else "w_perm"
-        _check_rotation(prefix + name, getattr(self, name).flatten(1), args[-1])
+        check_rotation(prefix + name, getattr(self, name).flatten(1), args[-1])
         self._orthogonalise()
 
     def forward(self, x, c=(), rev=False, jac=True):
@@ -213,19 +185,19 @@ class ChannelAffine(Fm.InvertibleModule):
         log_det = self.log_scale.sum() * x[0, 0].numel()
         if rev:
             return (
-                _rotated((x - self.offset) * torch.exp(-self.log_scale), self.rotation.T[:, :, None, None]),
+                rotated((x - self.offset) * torch.exp(-self.log_scale), self.rotation.T[:, :, None, None]),
             ), -log_det
-        return (_rotated(x, self.rotation[:, :, None, None]) * self.log_scale.exp() + self.offset,), log_det
+        return (rotated(x, self.rotation[:, :, None, None]) * self.log_scale.exp() + self.offset,), log_det
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.rotation.data = _orthogonal(self.rotation)
+        self.rotation.data = orthogonal(self.rotation)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict(state_dict, prefix, *args)
-        _check_rotation(prefix + "rotation", self.rotation, args[-1])
-        self.rotation.data = _orthogonal(self.rotation)
+        check_rotation(prefix + "rotation", self.rotation, args[-1])
+        self.rotation.data = orthogonal(self.rotation)
 
     def output_dims(self, input_dims):
         return input_dims

@@ -111,7 +111,7 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
     else:
         prior = fit_patchnr(
             images["train"], images["val"], patch_size=args.patch_size, epochs=args.patch_epochs, steps_per_epoch=250,
-            augment=False,
+            augment=False, mixed_precision=args.mixed_precision,
             save_path=runs / f"patch{args.side}", resume=True, device=args.device,
         )  # fmt: skip
         prior.save(runs / f"patch{args.side}.safetensors")
@@ -210,9 +210,9 @@ def parse() -> argparse.Namespace:
     add("--hidden", type=int, default=96)
     add("--coupling", default="allinone")
     add("--epochs", type=int, default=110)
-    add("--mixed-precision", default=False, help='of the image flows\' training: "bf16" where the processor has such products')
-    add("--patch-size", type=int, default=8)
-    add("--patch-epochs", type=int, default=40, help="epochs of 250 batches of 1024 patches")
+    add("--mixed-precision", default=False, help='of the trainings: "bf16" where the processor has such products')
+    add("--patch-size", type=int, default=6)
+    add("--patch-epochs", type=int, default=15, help="epochs of 250 batches of 1024 patches")
     add("--denoiser-levels", type=int, default=3)
     add("--denoiser-steps", type=int, default=8)
     add("--denoiser-hidden", type=int, default=64)
