@@ -289,3 +289,22 @@ def test_training_of_conditional_flows(sigma):
         fit_flow(flow, x, c=[0.5])
     with pytest.raises(ValueError, match="expected 1 conditions, .* got 0"):
         fit_flow(flow, x, verbose=False)
+
+
+@pytest.mark.parametrize("coupling", ["allinone", "glow"])
+def test_under_autocast_states_and_log_determinants_keep_their_precision(coupling):
+    flow = image_flow((3, 16, 16), 2, 2, 8, coupling, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(4, 3, 16, 16)
+    flow.initialise(x)
+
+    def found():
+        with torch.autocast("cpu", torch.bfloat16):
+            return flow(x)
+
+    torch.testing.assert_close(found(), flow(x))  # a new flow's networks are zero
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    z, log_det = found()
+    assert z.dtype == log_det.dtype == torch.float32
+    torch.testing.assert_close(log_det, flow(x)[1], rtol=2e-3, atol=0.5)

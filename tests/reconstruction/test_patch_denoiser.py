@@ -193,11 +193,12 @@ def images_of_gaussian_patches(n, side):
 OPTIONS = dict(patch_size=P, num_layers=1, sub_net_size=8, batch_size=128, verbose=False)
 
 
+@pytest.mark.parametrize("objective", ["score", "likelihood"])
 @pytest.mark.parametrize("sigma", [SIGMA, (0.25, 1.0)], ids=str)
-def test_training_nears_the_least_error(sigma):
+def test_training_nears_the_least_error(sigma, objective):
     x = images_of_gaussian_patches(40, 16)
     y = x[:10] + SIGMA * torch.randn(x[:10].shape, generator=generator(4), dtype=torch.float64)
-    prior = fit_patchnr(x[10:], sigma=sigma, epochs=2, steps_per_epoch=20, **OPTIONS)
+    prior = fit_patchnr(x[10:], sigma=sigma, objective=objective, epochs=2, steps_per_epoch=20, **OPTIONS)
     with torch.no_grad():
         found = float(((FlowDenoiser(prior)(y, SIGMA) - x[:10]) ** 2).mean())
     least = float(((averaged_wiener(y) - x[:10]) ** 2).mean())
@@ -229,5 +230,9 @@ def test_what_is_refused():
         fit_patchnr(x, sigma=0.1, verbose=False)
     with pytest.raises(ValueError, match="compile=False with sigma"):
         fit_patchnr(x, sigma=0.1, compile=True, **OPTIONS)
+    with pytest.raises(ValueError, match="expected objective to be one of None, 'score', 'likelihood'; got 'mse'"):
+        fit_patchnr(x, sigma=0.1, objective="mse", **OPTIONS)
+    with pytest.raises(ValueError, match='expected sigma > 0 for objective="score"'):
+        fit_patchnr(x, objective="score", **OPTIONS)
     with pytest.raises(ValueError, match="at least 3 x 3 pixels"):
         FlowDenoiser(some_prior())(torch.rand(1, 1, 2, 9).double(), 0.1)

@@ -8,6 +8,7 @@ import torch
 from cases import make
 
 from deepinv_flows import BitsPerDim, FlowModel, FlowNLL, allinone_flow, glow_flow
+from deepinv_flows.flows import nll
 
 
 def samples(x):
@@ -102,3 +103,32 @@ def test_mixed_precision():
     with pytest.warns(UserWarning):
         training = trainer(FlowModel(glow_flow(4, 2, 16), 0), x, epochs=2, mixed_precision="bfloat16")
     assert FlowNLL()(training.train()(x)).isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_written_out_gradients_are_those_of_autograd(activation):
+    model = FlowModel(glow_flow(9, 2, 8, activation=activation, permute=True).double(), dequantise=0)
+    x = torch.rand(300, 9, dtype=torch.float64)
+    factors = torch.rand(300, dtype=torch.float64)
+    for weights in (torch.ones_like(factors) / 300, factors):
+        found = torch.autograd.grad((model(x) * weights).sum(), list(model.parameters()))
+        expected = torch.autograd.grad((nll(model.flow, x) * weights).sum(), list(model.parameters()))
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(model(x), nll(model.flow, x))
+
+
+def test_training_in_bfloat16_is_near_that_in_full_precision():
+    x = torch.randn(512, 9) @ torch.randn(9, 9)
+    found = []
+    for low in (False, True):
+        model = FlowModel(glow_flow(9, 2, 32, generator=torch.Generator().manual_seed(0)), dequantise=0)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(20):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                loss = model(x).mean()
+            loss.backward()
+            optimizer.step()
+        assert {p.dtype for p in model.parameters()} == {loss.dtype} == {torch.float32}
+        found.append(float(model(x).mean().detach()))
+    assert found[1] == pytest.approx(found[0], abs=0.1)

@@ -1,6 +1,7 @@
 """The derivatives that are written out, and the flows for which they are used."""
 
 import copy
+import math
 import threading
 
 import pytest
@@ -175,13 +176,27 @@ def test_an_error_in_a_thread_is_raised_here():
 
 @pytest.mark.parametrize("name", ["glow", "realnvp", "nice", "glow_gelu", "allinone_soft_exp", "reversed"])
 def test_bfloat16_products_are_near(name):
-    flow = make(name, 9, torch.float32, spread=0.1).requires_grad_(False)
+    flow = make(name, 9, torch.float32, spread=0.1)
     x = torch.rand(1, 1, 20, 20)
     index = PatchIndex(x.shape, 3)
-    exact = sweep.patch_sums(steps_of(flow), x, index, 100)
-    rough = sweep.patch_sums(steps_of(flow), x, index, 100, torch.bfloat16)
+    exact = sweep.patch_sums(steps_of(flow), x, index, 100, weights=True)
+    rough = sweep.patch_sums(steps_of(flow), x, index, 100, torch.bfloat16, weights=True)
+    torch.testing.assert_close(rough.value, exact.value, rtol=1e-2, atol=0)
     assert (rough.grad - exact.grad).norm() <= 3e-2 * exact.grad.norm()
     assert not torch.equal(rough.grad, exact.grad)
+    for near, right in zip(sum(rough.grads, []), sum(exact.grads, [])):
+        assert (near - right).norm() <= 5e-2 * right.norm() + 1e-4
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+def test_bad_weights_are_not_rectified_away(layer, bad):
+    """A NaN of negative sign is a negative integer."""
+    flow = glow_flow(9, 1, 16).requires_grad_(False)
+    next(m for m in flow.modules() if isinstance(m, nn.Sequential))[layer].weight[0, 0] = bad
+    x = torch.rand(1, 1, 20, 20)
+    found = sweep.patch_sums(steps_of(flow), x, PatchIndex(x.shape, 3), 100, torch.bfloat16)
+    assert not found.value.isfinite().any()
 
 
 def test_precision_is_used_where_the_hardware_has_it(monkeypatch):
