@@ -4,7 +4,7 @@ Train the shipped weights ``lfw``
 
 The flow behind ``FlowPrior(pretrained="lfw")`` is trained on 80 of the 100 faces of scikit-image's ``lfw_subset``, without their
 last row and column (24x24, grey). Faces 80 to 89 choose the epoch and tune reconstructions; faces 90 to 99 and the 100
-images that are no faces are never seen; ``demo_latent_compressed_sensing.py`` recovers some of them.
+images that are not faces are never seen; ``demo_latent_compressed_sensing.py`` recovers some of them.
 
 Run ``python examples/train_lfw.py --out lfw.safetensors``; the card beside the shipped file has the figures.
 """

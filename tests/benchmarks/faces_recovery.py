@@ -3,7 +3,7 @@ Recovery of faces, in the latent space of an image flow and with a PatchNR, afte
 
     python tests/benchmarks/faces_recovery.py --data DIR [--save-path RUNS] [--flow FILE] [--patch FILE]
 
-``DIR/faces64.npz`` holds ``train``, ``val``, ``test`` (the 12 faces of the published tables) and ``ood`` (no faces),
+``DIR/faces64.npz`` holds ``train``, ``val``, ``test`` (the 12 faces of the published tables) and ``ood`` (images that are not faces),
 N x 64 x 64 x 3, 8 bit. No image of the other parts may lie within 0.05 RMSE of one of ``train``, which is asserted first.
 Both flows are trained on ``train`` unless weights are given; an interrupted training goes on from RUNS. ``--side 32`` halves the
 images. The strengths of all methods are chosen on the same images of ``val``, from grids that are widened until the best does not
@@ -17,7 +17,7 @@ lie at an end; where it still does, the row says so. Figures are means over the 
   (``--posterior-iterations``), and the most likely image by the sum of PatchNR's and the flow's log-densities, by Adam from
   LatentMAP's result;
 - ``inpainting``: a centred square of a third of the side is missing;
-- ``ood``: the same sensing of images that are no faces, with the strengths chosen on faces;
+- ``ood``: the same sensing of images that are not faces, with the strengths chosen on faces;
 - ``questions``: start, penalty and optimizer of LatentMAP at one m, on images of ``val``.
 
 The published figures of the same method, or of Glow for LatentMAP, stand beside ours. The last line is one JSON object.
