@@ -2,9 +2,9 @@ r"""
 One flow for two kinds of images
 ================================
 
-A flow that is told what it looks at: one conditional flow learns the density of faces and that of other images, from 80 of each.
-Its condition is an image of zeros (another image) or of ones (a face). Two things follow from it without further training: what an
-unseen image shows, by Bayes' rule, and recoveries from few measurements under either condition.
+A flow that is told what it looks at: one conditional flow learns the density of faces and that of other images, from 80 of
+each. Its condition is an image of ones (a face) or of zeros (another image). Two things follow from it without further training:
+what an unseen image shows, by Bayes' rule, and recoveries from few measurements under either condition.
 
 The images are scikit-image's ``lfw_subset``, 24x24: 0 to 79 of each kind are learned, 80 to 89 choose the epoch and the strength
 of the recovery, 90 to 99 are the test.

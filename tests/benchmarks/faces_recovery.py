@@ -3,8 +3,8 @@ Recovery of faces, in the latent space of an image flow and with a PatchNR, afte
 
     python tests/benchmarks/faces_recovery.py --data DIR [--save-path RUNS] [--flow FILE] [--patch FILE]
 
-``DIR/faces64.npz`` holds ``train``, ``val``, ``test`` (the 12 faces of the published tables) and ``ood`` (images that are not faces),
-N x 64 x 64 x 3, 8 bit. No image of the other parts may lie within 0.05 RMSE of one of ``train``, which is asserted first.
+``DIR/faces64.npz`` holds ``train``, ``val``, ``test`` (the 12 faces of the published tables) and ``ood`` (images that are not
+faces), N x 64 x 64 x 3, 8 bit. No image of the other parts may lie within 0.05 RMSE of one of ``train``, which is asserted first.
 Both flows are trained on ``train`` unless weights are given; an interrupted training goes on from RUNS. ``--side 32`` halves the
 images. The strengths of all methods are chosen on the same images of ``val``, from grids that are widened until the best does not
 lie at an end; where it still does, the row says so. Figures are means over the test images with their standard error.
