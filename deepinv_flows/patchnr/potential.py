@@ -32,9 +32,15 @@ FEW = 256  # fewer patches are evaluated by autograd in less time than it takes 
 
 @dataclass
 class Asked:
-    """What the last backward pass asked for; the next forward pass computes it in advance."""
+    """
+    What the last backward pass asked for, which the next forward pass computes in advance, or leaves to the backward pass.
+
+    :param bool weights: gradients in the weights, of images with one factor in the loss.
+    :param bool unequal: the same, of images with different factors.
+    """
 
     weights: bool = False
+    unequal: bool = False
 
 
 class PatchPotential:

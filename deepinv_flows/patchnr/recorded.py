@@ -4,8 +4,8 @@ The patch potential as autograd functions, whose gradients the potential itself 
 The value is recorded as the sum of two functions, one of the image and one (zero) of the weights, so that a backward pass
 computes what it is asked for and nothing else. The forward pass computes the gradient in the image together with the value, if
 the image asks for a gradient, and the gradients in the weights too, if the backward pass of the last call asked for them. The
-latter hold if all images have the same factor in the loss, as in a sum or a mean; otherwise the backward pass computes them
-again.
+latter hold if all images have the same factor in the loss, as in a sum or a mean. Otherwise the backward pass computes both
+gradients together, and the next forward pass leaves them to it.
 
 A backward pass with a graph records another function, the gradient. The backward pass of that is a Hessian-vector product, by
 autograd on the flow's steps, with a graph for each chunk.
@@ -35,18 +35,20 @@ _BATCHED = torch._C._dispatch_key_parse("Batched")
 def value(potential: PatchPotential, x: Tensor, steps: list | None) -> Tensor:
     """The value (B,), differentiable in the image and, if the steps are known, in the weights that ask for a gradient."""
     trainable = [name for name, p in potential.params.items() if p.requires_grad]
-    speculate, potential.asked.weights = bool(trainable) and potential.asked.weights, False
+    asked = potential.asked
+    speculate, later = bool(trainable) and asked.weights, bool(trainable) and asked.unequal
+    asked.weights = asked.unequal = False
     grad: Tensor | None
-    weight_grads = None
+    weight_grads, both = None, {}
     random = plain.random_state(x) if steps is None else None
     if speculate:
         found, grad, weight_grads = potential.all_grads(x, trainable)
     else:
-        found, grad = potential.constants(x, steps, image=x.requires_grad)
+        found, grad = potential.constants(x, steps, image=x.requires_grad and not later)
     if x.requires_grad:
-        found = _OfImage.apply(x, potential, found, grad, random)
-    if trainable:
-        found = found + _OfWeights.apply(potential, [x], weight_grads, trainable, *potential.params.values())
+        found = _OfImage.apply(x, potential, found, grad, random, both)
+    if trainable:  # made last, so that its backward pass is first
+        found = found + _OfWeights.apply(potential, [x], weight_grads, trainable, both, *potential.params.values())
     return found
 
 
@@ -65,8 +67,8 @@ def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[
 
 class _OfImage(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, potential, value, grad, random):
-        ctx.potential, ctx.random = potential, random
+    def forward(ctx, x, potential, value, grad, random, both):
+        ctx.potential, ctx.random, ctx.both = potential, random, both
         # autograd refuses a backward pass after these were changed in place
         ctx.save_for_backward(x, grad, *potential.params.values())
         return value.clone()
@@ -76,21 +78,26 @@ class _OfImage(torch.autograd.Function):
         x, grad, *values = ctx.saved_tensors
         potential = ctx.potential
         if not torch.is_grad_enabled():
-            found = _scaled(grad, scale)
+            known, factors = (grad, None) if grad is not None else ctx.both.pop("grad", (None, None))
+            if factors is not None and torch.equal(factors, scale):
+                return known, None, None, None, None, None
+            if known is None or factors is not None:
+                known = potential.on(values).value_and_grad(x)[1]
+            found = _scaled(known, scale)
         elif ctx.random is None:
             found = gradients(potential.on(values), x, scale, handed=grad)[0]
         else:
             with plain.replayed(x, ctx.random):
                 found = plain.grad(potential.module(), x, potential.index, potential.recorded_chunk(x), scale)
-        return found, None, None, None, None
+        return found, None, None, None, None, None
 
 
 class _OfWeights(torch.autograd.Function):
     """Zero, with gradients in the weights. The image comes in a list, so that autograd does not ask for its gradient here."""
 
     @staticmethod
-    def forward(ctx, potential, hidden, grads, names, *values):
-        ctx.potential, ctx.grads, ctx.names = potential, grads, names
+    def forward(ctx, potential, hidden, grads, names, both, *values):
+        ctx.potential, ctx.grads, ctx.names, ctx.both = potential, grads, names, both
         ctx.save_for_backward(hidden[0], *values)
         return values[0].new_zeros(potential.index.batch, dtype=hidden[0].dtype)
 
@@ -102,12 +109,14 @@ class _OfWeights(torch.autograd.Function):
             found = gradients(potential, x, scale, names)[1:]
         else:
             alike = bool((scale == scale[0]).all())
-            potential.asked.weights = alike
+            potential.asked.weights, potential.asked.unequal = alike, not alike
             if grads is None or not alike:
-                grads = potential.all_grads(x, names, None if alike else scale)[2]
+                _, image, grads = potential.all_grads(x, names, None if alike else scale)
+                if x.requires_grad:  # whose backward pass is next
+                    ctx.both["grad"] = image, None if alike else scale
             found = [g * scale[0] for g in grads] if alike else grads
         by_name = dict(zip(names, found))
-        return None, None, None, None, *(by_name.get(name) for name in potential.params)
+        return None, None, None, None, None, *(by_name.get(name) for name in potential.params)
 
 
 class _Gradients(torch.autograd.Function):

@@ -177,3 +177,26 @@ def test_random_subsets_are_unbiased(subset):
     for draws, truth in ((values, whole(x)), (gradients, expected)):
         error = (draws.mean(0) - truth) / (draws.std(0) / len(draws) ** 0.5)
         assert error.abs().max() < 4.5  # of 73 standard errors
+
+
+def test_gradients_do_not_depend_on_what_was_asked_before():
+    """The forward pass computes in advance what the last backward pass asked for, or leaves it to the next."""
+    prior = PatchNR(patch_size=3, num_layers=2, sub_net_size=8).double()
+    x = torch.rand(4, 1, 14, 14, dtype=torch.float64)
+    ones, factors, others = torch.ones(4), torch.rand(4), torch.rand(4)
+
+    def right(scale):
+        fresh = copy.deepcopy(prior)
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(fresh(leaf) @ scale.double(), [leaf, *fresh.parameters()])
+
+    def asked(scale, *what):
+        return torch.autograd.grad(value @ scale.double(), what, retain_graph=True)
+
+    for first in (ones, factors, ones, factors, factors):
+        leaf = x.clone().requires_grad_()
+        value = prior(leaf)
+        weights = list(prior.parameters())
+        torch.testing.assert_close(asked(first, *weights), right(first)[1:])  # leaves a gradient in the image behind
+        torch.testing.assert_close(asked(others, leaf), right(others)[:1])
+        torch.testing.assert_close(asked(first, leaf, *weights), right(first))
