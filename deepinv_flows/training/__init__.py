@@ -5,6 +5,7 @@ Training of flows by deepinv's Trainer.
 objectives, ``runs`` survive interruptions, ``progress`` is shown, and ``distributed`` divides batches between several processes.
 """
 
+from .bilevel import fit_bilevel
 from .distributed import DistributedTrainer
 from .fit import fit_flow, fit_patchnr
 from .likelihood import BitsPerDim, FlowModel, FlowNLL
@@ -22,6 +23,7 @@ __all__ = [
     "PatchSamples",
     "Resumes",
     "Watched",
+    "fit_bilevel",
     "fit_flow",
     "fit_patchnr",
     "initialised",
