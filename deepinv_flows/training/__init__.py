@@ -3,6 +3,7 @@ Training of flows by deepinv's Trainer.
 
 ``fit`` takes images and returns a trained flow. ``samples`` draws from the images, ``likelihood`` and ``score_matching`` are the
 objectives, ``runs`` survive interruptions, ``progress`` is shown, and ``distributed`` divides batches between several processes.
+``bilevel`` trains a prior for its reconstructions: ``inner`` is such a reconstruction as a model, ``measuring`` gives it images.
 """
 
 from .bilevel import fit_bilevel

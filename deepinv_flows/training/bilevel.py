@@ -47,7 +47,8 @@ def fit_bilevel(
     lr: float = 2e-4,
     lr_lambda: float = 2e-2,
     max_iter: int = 200,
-    tol: float = 1e-3,
+    tol: float = 3e-3,
+    linear_iter: int = 20,
     jacobian_free: bool = False,
     augment: bool = True,
     early_stop: int | None = None,
@@ -69,7 +70,8 @@ def fit_bilevel(
     for clean images x and measurements y that are simulated anew in each step. The minimiser is found by :class:`MAP`; its
     derivatives follow from :math:`\nabla F(\hat x) = 0` as :math:`-v^\top \partial_\theta \nabla F(\hat x)` with
     :math:`\nabla^2 F(\hat x)\, v = \hat x - x`, up to the factor of the loss, which is solved by MINRES since the Hessian may be
-    indefinite. Memory is that of one Hessian-vector product, however many iterations the minimisation takes.
+    indefinite. Memory is that of one Hessian-vector product, however many iterations the minimisation takes; where there is more,
+    a ``prior.chunk_size`` of as many patches as a batch has makes the products faster.
 
     Begin with a prior that :func:`fit_patchnr` has trained. Smooth activations
     (``glow_flow(..., activation="silu")``) suit second derivatives; of ReLU, which has none, the networks count as linear. The
@@ -92,8 +94,9 @@ def fit_bilevel(
     :param float lr_lambda: largest learning rate of :math:`\log \lambda`.
     :param int max_iter: bound on the iterations of a minimisation, in training and in the model returned.
     :param float tol: of the minimisation, as in :class:`MAP`; derivatives are as exact as minimisers.
+    :param int linear_iter: most iterations of MINRES in a step.
     :param bool jacobian_free: take :math:`v = (\hat x - x)\, \|\hat x - x\| / \|\nabla^2 F\, (\hat x - x)\|`, with one
-        Hessian-vector product in place of about twenty, and a direction that is only roughly that of the gradient.
+        Hessian-vector product in place of ``linear_iter``; the direction is only roughly that of the gradient.
     :param bool augment: also use flipped and, of crops, rotated images.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints; ``None`` keeps none.
@@ -121,21 +124,22 @@ def fit_bilevel(
     >>> model(physics(images), physics).shape
     torch.Size([2, 1, 12, 12])
     """
-    positive_int(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
+    positive_int(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size, linear_iter=linear_iter)
     check_positive(lr=lr, lr_lambda=lr_lambda)
     check_options(trainer_options, OWN)
     generator = torch.Generator() if generator is None else generator
     images, held_out = _checked(prior, images, eval_images, crop)
     start = 1.0 if lambda_reg == "rule" else _positive(lambda_reg)
-    options = dict(solver="lbfgs", max_iter=max_iter, tol=tol, verbose=False)
-    model = MAP(prior.to(device), data_fidelity, start, **options)
+    model = MAP(
+        prior.to(device), data_fidelity, start, solver="lbfgs", max_iter=max_iter, tol=tol, verbose=False
+    )  # fmt: skip
     physics = physics.to(device)
     draw = mirrored(stacked(images), augment, generator) if crop is None else crops(images, crop, augment, generator)
     samples = Measured(*draw, physics, torch.device(device), generator)
     y = _fitting(physics, images, crop, device)
     if lambda_reg == "rule":
         start = float(by_rule(prior, model.data_fidelity, y, physics, images[0][None].to(device)))
-    inner = Inner(model, start, tuple(images[0].shape[1:]), jacobian_free=jacobian_free)
+    inner = Inner(model, start, images[0].shape[1:], linear_iter, jacobian_free)
     sampler = RandomSampler(samples, True, steps_per_epoch * batch_size, generator)
     loader = DataLoader(samples, batch_size, sampler=sampler, collate_fn=same, generator=generator)
     trainer = fit(
@@ -182,12 +186,19 @@ def _positive(lambda_reg: Any) -> float:
 def _fitting(physics: Physics, images: list[Tensor], crop: int | None, device) -> Any:
     """Measurements of one image as it will be in the training."""
     image = images[0] if crop is None else images[0][:, :crop, :crop]
-    batch = Measured(*whole([image]), physics, torch.device(device))[0]
-    x, y = batch["x"], batch["y"]
-    with torch.no_grad():
-        shapes = {tuple(found.shape) for found in candidates(y, physics).values()}
-    if shapes != {tuple(x.shape)}:
-        raise ValueError(f"expected a physics that reconstructs images of shape {tuple(x.shape)}; got {sorted(shapes)}")
+    try:
+        y = Measured(*whole([image]), physics, torch.device(device))[0]["y"]
+        with torch.no_grad():
+            shapes = {tuple(found.shape[1:]) for found in candidates(y, physics).values()}
+    except Exception as error:  # whatever a physics raises for images of a size that is not its own
+        raise ValueError(
+            f"expected a physics of images of shape {tuple(image.shape)}, which are the crops or the whole images to train on; "
+            f"got {type(physics).__name__}, which says: {error}"
+        ) from error
+    if shapes != {tuple(image.shape)}:
+        raise ValueError(
+            f"expected a physics that reconstructs images of shape {tuple(image.shape)}; got {sorted(shapes)}"
+        )
     return y
 
 

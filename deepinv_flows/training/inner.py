@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,20 +28,20 @@ class Inner(Reconstructor):
 
     :param MAP model: what reconstructs, by a :class:`PatchNR`.
     :param float weight: :math:`\lambda` at first, for images of a size.
-    :param tuple size: (H, W) of these images; for others the patches have the same weight each.
+    :param Sequence size: (H, W) of these images; for others the patches have the same weight each.
     :param int linear_iter: most iterations of MINRES.
-    :param float linear_tol: relative change at which MINRES ends.
     :param bool jacobian_free: take a multiple of the identity for the inverse of the Hessian.
+    :param float linear_tol: relative change at which MINRES ends.
     """
 
     def __init__(
         self,
         model: MAP,
         weight: float,
-        size: tuple[int, int],
-        linear_iter: int = 50,
-        linear_tol: float = 1e-3,
+        size: Sequence[int],
+        linear_iter: int = 20,
         jacobian_free: bool = False,
+        linear_tol: float = 1e-3,
     ):
         super().__init__()
         self.map = model
@@ -78,25 +79,18 @@ class Inner(Reconstructor):
         prior, weight = frozen(self.prior), weight.detach()
         return differentiable(x, pull + push, lambda u: data.grad(u, y, physics) + weight * prior.grad(u), self._solve)
 
-    def _solve(self, hessian, v: Tensor) -> Tensor:
-        unit, image = norm(v), hessian(v)  # deepinv's MINRES has absolute tolerances
+    def _solve(self, hessian: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """An approximate solution of H w = v, in units of v and of H, as deepinv's MINRES has absolute tolerances."""
+        unit, image = norm(v), hessian(v)
         stiffness = norm(image) / unit
         unit, stiffness = (per_sample(torch.where(s > 0, s, 1.0), v) for s in (unit, stiffness))
         if self.jacobian_free:
-            found = v / stiffness
+            found, image = v / stiffness, image / stiffness
         else:
-            found = (
-                unit
-                / stiffness
-                * minres(
-                    lambda w: hessian(w) / stiffness,
-                    v / unit,
-                    max_iter=self.linear_iter,
-                    tol=self.linear_tol,
-                    eps=torch.finfo(v.dtype).eps,
-                )
-            )
-        self._watch("linear", norm(hessian(found) - v) / unit.flatten())
+            options: Any = dict(max_iter=self.linear_iter, tol=self.linear_tol, eps=torch.finfo(v.dtype).eps)
+            found = minres(lambda w: hessian(w) / stiffness, v / unit, **options) * unit / stiffness
+            image = hessian(found)
+        self._watch("linear", norm(image - v) / unit.flatten())
         return found
 
     def _watch(self, name: str, residual: Tensor) -> None:

@@ -13,6 +13,8 @@ from ..reconstruction import kept
 from .samples import ImageSamples, PatchSamples
 from .streams import Stream
 
+Draw = Callable[[list[int]], Tensor]
+
 
 class Measured(Dataset):
     """
@@ -27,7 +29,7 @@ class Measured(Dataset):
 
     def __init__(
         self,
-        draw: Callable[[list[int]], Tensor],
+        draw: Draw,
         length: int,
         physics: Physics,
         device: torch.device,
@@ -61,18 +63,18 @@ def noise_of(physics: Physics, device: torch.device, seed: int) -> Iterator[None
         yield
 
 
-def crops(images: Sequence[Tensor], side: int, augment: bool, generator: torch.Generator):
+def crops(images: Sequence[Tensor], side: int, augment: bool, generator: torch.Generator) -> tuple[Draw, int]:
     """Square pieces of images, as what :class:`Measured` draws, and how many there are."""
     samples = PatchSamples(images, side, augment, generator)
     return lambda numbers: samples.__getitems__(numbers)["x"].view(-1, *samples.shape), len(samples)
 
 
-def mirrored(images: Tensor, augment: bool, generator: torch.Generator):
+def mirrored(images: Tensor, augment: bool, generator: torch.Generator) -> tuple[Draw, int]:
     """Whole images, half of which may be mirrored, as what :class:`Measured` draws, and how many there are."""
     samples = ImageSamples(images, augment, generator=generator)
     return lambda numbers: samples.__getitems__(numbers)["x"], len(samples)
 
 
-def whole(images: Sequence[Tensor]):
+def whole(images: Sequence[Tensor]) -> tuple[Draw, int]:
     """Whole images as they are, one at a time if their sizes differ."""
     return lambda numbers: torch.stack([images[k] for k in numbers]), len(images)

@@ -54,9 +54,9 @@ def fit(
         with checkpoints.guarded(newest):  # of another architecture?
             checkpoints.load_into(model, checkpoints.read_torch(newest)["state_dict"])
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [{"params": [named.pop(name)], "lr": rate} for name, rate in (rates or {}).items()]
+    own: list[dict[str, Any]] = [{"params": [named.pop(name)], "lr": rate} for name, rate in (rates or {}).items()]
     weights = list(named.values())
-    optimizer = torch.optim.Adam([{"params": weights}, *groups], lr=lr, fused=weights[0].device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam([{"params": weights}, *own], lr=lr, fused=weights[0].device.type in ("cpu", "cuda"))
     defaults = dict(
         metrics=None, compute_train_metrics=False, compute_eval_losses=True, early_stop_on_losses=True,
         check_grad=True,  # deepinv 0.5.0 clips only when it also checks
