@@ -109,7 +109,8 @@ def fit_bilevel(
     :return: the trained reconstruction, with :math:`\lambda` for images of the size of the first one; for others it grows with
         them. ``model.tuned`` holds the residuals of the last epoch, ``model.prior`` is the prior.
     :raises ValueError: for images that are not finite, of other channels or too small; a physics that does not fit them; frozen
-        weights; a :math:`\lambda` that is not finite and positive; and when the training diverges.
+        weights; a :math:`\lambda` that is not finite and positive, or ``"rule"`` for noise that it does not know; and when the
+        training diverges.
     :raises TypeError: for another prior than :class:`PatchNR`, another dtype than that of the weights, and unknown options.
     :warns UserWarning: when minimisations end too far from a minimiser for derivatives to be right.
 
@@ -128,7 +129,7 @@ def fit_bilevel(
     check_positive(lr=lr, lr_lambda=lr_lambda)
     check_options(trainer_options, OWN)
     generator = torch.Generator() if generator is None else generator
-    images, held_out = _checked(prior, images, eval_images, crop)
+    images, held_out = _checked(prior, images, eval_images, crop, early_stop)
     start = 1.0 if lambda_reg == "rule" else _positive(lambda_reg)
     model = MAP(
         prior.to(device), data_fidelity, start, solver="lbfgs", max_iter=max_iter, tol=tol, verbose=False
@@ -151,7 +152,9 @@ def fit_bilevel(
     return _finished(model, inner, trainer, images, steps_per_epoch, verbose)
 
 
-def _checked(prior: PatchNR, images, eval_images, crop: int | None) -> tuple[list[Tensor], list[Tensor] | None]:
+def _checked(
+    prior: PatchNR, images, eval_images, crop: int | None, early_stop: int | None
+) -> tuple[list[Tensor], list[Tensor] | None]:
     """Images to train on and to evaluate on, which the prior takes."""
     if not isinstance(prior, PatchNR):
         raise TypeError(f"expected a PatchNR; got {type(prior).__name__}")
@@ -164,6 +167,8 @@ def _checked(prior: PatchNR, images, eval_images, crop: int | None) -> tuple[lis
         raise ValueError(
             f"expected a prior of images; got one of images divided by their noise level, of sigma_range {prior.sigma_range}"
         )
+    if early_stop is not None and eval_images is None:
+        raise ValueError(f"expected eval_images beside early_stop={early_stop}, whose loss ends the training; got None")
     side = prior.patch_size if crop is None else positive_int(crop=crop)
     if side < prior.patch_size:
         raise ValueError(f"expected crop >= {prior.patch_size}, the size of a patch; got {crop}")

@@ -201,6 +201,15 @@ def test_minimisations_that_end_too_soon_are_noticed():
         trained(max_iter=1)
 
 
+def test_physics_without_noise_and_images_of_several_sizes():
+    physics, images = dinv.physics.Denoising(dinv.physics.noise.ZeroNoise()), [*X, X[0, :, :7, :6]]
+    options = dict(eval_images=images, epochs=1, steps_per_epoch=1)
+    model = fit_bilevel(small(), images, physics, lambda_reg=0.05, crop=6, verbose=False, **options)
+    assert model(X, physics).shape == X.shape
+    with pytest.raises(ValueError, match=r"expected Gaussian or Poisson noise .* got ZeroNoise"):
+        fit_bilevel(small(), images, physics, crop=6, verbose=False)
+
+
 NAN = torch.full((1, 1, 9, 9), math.nan)
 REFUSED = {
     "nan": (dict(images=NAN), ValueError, "expected finite floating-point images"),
@@ -214,6 +223,7 @@ REFUSED = {
     "sure": (dict(lambda_reg="sure"), TypeError, "expected lambda_reg to be a number or \"rule\"; got 'sure'"),
     "option": (dict(mixed_precision=True), TypeError, "does not set itself; got .*mixed_precision"),
     "patches": (dict(prior=PatchNR(patch_size=3, n_patches=5).double()), ValueError, "n_patches=-1.* got 5"),
+    "early": (dict(early_stop=1), ValueError, "expected eval_images beside early_stop=1, .*; got None"),
     "prior": (dict(prior=dinv.optim.TVPrior()), TypeError, "expected a PatchNR; got TVPrior"),
     "physics": (
         dict(crop=6, physics=PHYSICS["inpainting"]()),
