@@ -24,7 +24,7 @@ from .patchnr import DistributedPatchNR, PatchNR
 from .reconstruction import MAP, FlowDenoiser
 from .registry import register, registered, unregister
 from .splitting import EquivariantSplittingLoss, LineSplittingMaskGenerator
-from .training import BitsPerDim, DistributedTrainer, FlowModel, FlowNLL, fit_flow, fit_patchnr
+from .training import BitsPerDim, DistributedTrainer, FlowModel, FlowNLL, fit_bilevel, fit_flow, fit_patchnr
 from .weights import CheckpointError
 
 __version__ = "0.1.0"
@@ -60,6 +60,7 @@ __all__ = [
     "allinone_flow",
     "as_flow",
     "build_flow",
+    "fit_bilevel",
     "fit_flow",
     "fit_patchnr",
     "glow_flow",

@@ -39,7 +39,7 @@ def value(potential: PatchPotential, x: Tensor, steps: list | None) -> Tensor:
     speculate, later = bool(trainable) and asked.weights, bool(trainable) and asked.unequal
     asked.weights = asked.unequal = False
     grad: Tensor | None
-    weight_grads, both = None, {}
+    weight_grads, both = None, dict[str, Any]()
     random = plain.random_state(x) if steps is None else None
     if speculate:
         found, grad, weight_grads = potential.all_grads(x, trainable)

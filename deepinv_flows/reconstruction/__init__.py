@@ -9,6 +9,9 @@ mean of a noisy image.
 
 from .denoiser import FlowDenoiser, of_patches, scaled
 from .map import MAP
-from .objective import Box
+from .objective import Box, frozen
+from .starts import candidates
+from .strength import by_rule
+from .tuning import kept
 
-__all__ = ["MAP", "Box", "FlowDenoiser", "of_patches", "scaled"]
+__all__ = ["MAP", "Box", "FlowDenoiser", "by_rule", "candidates", "frozen", "kept", "of_patches", "scaled"]

@@ -141,18 +141,18 @@ def _stop(histories: list[list[float]], sign: float) -> tuple[int, float]:
 
 def simulated(x: Tensor, physics, generator: torch.Generator | None):
     """Measurements of images; neither torch's random state nor that of the physics moves."""
-    with _kept(physics), randomness(torch.Generator() if generator is None else generator):
+    with kept(physics), randomness(torch.Generator() if generator is None else generator):
         return physics(x)
 
 
 @contextlib.contextmanager
-def _kept(physics: nn.Module) -> Iterator[None]:
-    """The random generators inside are as before; deepinv's noise replaces its own when it is called."""
+def kept(physics: nn.Module) -> Iterator[list[torch.Generator]]:
+    """The random generators inside, which are as before at the end; deepinv's noise replaces its own when it is called."""
     held = [(vars(module), name, value) for module in physics.modules() for name, value in vars(module).items()]
     held = [(owner, name, value) for owner, name, value in held if isinstance(value, torch.Generator)]
     states = [value.get_state() for *_, value in held]
     try:
-        yield
+        yield [value for *_, value in held]
     finally:
         for (owner, name, value), state in zip(held, states):
             owner[name] = value

@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from deepinv.optim.linear import minres
 from torch import Tensor
 
 from ..checks import iteration
 from .batch import dot, finite, per_sample, rounding
+from .implicit import differentiable
 
 SUFFICIENT_DECREASE = 1e-4
 MAX_SHORTENINGS = 20
@@ -129,9 +129,7 @@ def attach_implicit_gradient(u: Tensor, x: Tensor, gamma: Tensor, grad: Callable
     r"""
     Give a minimiser u of F its derivatives in x, gamma and the weights, by the implicit function theorem.
 
-    From :math:`u - x + \gamma \nabla g(u) = 0` follows
-    :math:`(I + \gamma H)\,du = dx - \nabla g\,d\gamma - \gamma\,d_\theta \nabla g` with the Hessian H of g at u. When a gradient
-    arrives in the backward pass, this system is solved by MINRES, as H may be indefinite.
+    :math:`\nabla F(u) = u - x + \gamma \nabla g(u)`.
 
     :param torch.Tensor u: minimiser, without a graph.
     :param torch.Tensor x: images, possibly asking for a gradient.
@@ -139,24 +137,5 @@ def attach_implicit_gradient(u: Tensor, x: Tensor, gamma: Tensor, grad: Callable
     :param Callable grad: gradient of g, differentiable in its argument and in the weights.
     :return: u with a graph.
     """
-    residual = u - x + gamma * grad(u)
-    if not residual.requires_grad:
-        return u
-    with torch.enable_grad():
-        out = u - (residual - residual.detach())
-    frozen_gamma = gamma.detach()
-
-    def solve(v: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = u.detach().requires_grad_()
-            grad_u = grad(leaf)
-
-        def matvec(w: Tensor) -> Tensor:
-            return w + frozen_gamma * torch.autograd.grad(grad_u, leaf, w, retain_graph=True)[0]
-
-        tol = 10 * torch.finfo(v.dtype).eps
-        with torch.no_grad():
-            return minres(matvec, v.detach(), max_iter=200, tol=tol)
-
-    out.register_hook(solve)
-    return out.view_as(out)  # the hook must not act on gradients with respect to the result itself
+    fixed = gamma.detach()
+    return differentiable(u, u - x + gamma * grad(u), lambda leaf: leaf + fixed * grad(leaf))

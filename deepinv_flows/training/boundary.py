@@ -17,8 +17,8 @@ from ..checks import check_choice
 OWN = {"model", "physics", "optimizer", "scheduler", "losses", "train_dataloader", "eval_dataloader", "ckpt_pretrained"}
 
 
-def check_options(options: dict[str, Any]) -> None:
-    known = {field.name for field in fields(Trainer)} - OWN
+def check_options(options: dict[str, Any], own: set[str] | None = None) -> None:
+    known = {field.name for field in fields(Trainer)} - OWN - (own or set())
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"expected options of deepinv.Trainer that this training does not set itself; got {unknown}")
 

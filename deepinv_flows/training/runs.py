@@ -27,8 +27,9 @@ def fit(
     resume: bool,
     keep_best: bool,
     generator: torch.Generator,
+    rates: dict[str, float] | None = None,
     **options,
-) -> None:
+) -> "_Trainer":
     """
     Train a model in place.
 
@@ -39,7 +40,9 @@ def fit(
     :param bool resume: continue from the newest readable checkpoint in that folder.
     :param bool keep_best: end with the weights of the best epoch.
     :param torch.Generator generator: source of all random numbers; checkpoints hold its state.
+    :param dict rates: learning rates of parameters, by name, that have their own.
     :param options: options of :class:`deepinv.Trainer`; ``verbose`` shows a progress bar.
+    :return: the trainer, which knows the losses.
     :raises ValueError: when weights are not finite at the end, and when a checkpoint cannot be read or written.
     """
     bar = bool(options.pop("verbose", True)) and options.pop("show_progress_bar", True)
@@ -50,8 +53,10 @@ def fit(
     if newest is not None:
         with checkpoints.guarded(newest):  # of another architecture?
             checkpoints.load_into(model, checkpoints.read_torch(newest)["state_dict"])
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(weights, lr=lr, fused=weights[0].device.type in ("cpu", "cuda"))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own: list[dict[str, Any]] = [{"params": [named.pop(name)], "lr": rate} for name, rate in (rates or {}).items()]
+    weights = list(named.values())
+    optimizer = torch.optim.Adam([{"params": weights}, *own], lr=lr, fused=weights[0].device.type in ("cpu", "cuda"))
     defaults = dict(
         metrics=None, compute_train_metrics=False, compute_eval_losses=True, early_stop_on_losses=True,
         check_grad=True,  # deepinv 0.5.0 clips only when it also checks
@@ -74,6 +79,7 @@ def fit(
         model.load_state_dict(_best(earlier, type(losses).__name__, trainer.best))
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise ValueError(f"the training diverged: weights are not finite (lr {lr})")
+    return trainer
 
 
 class Resumes:
@@ -131,7 +137,8 @@ class _Trainer(Watched, Resumes, Trainer):
 
     def figures(self) -> dict[str, float]:
         best = min(filter(math.isfinite, self._eval_losses()), default=None)
-        return super().figures() | ({} if best is None else {"best": best})
+        own = self.model.figures() if hasattr(self.model, "figures") else {}
+        return super().figures() | own | ({} if best is None else {"best": best})
 
     def _eval_losses(self) -> list[float]:
         """The evaluation losses of all epochs, including those before an interruption."""
@@ -145,13 +152,16 @@ class _Trainer(Watched, Resumes, Trainer):
             return
         folder = Path(self.save_path)
         try:
-            super().save_model(f"{filename}.part", epoch, {"past": self.past or [], **(state or {})})
+            super().save_model(f"{filename}.part", epoch, {"past": self.past or [], **self._watched(), **(state or {})})
             os.replace(folder / f"{filename}.part", folder / filename)
         except (OSError, RuntimeError) as error:  # torch's archive writer raises the latter
             (folder / f"{filename}.part").unlink(missing_ok=True)
             raise checkpoints.CheckpointError(f"{folder / filename}: cannot be written ({error})") from error
         if filename == f"ckp_{epoch}.pth.tar" and (epoch - 1) % self.keep_interval:
             (folder / f"ckp_{epoch - 1}.pth.tar").unlink(missing_ok=True)
+
+    def _watched(self) -> dict[str, dict]:
+        return {"watched": self.model.watched} if hasattr(self.model, "watched") else {}
 
     def load_model(self, ckpt_pretrained: str | Path | None = None, strict: bool = True) -> dict | None:
         checkpoint = super().load_model(ckpt_pretrained, strict)

@@ -58,6 +58,7 @@ def noisy_likelihood(
     prior: PatchNR, images: Sequence[Tensor], held_out: Sequence[Tensor], augment: bool, generator: torch.Generator
 ) -> Task:
     """Maximum likelihood of single patches with noise, at the levels of ``prior.sigma_range``."""
+    assert prior.sigma_range is not None
     model = FlowModel(prior.normalizing_flow, 0, generator)
     samples, eval_samples = (
         NoisyPatches(part, prior.patch_size, prior.sigma_range, source, augment)
