@@ -73,6 +73,11 @@ class FlowPrior(Prior):
         size = getattr(unwrapped(self.normalizing_flow), "img_size", None)
         return f"per_dim={self.per_dim}" + (f", img_size={tuple(size)}" if size else "")
 
+    @property
+    def sigma_range(self) -> tuple[float, float] | None:
+        """The noise level, as least and largest, that the flow has learned to remove; ``None`` for a flow of clean images."""
+        return getattr(unwrapped(self.normalizing_flow), "sigma_range", None)
+
     def given(self, c: Tensor | Sequence[Tensor]) -> "FlowPrior":
         """
         The prior of a conditional flow with its conditions bound, for deepinv's optimizers, which do not pass conditions.
@@ -213,7 +218,7 @@ class FlowPrior(Prior):
         :param str path: file to write. If writing is interrupted, an existing file stays as it was.
         :raises ValueError: for a flow that was not made by a builder of this package.
         """
-        checkpoints.write(path, self.normalizing_flow)
+        checkpoints.write(path, self.normalizing_flow, {"sigma_range": self.sigma_range})
 
     def check(self, x: Tensor) -> None:
         """Refuse everything but a batch of images that the flow takes."""
@@ -253,4 +258,5 @@ def _loaded(flow: nn.Module | None, pretrained: str | os.PathLike) -> nn.Module:
                 )
             flow = checkpoints.new_flow(weights)
         checkpoints.load_into(flow, weights.state)
+    unwrapped(flow).sigma_range = weights.ranges.get("sigma_range")
     return flow

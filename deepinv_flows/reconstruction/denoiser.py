@@ -34,7 +34,7 @@ class FlowDenoiser(Denoiser):
 
     for images of any size, mirrored at their borders, near which D is not a gradient field. ``fit_patchnr(images, sigma=sigma)``
     trains it, for one level, or for a range ``(low, high)``: the flow is then one of :math:`y / \sigma`, whose noise has variance
-    1. Such a prior knows its levels (``prior.sigma_range``), and refuses others.
+    1. A prior knows the levels that it was trained for (``prior.sigma_range``), and others are refused.
 
     Works wherever a deepinv denoiser does, save under :func:`torch.inference_mode`: in ``dinv.optim.PnP``, or trained by
     :class:`deepinv.Trainer` as ``dinv.models.ArtifactRemoval(denoiser, mode="direct")``, with any loss.
@@ -71,15 +71,17 @@ class FlowDenoiser(Denoiser):
         :param float, torch.Tensor sigma: standard deviation of their noise: one number, or one an image.
         :param torch.Tensor, list c: conditions of a conditional flow on images, or the only one, each (B, C', H, W).
         :return: tensor like x; with a graph where x or the weights ask for one.
-        :raises ValueError: for a level that is negative, not finite or none that a PatchNR was trained for, and for images that
+        :raises ValueError: for a level that is negative, not finite or none that the prior was trained for, and for images that
             the prior refuses.
         :raises TypeError: for a level that is not a number, and for images that the prior refuses.
         :raises RuntimeError: under :func:`torch.inference_mode`.
         """
         if isinstance(self.prior, PatchNR):
             return of_patches(self.prior, x, sigma)
+        level = levels(sigma, x)
+        _check_known(level, self.prior.sigma_range)
         grad = self.prior.grad(x, c=c) * (x[0].numel() if self.prior.per_dim else 1)
-        return x - (levels(sigma, x) ** 2).to(x.dtype) * grad
+        return x - (level**2).to(x.dtype) * grad
 
 
 def of_patches(prior: PatchNR, x: Tensor, sigma: float | Tensor, borders: bool = True) -> Tensor:

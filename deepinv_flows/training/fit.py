@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from ..checks import check_input, positive_int
-from ..flows import like_weights
+from ..flows import like_weights, unwrapped
 from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..reconstruction import FlowDenoiser
@@ -199,7 +199,8 @@ def fit_flow(
     :param int batch_size: images in a batch.
     :param float lr: largest learning rate.
     :param float dequantise: width of the uniform noise added to the images, for maximum likelihood alone.
-    :param float sigma: standard deviation of the Gaussian noise that the flow learns to remove; 0 for maximum likelihood.
+    :param float sigma: standard deviation of the Gaussian noise that the flow learns to remove, kept as ``flow.sigma_range``; 0
+        for maximum likelihood.
     :param bool augment: mirror half of the images, left to right, at random.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch, of which the newest and about
@@ -234,6 +235,7 @@ def fit_flow(
     prior = FlowPrior(getattr(flow, "normalizing_flow", flow))
     for batch in (images, held_out):
         prior.check(batch.to(like_weights(flow, batch).device))
+    unwrapped(prior.normalizing_flow).sigma_range = (float(sigma), float(sigma)) if sigma else None
     model = FlowModel(flow.to(device), dequantise, generator, compile)
     initialised(model.flow, images, dequantise, generator, sigma, conditions)
     if sigma:

@@ -254,3 +254,20 @@ def test_latent_map_shares_the_flow():
     flow, y = small_flow(), gaussian_images(1)
     physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
     assert torch.isfinite(LatentMAP(flow, dinv.optim.L2(sigma=0.1), max_iter=3)(y, physics)).all()
+
+
+def test_a_flow_on_images_knows_its_level(tmp_path):
+    flow = image_flow((1, 8, 8), 2, 1, 4, activation="silu", generator=torch.Generator())
+    x = torch.rand(8, 1, 8, 8)
+    fit_flow(flow, x, sigma=0.1, epochs=1, verbose=False)
+    prior = FlowPrior(flow)
+    prior.save(tmp_path / "flow.safetensors")
+    for known in (prior, copy.deepcopy(prior), FlowPrior(pretrained=tmp_path / "flow.safetensors")):
+        assert known.sigma_range == (0.1, 0.1)
+        assert FlowDenoiser(known)(x, 0.1).isfinite().all()
+        with pytest.raises(ValueError, match="expected sigma = 0.1, for which the prior was trained; got 0.2"):
+            FlowDenoiser(known)(x, 0.2)
+    fit_flow(flow, x, epochs=1, verbose=False)  # a density of clean images now
+    assert prior.sigma_range is None
+    fit_flow(prior, x, sigma=0.2, epochs=1, verbose=False)
+    assert prior.sigma_range == (0.2, 0.2)
