@@ -84,14 +84,17 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
             options |= dict(update=console.update, max_seconds=seconds)
             return model.solve(y, physics, value.expand(len(x)), found, **options)[:2]
 
-        prior = _affordable(model, y, physics, x, start.expand(len(x)), clock.left(SEARCH))
+        prior, tried = _affordable(model, y, physics, x, start.expand(len(x)), clock.left(SEARCH)), []
 
         def quality(value: Tensor) -> Tensor:
             score = metric(solve(value, clock.left(SEARCH), prior=prior)[0], x).mean().reshape(1)
+            if clock.left(SEARCH) <= 0 and tried:  # cut short, and so not comparable
+                return torch.full_like(score, torch.nan)
+            tried.append([float(f"{float(value):.6g}"), round(float(score), 6)])
             console.milestone(f"lambda_reg {float(value):.4g}, {type(metric).__name__} {float(score):.4g}")
             return sign * score
 
-        best, tried = highest(quality, start, lambda: clock.left(SEARCH) > 0)
+        best = highest(quality, start, lambda: clock.left(SEARCH) > 0)[0]
         progress = solve(best, clock.left(), x_gt=x, metric=metric)[1]
         iterations, score = _stop(progress.metrics["psnr"], sign)
         early = iterations < progress.iterations
@@ -104,9 +107,7 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
             "iterations": iterations,
             "images": len(x),
             "seconds": round(clock.seconds, 1),
-            "tried": sorted(
-                [float(f"{float(value):.6g}"), round(sign * float(quality), 6)] for value, quality in tried
-            ),
+            "tried": sorted(tried),
         }
         if prior is not model.prior:  # what was tried is comparable among itself
             model.tuned["stride"] = prior.stride

@@ -263,6 +263,25 @@ def test_little_time_is_spent_on_every_other_patch(capsys, monkeypatch):
         assert "stride" not in model.tuned
 
 
+def test_a_strength_that_time_cut_short_does_not_count(monkeypatch):
+    """The third of three, which alone takes longer than there is time for."""
+    model, physics = MAP(Tikhonov(), lambda_reg=1.0, verbose=False), denoising()
+    solve, weights = model.solve, []
+
+    def slow(y, physics, weight, *args, **kwargs):
+        weights.append(float(weight[0]))
+        if len(weights) == 3:
+            monkeypatch.setattr(tuning.time, "monotonic", lambda: began + 1e6)
+        return solve(y, physics, weight, *args, **kwargs)
+
+    began = time.monotonic()
+    monkeypatch.setattr(tuning, "time", type("Clock", (), {"monotonic": lambda: began}))
+    monkeypatch.setattr(model, "solve", slow)
+    model.tune(gaussians(1, 24, std=0.5), physics, max_seconds=100)
+    assert [weight for weight, _ in model.tuned["tried"]] == pytest.approx(sorted(weights[:2]), rel=1e-5)
+    assert model.lambda_reg == pytest.approx(max(model.tuned["tried"], key=lambda pair: pair[1])[0], rel=1e-5)
+
+
 class DoubleWell(dinv.optim.Prior):
     """Least at -1 and 1 for each pixel, so that a reconstruction depends on where it starts."""
 
