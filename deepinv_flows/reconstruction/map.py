@@ -175,6 +175,7 @@ class MAP(Reconstructor):
         metric: nn.Module | None = None,
         update: Callable[..., None] = lambda **shown: None,
         max_seconds: float = math.inf,
+        prior: Prior | None = None,
     ) -> tuple[Tensor, Progress, str, list[str]]:
         """
         Minimise the objective with a given weight.
@@ -187,12 +188,12 @@ class MAP(Reconstructor):
         :param torch.nn.Module metric: of images and true images; ``None`` is the PSNR.
         :param Callable update: called as ``update(objective=values)`` after each iteration.
         :param float max_seconds: a further bound on the time.
+        :param deepinv.optim.Prior prior: in place of this model's.
         :return: images, the record of the search, the algorithm, and where each image started.
         """
         by_gradient = is_smooth(self.prior) or self.solver in NEEDS_GRADIENT
-        objective = Objective(
-            DataTerm(self.data_fidelity, y, physics), self.prior, weight, self.constraint, by_gradient
-        )
+        prior = self.prior if prior is None else prior
+        objective = Objective(DataTerm(self.data_fidelity, y, physics), prior, weight, self.constraint, by_gradient)
         x, value, start = least(objective, found)
         name = automatic(objective, x) if self.solver == "auto" else self.solver
         check_fits(name, objective)
@@ -215,7 +216,8 @@ class MAP(Reconstructor):
 
         :math:`\lambda` is enclosed on a log scale by factors of 4, then of 2, and interpolated, so that it does not lie at the
         end of what was tried. For a prior that is a mean over patches it is understood for images of this size, and grows with
-        the number of pixels of those to come.
+        the number of pixels of those to come. Where ``max_seconds`` would not last for that, strengths are compared by every
+        other patch in each direction of a :class:`PatchNR`, in half the time; ``model.tuned["stride"]`` is then 2.
 
         :param torch.Tensor images: clean images (B, C, H, W), or a list of (C, H, W) of one size; not those of the training.
         :param deepinv.physics.Physics physics: what measures them, with its noise.

@@ -1,6 +1,7 @@
 """Finding the weight of a prior by reconstructing: for an image to come by its measurements, or beforehand by clean images."""
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from deepinv.loss.metric import PSNR
+from deepinv.optim import Prior
 from torch import Tensor, nn
 
 from ..checks import check_positive, randomness
 from ..console import Console
-from .objective import DataTerm, frozen
+from ..patchnr import PatchNR
+from .objective import DataTerm, Objective, frozen
 from .progress import Progress
 from .search import highest, root
 from .starts import candidates
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from .map import MAP
 
 SEARCH = 0.75  # of the time, the rest of which is for the reconstruction that tells how it went
+STRENGTHS, ITERATIONS = 6, 100  # of a search, and of a reconstruction, that the time should last for
 WORSE = 1e-2  # relative, of a metric from which on stopping early is better: less may be chance
 
 
@@ -80,12 +84,17 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
             options |= dict(update=console.update, max_seconds=seconds)
             return model.solve(y, physics, value.expand(len(x)), found, **options)[:2]
 
+        prior, tried = _affordable(model, y, physics, x, start.expand(len(x)), clock.left(SEARCH)), []
+
         def quality(value: Tensor) -> Tensor:
-            score = metric(solve(value, clock.left(SEARCH))[0], x).mean().reshape(1)
+            score = metric(solve(value, clock.left(SEARCH), prior=prior)[0], x).mean().reshape(1)
+            if clock.left(SEARCH) <= 0 and tried:  # cut short, and so not comparable
+                return torch.full_like(score, torch.nan)
+            tried.append([float(f"{float(value):.6g}"), round(float(score), 6)])
             console.milestone(f"lambda_reg {float(value):.4g}, {type(metric).__name__} {float(score):.4g}")
             return sign * score
 
-        best, tried = highest(quality, start, lambda: clock.left(SEARCH) > 0)
+        best = highest(quality, start, lambda: clock.left(SEARCH) > 0)[0]
         progress = solve(best, clock.left(), x_gt=x, metric=metric)[1]
         iterations, score = _stop(progress.metrics["psnr"], sign)
         early = iterations < progress.iterations
@@ -98,11 +107,32 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
             "iterations": iterations,
             "images": len(x),
             "seconds": round(clock.seconds, 1),
-            "tried": sorted(
-                [float(f"{float(value):.6g}"), round(sign * float(quality), 6)] for value, quality in tried
-            ),
+            "tried": sorted(tried),
         }
+        if prior is not model.prior:  # what was tried is comparable among itself
+            model.tuned["stride"] = prior.stride
         console.result = _said(model.tuned, early, clock.left(SEARCH) <= 0)
+
+
+def _affordable(model: "MAP", y, physics, x: Tensor, weight: Tensor, seconds: float) -> Prior:
+    """
+    What strengths are compared by: the prior, on every other patch where ``seconds`` would not last for all of them.
+
+    A search that is cut short ends at the best of two or three strengths that lie far apart, which costs more.
+    """
+    prior = model.prior
+    whole = isinstance(prior, PatchNR) and (prior.stride, prior.n_patches) == (1, -1)
+    if math.isinf(seconds) or not whole or prior.patch_size < 4:
+        return prior
+    objective = Objective(DataTerm(model.data_fidelity, y, physics), prior, weight, None, True)
+    objective.value_and_grad(x)  # the first one takes longer
+    began = time.monotonic()
+    objective.value_and_grad(x.clone())
+    if STRENGTHS * min(ITERATIONS, model.max_iter) * (time.monotonic() - began) <= seconds:
+        return prior
+    coarse = copy.copy(prior)
+    coarse.stride = 2
+    return coarse
 
 
 class _Clock:
@@ -122,11 +152,12 @@ class _Clock:
 
 
 def _said(tuned: dict, early: bool, late: bool) -> str:
+    patches = " by every other patch, to save time," if "stride" in tuned else ""
     stop = ", where reconstructions will stop" if early else ""
     up = "; the time was up, and more max_seconds may find a better one" if late else ""
     return (
-        f"lambda_reg {tuned['lambda_reg']:.4g} of {len(tuned['tried'])} tried on {tuned['images']} images, {tuned['metric']} "
-        f"{tuned['score']:.4g} after {tuned['iterations']} iterations{stop}{up}"
+        f"lambda_reg {tuned['lambda_reg']:.4g} of {len(tuned['tried'])} tried{patches} on {tuned['images']} images, "
+        f"{tuned['metric']} {tuned['score']:.4g} after {tuned['iterations']} iterations{stop}{up}"
     )
 
 

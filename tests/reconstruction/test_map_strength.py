@@ -243,6 +243,45 @@ def test_the_time_of_tuning_is_bounded_and_told(capsys, monkeypatch):
     assert model.max_iter == 200
 
 
+def test_little_time_is_spent_on_every_other_patch(capsys, monkeypatch):
+    """The same weight up to the patches left out, in fewer evaluations of patches; the prior stays as it is."""
+    monkeypatch.setattr(console, "LONG", 0.0)
+    prior, physics = PatchNR(make("glow_silu", 16, spread=0.2), patch_size=4), denoising()
+    clean = torch.rand(1, 1, 20, 20, dtype=torch.float64, generator=generator())
+    whole = MAP(prior, lambda_reg="rule", max_iter=20).tune(clean, physics)
+    assert "stride" not in whole.tuned and "every other patch" not in capsys.readouterr().out
+    monkeypatch.setattr(tuning, "STRENGTHS", 1e6)  # so that an hour is little
+    coarse = MAP(prior, lambda_reg="rule", max_iter=20).tune(clean, physics, max_seconds=3600)
+    assert coarse.tuned["stride"] == 2 and prior.stride == 1
+    assert "tried by every other patch, to save time, on 1 images" in capsys.readouterr().out
+    assert math.isclose(coarse.lambda_reg, whole.lambda_reg, rel_tol=0.5)
+    y = tuning.simulated(clean, physics, None)
+    x_net = MAP(prior, lambda_reg=coarse.lambda_reg, max_iter=20, verbose=False)(y, physics)
+    assert math.isclose(float(dinv.metric.PSNR()(x_net, clean)), coarse.tuned["score"], rel_tol=1e-3)  # of all patches
+    for other in (PatchNR(make("glow_silu", 16, spread=0.2), patch_size=4, stride=2), patchnr(), Tikhonov()):
+        model = MAP(other, lambda_reg=0.1, max_iter=2, verbose=False).tune(clean, physics, max_seconds=3600)
+        assert "stride" not in model.tuned
+
+
+def test_a_strength_that_time_cut_short_does_not_count(monkeypatch):
+    """The third of three, which alone takes longer than there is time for."""
+    model, physics = MAP(Tikhonov(), lambda_reg=1.0, verbose=False), denoising()
+    solve, weights = model.solve, []
+
+    def slow(y, physics, weight, *args, **kwargs):
+        weights.append(float(weight[0]))
+        if len(weights) == 3:
+            monkeypatch.setattr(tuning.time, "monotonic", lambda: began + 1e6)
+        return solve(y, physics, weight, *args, **kwargs)
+
+    began = time.monotonic()
+    monkeypatch.setattr(tuning, "time", type("Clock", (), {"monotonic": lambda: began}))
+    monkeypatch.setattr(model, "solve", slow)
+    model.tune(gaussians(1, 24, std=0.5), physics, max_seconds=100)
+    assert [weight for weight, _ in model.tuned["tried"]] == pytest.approx(sorted(weights[:2]), rel=1e-5)
+    assert model.lambda_reg == pytest.approx(max(model.tuned["tried"], key=lambda pair: pair[1])[0], rel=1e-5)
+
+
 class DoubleWell(dinv.optim.Prior):
     """Least at -1 and 1 for each pixel, so that a reconstruction depends on where it starts."""
 
