@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from common import check_disjoint, versions
 from recovery_methods import (
+    Kept,
     bm3d,
     bm3d_rgb,
     by_score,
@@ -245,7 +246,7 @@ def methods(flow, prior, denoisers, args) -> dict:
     squared = functools.partial(by_flow, penalty="squared"), [0.3, 1.0, 3.0]
 
     def refined(energies, start, **options):
-        return functools.partial(image_map, energies, args.patch_iterations, functools.partial(start, **options))
+        return functools.partial(image_map, energies, args.patch_iterations, Kept(functools.partial(start, **options)))
 
     by_tv = functools.partial(total_variation, iterations=100)
     found = {
