@@ -38,8 +38,8 @@ def differentiable(
     >>> t = torch.tensor(3.0, requires_grad=True)
     >>> u = torch.full((1, 2), 1.5)  # the minimiser of |u|^2 - t sum(u)
     >>> differentiable(u, 2 * u - t, lambda u: 2 * u).sum().backward()
-    >>> t.grad
-    tensor(1.)
+    >>> round(float(t.grad), 4)
+    1.0
     """
     if not slope.requires_grad:
         return u

@@ -44,7 +44,7 @@ def fit_bilevel(
     epochs: int = 20,
     steps_per_epoch: int = 10,
     batch_size: int = 4,
-    lr: float = 2e-4,
+    lr: float = 1e-3,
     lr_lambda: float = 2e-2,
     max_iter: int = 200,
     tol: float = 3e-3,
