@@ -84,7 +84,8 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
             options |= dict(update=console.update, max_seconds=seconds)
             return model.solve(y, physics, value.expand(len(x)), found, **options)[:2]
 
-        prior, tried = _affordable(model, y, physics, x, start.expand(len(x)), clock.left(SEARCH)), []
+        prior = _affordable(model, y, physics, x, start.expand(len(x)), clock.left(SEARCH))
+        tried: list[list[float]] = []
 
         def quality(value: Tensor) -> Tensor:
             score = metric(solve(value, clock.left(SEARCH), prior=prior)[0], x).mean().reshape(1)
