@@ -84,8 +84,7 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
             options |= dict(update=console.update, max_seconds=seconds)
             return model.solve(y, physics, value.expand(len(x)), found, **options)[:2]
 
-        prior = _affordable(model, y, physics, x, start.expand(len(x)), clock.left(SEARCH))
-        tried: list[list[float]] = []
+        tried, prior = list[list[float]](), _affordable(model, y, physics, x, start.expand(len(x)), clock)
 
         def quality(value: Tensor) -> Tensor:
             score = metric(solve(value, clock.left(SEARCH), prior=prior)[0], x).mean().reshape(1)
@@ -109,19 +108,19 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
             "images": len(x),
             "seconds": round(clock.seconds, 1),
             "tried": sorted(tried),
+            # what was tried is comparable among itself
+            **({} if prior is model.prior else {"stride": prior.stride}),
         }
-        if prior is not model.prior:  # what was tried is comparable among itself
-            model.tuned["stride"] = prior.stride
         console.result = _said(model.tuned, early, clock.left(SEARCH) <= 0)
 
 
-def _affordable(model: "MAP", y, physics, x: Tensor, weight: Tensor, seconds: float) -> Prior:
+def _affordable(model: "MAP", y, physics, x: Tensor, weight: Tensor, clock: "_Clock") -> Prior:
     """
-    What strengths are compared by: the prior, on every other patch where ``seconds`` would not last for all of them.
+    What strengths are compared by: the prior, on every other patch where the time would not last for all of them.
 
     A search that is cut short ends at the best of two or three strengths that lie far apart, which costs more.
     """
-    prior = model.prior
+    prior, seconds = model.prior, clock.left(SEARCH)
     whole = isinstance(prior, PatchNR) and (prior.stride, prior.n_patches) == (1, -1)
     if math.isinf(seconds) or not whole or prior.patch_size < 4:
         return prior
