@@ -69,6 +69,8 @@ class _OfImage(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, potential, value, grad, random, both):
         ctx.potential, ctx.random, ctx.both = potential, random, both
+        # of one shape whether known or not, for torch's checkpoints, which compare what is saved each time
+        grad = x.new_full((), torch.nan).expand_as(x) if grad is None else grad
         # autograd refuses a backward pass after these were changed in place
         ctx.save_for_backward(x, grad, *potential.params.values())
         return value.clone()
@@ -76,7 +78,7 @@ class _OfImage(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         x, grad, *values = ctx.saved_tensors
-        potential = ctx.potential
+        potential, grad = ctx.potential, None if bool(grad.flatten()[0].isnan()) else grad
         if not torch.is_grad_enabled():
             known, factors = (grad, None) if grad is not None else ctx.both.pop("grad", (None, None))
             if factors is not None and torch.equal(factors, scale):

@@ -36,7 +36,7 @@ from deepinv_flows import MAP, FlowDenoiser, PatchNR, load_images
 
 LEVELS, PATCH, COMPONENTS, FITTED = (15, 25, 50), 6, 200, 50_000
 HELD_OUT = slice(20, None, 40)
-SHIPPED: dict[str, str] = {}
+SHIPPED = {"denoiser": "natural25"}
 PSNR, SSIM = dinv.metric.PSNR(), dinv.metric.SSIM()
 
 
@@ -163,7 +163,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="six test images, noise 25")
-    parser.add_argument("--denoiser", nargs="*", default=list(SHIPPED.values()), help="files of PatchNR.save")
+    parser.add_argument("--denoiser", nargs="*", default=list(SHIPPED.values()), help="files, or shipped weights")
     parser.add_argument("--prior", help="file of PatchNR.save, for MAP")
     parser.add_argument("--cache", type=Path, help="folder for what is fitted")
     parser.add_argument("--without", nargs="*", default=[], help="methods to leave out")

@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from deepinv_flows import CheckpointError, FlowPrior, PatchNR, allinone_flow, glow_flow, image_flow
+from deepinv_flows import (
+    CheckpointError,
+    FlowDenoiser,
+    FlowPrior,
+    PatchNR,
+    allinone_flow,
+    glow_flow,
+    image_flow,
+    load_images,
+    weights,
+)
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -108,7 +118,8 @@ def test_flipped_bytes_give_finite_weights_or_our_error(data, tmp_path_factory):
 
 def test_pretrained_names():
     with pytest.raises(
-        CheckpointError, match="nothing: no file or shipped weights of this name; shipped: 'gravel', 'lfw', 'PatchNR_"
+        CheckpointError,
+        match="nothing: no file or shipped weights of this name; shipped: 'gravel', 'lfw', 'natural25', 'Patch",
     ):
         PatchNR(pretrained="nothing")
     with pytest.raises(CheckpointError, match=r"missing.pt: no file"):
@@ -133,9 +144,20 @@ def test_lodopab_weights_when_there_is_internet(monkeypatch):
 
 
 def test_shipped_weights():
-    prior = PatchNR(pretrained="gravel")
-    assert prior(torch.rand(1, 1, 12, 12)).isfinite().all()
-    assert sum(p.numel() * p.element_size() for p in prior.parameters()) < 3e6
+    for path in Path(weights.__file__).parent.glob("*.safetensors"):
+        assert path.stat().st_size < 3e6 and path.with_suffix(".md").is_file()
+    assert PatchNR(pretrained="gravel")(torch.rand(1, 1, 12, 12)).isfinite().all()
+
+
+def test_shipped_denoiser_removes_noise():
+    prior = PatchNR.from_checkpoint("natural25")
+    assert prior.sigma_range == (25 / 255, 25 / 255)
+    (x,) = load_images("gravel")
+    x = x[None, :, :64, :64]
+    y = x + 25 / 255 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x_net = FlowDenoiser(prior)(y, 25 / 255)
+    assert (x_net - x).square().mean() < 0.5 * (y - x).square().mean()
 
 
 @pytest.mark.parametrize(
