@@ -11,7 +11,7 @@ lie at an end; where it still does, the row says so. Figures are means over the 
 
 - ``denoising``: noise of standard deviation 0.05, 0.1, 0.2; BM3D (package bm3d), TV, PatchNR, LatentMAP with gamma |z|, and
   FlowDenoiser, with a flow trained by score matching at each level, all by one recipe; its mean over shifts and mirror images is
-  a row of its own;
+  a row of its own; and FlowDenoiser with a PatchNR, trained by the likelihood of noisy patches at each level;
 - ``sensing``: m Gaussian measurements, entries N(0, 1/m), noise N(0, 0.01/m); Lasso in DCT and Haar, TV, PatchNR, LatentMAP with
   gamma |z| and, as a temperature of the latents, with |z|^2 / 2 tau^2, the posterior mean by LatentSampler
   (``--posterior-iterations``), and the most likely image by the sum of PatchNR's and the flow's log-densities, by Adam from
@@ -70,6 +70,7 @@ PUBLISHED = {
         5000: {"Lasso DCT": 26.44, "Lasso wavelet": 22.73, "LatentMAP": 36.95},
     },
 }
+PATCHES = "FlowDenoiser of patches"
 SECTIONS = ("denoising", "sensing", "inpainting", "ood", "questions")
 
 
@@ -149,6 +150,21 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None
     return found, round(time.perf_counter() - start) if missing else None
 
 
+def train_patch_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]:
+    """A PatchNR of noisy patches for each noise level, all by one recipe: their likelihood."""
+    start, found = time.perf_counter(), {}
+    for sigma in args.noise:
+        name = args.save_path / f"patch_denoiser_{sigma}_{args.side}"
+        prior = fit_patchnr(
+            images["train"], images["val"], sigma=sigma, objective="likelihood", patch_size=8, num_layers=5,
+            sub_net_size=256, epochs=args.patch_denoiser_epochs, steps_per_epoch=100, batch_size=2048, augment=False,
+            mixed_precision=args.mixed_precision, save_path=name, resume=True, device=args.device,
+        )  # fmt: skip
+        prior.save(f"{name}.safetensors")
+        found[sigma] = FlowDenoiser(prior.requires_grad_(False).cpu())
+    return found, round(time.perf_counter() - start)
+
+
 def best_strength(score, grid, widenings: int) -> tuple[float, dict[float, float], bool]:
     """
     The strength of the highest score, the scores, and whether the best lies at an end of what was tried.
@@ -220,6 +236,7 @@ def parse() -> argparse.Namespace:
     add(
         "--denoiser-epochs", type=int, default=30, help="of the flow at the middle level, from which each level goes on"
     )
+    add("--patch-denoiser-epochs", type=int, default=20, help="at each level: epochs of 100 batches of 2048 patches")
     add("--level-epochs", type=int, default=8, help="at each level, after these; the same for all")
     add("--device", default="cpu", help="of the trainings")
     add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
@@ -238,7 +255,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def methods(flow, prior, denoisers, args) -> dict:
+def methods(flow, prior, denoisers, of_patches, args) -> dict:
     """What is compared in each section: methods by name, each with the strengths to choose from."""
     by_flow = functools.partial(latent, flow, args.iterations)
     latent_map, patches = (by_flow, [0.0, 1.0, 10.0, 30.0]), patch_energy(prior)
@@ -277,6 +294,8 @@ def methods(flow, prior, denoisers, args) -> dict:
             "PatchNR": (refined([patches], by_tv, strength=sigma), [f * sigma**2 for f in (0.3, 0.6, 1.0)]),
             "LatentMAP": (by_flow, [30.0, 60.0, 100.0, 150.0]),
         }
+        if sigma in of_patches:
+            found[sigma][PATCHES] = functools.partial(by_score, of_patches[sigma]), [0]
         if sigma in denoisers:
             found[sigma]["FlowDenoiser"] = functools.partial(by_score, denoisers[sigma]), [0]
             found[sigma]["FlowDenoiser, mean of 10 views"] = (
@@ -297,11 +316,14 @@ def main():
     denoisers = {}
     if "denoising" in args.sections and "FlowDenoiser" not in args.without:
         denoisers, result["seconds_denoisers"] = train_denoisers(images, args)
+    of_patches: dict[float, FlowDenoiser] = {}
+    if "denoising" in args.sections and PATCHES not in args.without:
+        of_patches, result["seconds_patch_denoisers"] = train_patch_denoisers(images, args)
     prior.n_patches, prior.subset = max(256, args.side**2 // 4), "grid"
     result["bits_per_dim"] = bits_per_dim(flow, images)
 
     tune, test, ood = images["val"][: args.tuning_images], images["test"][: args.images], images["ood"][: args.images]
-    compared = methods(flow, prior, denoisers, args)
+    compared = methods(flow, prior, denoisers, of_patches, args)
     published = PUBLISHED if args.side == 64 else {"denoising": {}, "sensing": {}}
     print(f"\n{'':<20}{'':<28}{'PSNR':>7}{'':>8}{'published':>10}")
     if "denoising" in args.sections:
