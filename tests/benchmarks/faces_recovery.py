@@ -157,7 +157,7 @@ def train_patch_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]
         name = args.save_path / f"patch_denoiser_{sigma}_{args.side}"
         prior = fit_patchnr(
             images["train"], images["val"], sigma=sigma, objective="likelihood", patch_size=8, num_layers=5,
-            sub_net_size=256, epochs=args.patch_denoiser_epochs, steps_per_epoch=100, batch_size=2048, augment=False,
+            sub_net_size=192, epochs=args.patch_denoiser_epochs, steps_per_epoch=100, batch_size=2048, augment=False,
             mixed_precision=args.mixed_precision, save_path=name, resume=True, device=args.device,
         )  # fmt: skip
         prior.save(f"{name}.safetensors")
@@ -236,7 +236,7 @@ def parse() -> argparse.Namespace:
     add(
         "--denoiser-epochs", type=int, default=30, help="of the flow at the middle level, from which each level goes on"
     )
-    add("--patch-denoiser-epochs", type=int, default=20, help="at each level: epochs of 100 batches of 2048 patches")
+    add("--patch-denoiser-epochs", type=int, default=8, help="at each level: epochs of 100 batches of 2048 patches")
     add("--level-epochs", type=int, default=8, help="at each level, after these; the same for all")
     add("--device", default="cpu", help="of the trainings")
     add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
