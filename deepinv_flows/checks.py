@@ -57,6 +57,12 @@ def transformed(*tensors: Tensor) -> bool:
     return any(wrapped(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def full_precision(device_type: str) -> contextlib.AbstractContextManager:
+    """Leave autocast, if it is on."""
+    known = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if known else contextlib.nullcontext()
+
+
 def check_finite(what: str, *tensors: Tensor) -> None:
     """Refuse NaN and infinite entries, naming the iteration."""
     if not all(bool(torch.isfinite(t.detach()).all()) for t in tensors):

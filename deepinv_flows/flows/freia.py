@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import transformed
 from . import state
 from .rotations import check_rotation, orthogonal, rotated
 
@@ -218,9 +219,10 @@ class Squeeze(Fm.InvertibleModule):
         (x,) = x
         if rev:
             return (F.pixel_shuffle(self._rotated(x), 2),), x.new_zeros(len(x))
-        # the layout in which convolutions are fastest
-        x_out = self._rotated(F.pixel_unshuffle(x, 2)).contiguous(memory_format=torch.channels_last)
-        return (x_out,), x.new_zeros(len(x))
+        out = self._rotated(F.pixel_unshuffle(x, 2))
+        if not transformed(out):  # whose layout is not ours to choose
+            out = out.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
+        return (out,), x.new_zeros(len(x))
 
     def _rotated(self, x: Tensor) -> Tensor:
         if not self.haar:

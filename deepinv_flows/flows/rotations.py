@@ -1,9 +1,12 @@
 """Rotations of the entries of patches and of the channels of images, as matrices."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import full_precision
 from . import state
 
 _ROTATION_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -31,5 +34,6 @@ def check_rotation(name: str, matrix: Tensor, errors: list[str]) -> None:
 
 def rotated(x: Tensor, matrix: Tensor) -> Tensor:
     """Rotate the channels, under autocast too in the precision of the matrix, as x holds the finest details of the image."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x.to(matrix.dtype), matrix)
+    context = full_precision(x.device.type)
+    with context:
+        return F.conv2d(x if isinstance(context, contextlib.nullcontext) else x.to(matrix.dtype), matrix)

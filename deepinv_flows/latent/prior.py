@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import solvers
 from .. import weights as checkpoints
 from ..checks import check_autograd, check_input, positive_int
-from ..flows import Conditions, Given, as_flow, evaluate, like_weights, nll, unwrapped
+from ..flows import Conditions, Given, Reversed, as_flow, evaluate, like_weights, nll, unwrapped
 from .images import images_of
 
 
@@ -76,7 +76,10 @@ class FlowPrior(Prior):
     @property
     def sigma_range(self) -> tuple[float, float] | None:
         """The noise level, as least and largest, that the flow has learned to remove; ``None`` for a flow of clean images."""
-        return getattr(unwrapped(self.normalizing_flow), "sigma_range", None)
+        flow = unwrapped(self.normalizing_flow)
+        while isinstance(flow, Given | Reversed):
+            flow = unwrapped(flow.flow)
+        return getattr(flow, "sigma_range", None)
 
     def given(self, c: Tensor | Sequence[Tensor]) -> "FlowPrior":
         """

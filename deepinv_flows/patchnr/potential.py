@@ -16,17 +16,19 @@ patches of any flow, are evaluated by autograd inside each chunk (:mod:`deepinv_
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import transformed
-from ..flows import nll
+from ..checks import full_precision, transformed
+from ..flows import like_weights, nll
 from . import plain, recorded
 from .fused import patch_sums, steps_of
 from .fused.sweep import Sums
 from .patches import PatchIndex
 
+UNKNOWN = object()
 FEW = 256  # fewer patches are evaluated by autograd in less time than it takes to read a flow's steps
 
 
@@ -72,7 +74,7 @@ class PatchPotential:
         self.asked = Asked() if asked is None else asked
         self.params = dict(flow.named_parameters()) | (weights or {})
         self.replaced = bool(weights)
-        self.dtype: torch.dtype | None = None  # of matrix products, as it was in the forward pass
+        self.dtype: Any = UNKNOWN  # of matrix products, as it was in the forward pass
 
     @property
     def trainable(self) -> bool:
@@ -98,7 +100,8 @@ class PatchPotential:
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value (B,) and its gradient in the image, without a graph; the weights are constants."""
-        self.dtype = self.dtype or _product_dtype(x, self.precision)
+        if self.dtype is UNKNOWN:
+            self.dtype = _product_dtype(x, self.precision)
         return self.constants(x, self.steps(x))  # type: ignore[return-value]
 
     def constants(self, x: Tensor, steps: list | None, image: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -132,7 +135,8 @@ class PatchPotential:
             steps = self.known_steps(aliases)
             with torch.no_grad():
                 sums = self._sums(steps, x, weights=True, scale=scale)
-            weight_grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
+            with full_precision(x.device.type):
+                weight_grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
         value, grad = self._means(sums, x)
         return value, grad, [g * self.index.weight for g in weight_grads]
 
@@ -148,11 +152,13 @@ class PatchPotential:
         """The steps of the flow, as constants; ``None`` if they are not known, or if the patches are too few for them."""
         if len(self.index) < FEW and not self.replaced and not torch.is_autocast_enabled(x.device.type):
             return None
-        return steps_of(self.flow, self.params if self.replaced else None)
+        with full_precision(x.device.type):
+            return steps_of(self.flow, self.params if self.replaced else None)
 
     def known_steps(self, weights: dict[str, Tensor]) -> list:
         """The steps, on these weights, of a flow whose steps were known in the forward pass."""
-        steps = steps_of(self.flow, weights)
+        with full_precision(next(iter(weights.values())).device.type):
+            steps = steps_of(self.flow, weights)
         if steps is None:
             raise RuntimeError("expected the same flow as in the forward pass; it has got hooks or other methods since")
         return steps
@@ -187,8 +193,10 @@ def patch_nll(flow: nn.Module, patches: Tensor, asked: Asked) -> Tensor:
     """
     columns = patches[:, :, None, None]
     potential = PatchPotential(flow, PatchIndex(columns.shape, 1, device=patches.device), asked=asked)
-    steps = None if transformed(patches, *potential.params.values()) else potential.steps(columns)
-    if steps is None:
+    steps = None
+    if patches.dtype == like_weights(flow).dtype and not transformed(patches, *potential.params.values()):
+        steps = potential.steps(columns)
+    if steps is None or steps[0].dim != patches.shape[1]:
         return nll(flow, patches)
     return potential.by_steps(columns, steps) + 0.5 * patches.shape[1] * math.log(2 * math.pi)
 

@@ -11,7 +11,7 @@ from .denoiser import FlowDenoiser, of_patches, scaled
 from .map import MAP
 from .objective import Box, frozen
 from .starts import candidates
-from .strength import by_rule
+from .strength import by_rule, dimension
 from .tuning import kept
 
-__all__ = ["MAP", "Box", "FlowDenoiser", "by_rule", "candidates", "frozen", "kept", "of_patches", "scaled"]
+__all__ = ["MAP", "Box", "FlowDenoiser", "by_rule", "candidates", "dimension", "frozen", "kept", "of_patches", "scaled"]

@@ -216,7 +216,7 @@ class MAP(Reconstructor):
 
         :math:`\lambda` is enclosed on a log scale by factors of 4, then of 2, and interpolated, so that it does not lie at the
         end of what was tried. For a prior that is a mean over patches it is understood for images of this size, and grows with
-        the number of pixels of those to come. Where ``max_seconds`` would not last for that, strengths are compared by every
+        the number of patches of those to come. Where ``max_seconds`` would not last for that, strengths are compared by every
         other patch in each direction of a :class:`PatchNR`, in half the time; ``model.tuned["stride"]`` is then 2.
 
         :param torch.Tensor images: clean images (B, C, H, W), or a list of (C, H, W) of one size; not those of the training.

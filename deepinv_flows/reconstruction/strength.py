@@ -26,13 +26,14 @@ SEEN = 0.5  # share of the directions of an image that A has to see for SURE to 
 
 def dimension(prior: Prior, x: Tensor) -> float:
     """
-    What to multiply a prior by so that it grows with the image as a sum over pixels does; 1 for those that do.
+    What to multiply a prior by so that it grows with the image as a sum over patches or pixels does; 1 for those that do.
 
     :param deepinv.optim.Prior prior: the prior.
     :param torch.Tensor x: images (B, C, H, W).
     """
     if isinstance(prior, PatchNR):
-        return float(x.shape[2] * x.shape[3])
+        margin = (1 if prior.pad else -1) * (prior.patch_size - 1)
+        return float((x.shape[2] + margin) * (x.shape[3] + margin))
     return float(x[0].numel()) if isinstance(prior, FlowPrior) and prior.per_dim else 1.0
 
 
@@ -71,7 +72,7 @@ def by_rule(prior: Prior, data_fidelity: DataFidelity, y, physics, x: Tensor) ->
     :raises ValueError: for another prior, data fidelity or noise.
     """
     if isinstance(prior, PatchNR):
-        count = 0.2 * dimension(prior, x) / prior.patch_size**2
+        count = 0.2 * x.shape[2] * x.shape[3] / prior.patch_size**2
     elif isinstance(prior, FlowPrior):
         count = dimension(prior, x)
     else:

@@ -222,13 +222,13 @@ def _evaluated(held_out: list[Tensor] | None, physics: Physics, device) -> DataL
 
 def _finished(model: MAP, inner: Inner, trainer: Any, images: list[Tensor], steps: int, verbose: bool) -> MAP:
     """The reconstruction, with what is known of its training."""
-    losses = trainer.eval_loss_history["SquaredError"] or trainer.loss_history["SquaredError"]
-    score = min(losses) if trainer.eval_loss_history["SquaredError"] else losses[-1] if losses else math.nan
+    evaluated, trained = trainer.eval_losses(), trainer.step_losses()
+    score = min(evaluated) if evaluated else trained[-1] if trained else math.nan
     model.lambda_reg, model.verbose = float(inner.log_lambda.detach().exp()), verbose
     model.prior.sigma_range = None
     model.tuned = {
         "lambda_reg": model.lambda_reg,
-        "dimension": float(images[0].shape[1] * images[0].shape[2]),
+        "dimension": inner.patches,
         "metric": "SquaredError",
         "score": float(score),
         "images": len(images),

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from ..flows import KnowsItsConfig, gaussianise
 from ..patchnr import PatchNR
 from ..reconstruction import of_patches, scaled
+from .likelihood import FlowModel
 from .samples import PatchSamples
 
 TAIL = 4.0  # standard deviations of noise that few pixels exceed
@@ -54,6 +55,18 @@ class PatchScoreModel(KnowsItsConfig, Reconstructor):
     def forward(self, y: Tensor, physics: Any, **kwargs) -> Tensor:
         """The denoised pixels at least p - 1 away from the borders."""
         return of_patches(self.prior, y, physics.sigma, borders=False)
+
+
+class NoisyFlowModel(KnowsItsConfig, FlowModel):
+    """
+    The flow of noisy patches as a model that :class:`deepinv.Trainer` trains. Its checkpoints hold the levels.
+
+    :param PatchNR prior: the prior, whose ``sigma_range`` is set.
+    """
+
+    def __init__(self, prior: PatchNR):
+        super().__init__(prior.normalizing_flow, dequantise=0)
+        self.config = {"sigma_range": prior.sigma_range}
 
 
 class RelativeError(Loss):

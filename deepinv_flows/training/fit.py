@@ -96,8 +96,8 @@ def fit_patchnr(
         epoch of all runs in this folder is returned. ``False`` starts a new run in this folder.
     :param bool, str mixed_precision: as in :class:`deepinv.Trainer`; ``"bfloat16"`` trains the likelihood faster on processors
         that have such products (AMX). Weights and log-determinants stay in full precision.
-    :param bool compile: compile the flow by :func:`torch.compile`, which needs a C++ compiler. Compiling takes half a minute
-        once; then about a quarter more patches are processed in a second.
+    :param bool compile: compile the flow by :func:`torch.compile`, in place of derivatives that are written out. It needs a C++
+        compiler and half a minute.
     :param str device: device of the training.
     :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is a generator with a fixed seed.
     :param bool verbose: print what is trained and how long it will take; show one progress bar in a terminal, elsewhere a line an

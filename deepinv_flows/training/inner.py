@@ -12,7 +12,7 @@ from deepinv.optim.linear import minres
 from torch import Tensor, nn
 
 from ..patchnr import PatchNR
-from ..reconstruction import MAP, candidates, frozen
+from ..reconstruction import MAP, candidates, dimension, frozen
 from ..solvers import differentiable, norm, per_sample
 
 LOOSE = 0.05  # relative gradient of a minimiser from which on it is said not to be one
@@ -47,7 +47,7 @@ class Inner(Reconstructor):
         self.map = model
         like = next(self.prior.parameters())
         self.log_lambda = nn.Parameter(like.new_tensor(math.log(weight)))
-        self.patches = self._patches(*size)
+        self.patches = dimension(self.prior, like.new_empty(1, 1, *size))
         self.linear_iter, self.linear_tol, self.jacobian_free = linear_iter, linear_tol, jacobian_free
         self.watched: dict[str, list[float]] = {"gradient": [], "linear": []}
 
@@ -57,11 +57,7 @@ class Inner(Reconstructor):
 
     def weight(self, x: Tensor) -> Tensor:
         """:math:`\\lambda` for images like x, (B,)."""
-        return (self.log_lambda.exp() * self._patches(*x.shape[2:]) / self.patches).expand(len(x))
-
-    def _patches(self, height: int, width: int) -> float:
-        margin = (1 if self.prior.pad else -1) * (self.prior.patch_size - 1)
-        return float((height + margin) * (width + margin))
+        return (self.log_lambda.exp() * dimension(self.prior, x) / self.patches).expand(len(x))
 
     def forward(self, y: Tensor, physics: Any, **kwargs) -> Tensor:
         """The minimisers, with a graph in :math:`\\theta` and :math:`\\lambda` where gradients are enabled."""

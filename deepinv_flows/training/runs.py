@@ -134,31 +134,40 @@ class _Trainer(Watched, Resumes, Trainer):
     keep_interval: int = 1
     best: tuple[float, dict[str, Tensor]] | None = None  # loss and weights of the best epoch of this run
     past: list[float] | None = None  # evaluation losses of the epochs before this run
+    earlier: list[float] | None = None  # losses of its steps
 
     def figures(self) -> dict[str, float]:
-        best = min(filter(math.isfinite, self._eval_losses()), default=None)
+        best = min(filter(math.isfinite, self.eval_losses()), default=None)
         own = self.model.figures() if hasattr(self.model, "figures") else {}
         return super().figures() | own | ({} if best is None else {"best": best})
 
-    def _eval_losses(self) -> list[float]:
+    def eval_losses(self) -> list[float]:
         """The evaluation losses of all epochs, including those before an interruption."""
         (losses,) = self.eval_loss_history.values()
         return [*(self.past or []), *losses]
 
+    def step_losses(self) -> list[float]:
+        """The losses of all steps, including those before an interruption."""
+        (losses,) = self.loss_history.values()
+        return [*(self.earlier or []), *losses]
+
     def save_model(self, filename: str, epoch: int, state: dict | None = None) -> None:
         if filename == "ckp_best.pth.tar":
-            self.best = self._eval_losses()[-1], copy.deepcopy(self.model.state_dict())
+            self.best = self.eval_losses()[-1], copy.deepcopy(self.model.state_dict())
         if not self.save_path:
             return
         folder = Path(self.save_path)
         try:
-            super().save_model(f"{filename}.part", epoch, {"past": self.past or [], **self._watched(), **(state or {})})
+            super().save_model(f"{filename}.part", epoch, {**self._past(), **(state or {})})
             os.replace(folder / f"{filename}.part", folder / filename)
         except (OSError, RuntimeError) as error:  # torch's archive writer raises the latter
             (folder / f"{filename}.part").unlink(missing_ok=True)
             raise checkpoints.CheckpointError(f"{folder / filename}: cannot be written ({error})") from error
         if filename == f"ckp_{epoch}.pth.tar" and (epoch - 1) % self.keep_interval:
             (folder / f"ckp_{epoch - 1}.pth.tar").unlink(missing_ok=True)
+
+    def _past(self) -> dict[str, Any]:
+        return {"past": self.past or [], "earlier": self.earlier or [], **self._watched()}
 
     def _watched(self) -> dict[str, dict]:
         return {"watched": self.model.watched} if hasattr(self.model, "watched") else {}
@@ -168,15 +177,17 @@ class _Trainer(Watched, Resumes, Trainer):
         if checkpoint is not None:  # early stopping and the best epoch depend on all epochs
             (losses,) = checkpoint["eval_loss"].values()
             self.past = [*checkpoint.get("past", []), *losses]
+            self.earlier = [*checkpoint.get("earlier", []), *next(iter(checkpoint["loss"].values()))]
+            self._watched().get("watched", {}).update(checkpoint.get("watched", {}))
         return checkpoint
 
     def save_best_model(self, epoch: int, train_ite: int, **kwargs) -> None:
-        losses = self._eval_losses()  # deepinv would compare a metric, if one is reported
+        losses = self.eval_losses()  # deepinv would compare a metric, if one is reported
         if losses and losses[-1] <= min(filter(math.isfinite, losses), default=-math.inf):
             self.save_model("ckp_best.pth.tar", epoch)
 
     def stop_criterion(self, epoch: int, train_ite: int, **kwargs) -> bool:
-        losses = self._eval_losses()
+        losses = self.eval_losses()
         return epoch > self.eval_interval * (self.early_stop + losses.index(min(losses)))
 
 

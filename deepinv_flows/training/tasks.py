@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..patchnr import PatchNR
-from .denoising import Levelled, NoisyPatches, NoisyPieces, PatchScoreModel, RelativeError, mean_error, piece_side
+from .denoising import (
+    Levelled,
+    NoisyFlowModel,
+    NoisyPatches,
+    NoisyPieces,
+    PatchScoreModel,
+    RelativeError,
+    mean_error,
+    piece_side,
+)
 from .effort import Step, mean_nll
 from .likelihood import FlowModel, FlowNLL
 from .samples import PatchSamples, subset
@@ -59,7 +68,7 @@ def noisy_likelihood(
 ) -> Task:
     """Maximum likelihood of single patches with noise, at the levels of ``prior.sigma_range``."""
     assert prior.sigma_range is not None
-    model = FlowModel(prior.normalizing_flow, 0, generator)
+    model = NoisyFlowModel(prior)
     samples, eval_samples = (
         NoisyPatches(part, prior.patch_size, prior.sigma_range, source, augment)
         for part, source in ((images, generator), (held_out, None))

@@ -106,6 +106,11 @@ def patch_config(weights: Weights) -> dict:
         named = f"not the weights of a PatchNR: tensors named {sorted(weights.state)[:3]}"
         lost = ", whose config was lost on the way: make the flow, and load them by its load_state_dict"
         raise CheckpointError(f"{named}{lost if _ours(weights.state) else ''}")
+    if "sigma_range" in weights.config:
+        raise CheckpointError(
+            "expected weights of a flow on patches; found the training of a denoiser: fit_patchnr(resume=True) ends it, and "
+            "prior.save keeps the weights with their noise levels"
+        )
     if "dim" not in weights.config:
         raise CheckpointError("expected weights of a flow on patches; found those of a flow on images, for FlowPrior")
     return weights.config

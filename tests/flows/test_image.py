@@ -308,3 +308,13 @@ def test_under_autocast_states_and_log_determinants_keep_their_precision(couplin
     z, log_det = found()
     assert z.dtype == log_det.dtype == torch.float32
     torch.testing.assert_close(log_det, flow(x)[1], rtol=2e-3, atol=0.5)
+
+
+def test_another_dtype_is_refused_and_derivatives_can_be_batched():
+    flow = image_flow((1, 4, 4), 1, 1, 4, generator=torch.Generator())
+    x = torch.rand(1, 1, 4, 4)
+    with pytest.raises(RuntimeError, match="Double"):
+        flow(x.double())
+    jacobian = torch.func.jacfwd(lambda u: flow(u)[0])(x).view(16, 16)
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], flow(x)[1][0])
+    assert flow.to("meta")(x.to("meta"))[0].shape == x.shape

@@ -271,3 +271,13 @@ def test_a_flow_on_images_knows_its_level(tmp_path):
     assert prior.sigma_range is None
     fit_flow(prior, x, sigma=0.2, epochs=1, verbose=False)
     assert prior.sigma_range == (0.2, 0.2)
+
+
+def test_a_conditional_flow_knows_its_level_at_fixed_conditions():
+    x = torch.rand(8, 1, 8, 8)
+    flow = image_flow((1, 8, 8), 2, 1, 4, activation="silu", dims_c=[(1, 8, 8)], generator=torch.Generator())
+    fit_flow(flow, x, c=x, sigma=0.1, epochs=1, verbose=False)
+    given = FlowDenoiser(FlowPrior(flow).given(x))
+    assert given(x, 0.1).isfinite().all()
+    with pytest.raises(ValueError, match="expected sigma = 0.1, for which the prior was trained"):
+        given(x, 0.5)

@@ -313,7 +313,9 @@ def test_a_tuned_weight_grows_with_the_image():
     physics = denoising()
     model = MAP(patchnr(), max_iter=3, verbose=False).tune(torch.rand(1, 1, 8, 8, dtype=torch.float64), physics)
     larger = torch.rand(2, 1, 16, 8, dtype=torch.float64)
-    torch.testing.assert_close(model.weight_for(larger), torch.full((2,), 2 * model.lambda_reg, dtype=torch.float64))
+    torch.testing.assert_close(
+        model.weight_for(larger), torch.full((2,), 84 / 36 * model.lambda_reg, dtype=torch.float64)
+    )  # patches
     model = MAP(Tikhonov(), lambda_reg=1.0, max_iter=3, verbose=False).tune(larger, physics)
     torch.testing.assert_close(model.weight_for(larger[..., :4]).unique().item(), model.lambda_reg)
 

@@ -206,16 +206,22 @@ def test_training_nears_the_least_error(sigma, objective):
     assert prior.sigma_range == ((SIGMA, SIGMA) if sigma == SIGMA else sigma)
 
 
-def test_interrupted_training_resumes(tmp_path):
+@pytest.mark.parametrize("objective", ["score", "likelihood"])
+def test_interrupted_training_resumes(tmp_path, objective):
     x = images_of_gaussian_patches(4, 12).float()
     options = dict(**OPTIONS, steps_per_epoch=2, save_path=tmp_path, resume=True)
+    if objective == "likelihood":
+        options["objective"] = objective
     fit_patchnr(x, x, sigma=SIGMA, epochs=2, **options)
     resumed = fit_patchnr(x, x, sigma=SIGMA, epochs=3, **options)
     assert resumed.sigma_range == (SIGMA, SIGMA)
     with pytest.raises(CheckpointError, match=r"expected weights of a flow .*sigma_range.*0.1.*; found .*0.5"):
         fit_patchnr(x, x, sigma=0.1, epochs=4, **options)
-    with pytest.raises(CheckpointError, match="missing tensors"):
+    options.pop("objective", None)
+    with pytest.raises(CheckpointError, match="expected weights of a flow|missing tensors"):
         fit_patchnr(x, x, epochs=4, **options)
+    with pytest.raises(CheckpointError, match="found the training of a denoiser"):
+        PatchNR.from_checkpoint(next(tmp_path.glob("run_0/*/ckp_*.pth.tar")))
 
 
 def test_what_is_refused():

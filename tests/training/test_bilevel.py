@@ -168,7 +168,8 @@ def test_resumed_is_uninterrupted(held_out, tmp_path, monkeypatch):
             trained(tmp_path / "broken", **options)
     found = trained(tmp_path / "broken", resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), expected.state_dict().values()))
-    assert found.lambda_reg == expected.lambda_reg
+    assert found.lambda_reg == expected.lambda_reg and found.tuned == expected.tuned
+    assert trained(tmp_path / "broken", resume=True, **options).tuned == expected.tuned  # it had ended
     checkpoint = torch.load(runs._newest(runs._runs(tmp_path / "broken")), weights_only=False)
     assert checkpoint["watched"].keys() == {"gradient", "linear"}
 

@@ -132,3 +132,11 @@ def test_training_in_bfloat16_is_near_that_in_full_precision():
         assert {p.dtype for p in model.parameters()} == {loss.dtype} == {torch.float32}
         found.append(float(model(x).mean().detach()))
     assert found[1] == pytest.approx(found[0], abs=0.1)
+
+
+@pytest.mark.parametrize("n", [4, 400])
+def test_samples_that_do_not_fit_are_refused_whatever_their_number(n):
+    model = FlowModel(glow_flow(9, 1, 8), dequantise=0)
+    for wrong in (torch.rand(n, 9).double(), torch.rand(n, 12)):
+        with pytest.raises((RuntimeError, ValueError)):
+            model(wrong)

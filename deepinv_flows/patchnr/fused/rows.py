@@ -16,6 +16,7 @@ from .activations import Activation
 from .workspace import Workspace
 
 BLOCK = 32
+LARGEST = 1e30  # weight
 
 
 class Rows:
@@ -30,8 +31,8 @@ class Rows:
     def __init__(self, packed: list[Tensor], activations: list[Activation], space: Workspace):
         self.activations, self.sizes = activations, [w.shape[1] for w in packed[::2]]
         self.weights = [_with_bias(w, b, space.dtype) for w, b in zip(packed[::2], packed[1::2])]
-        if not all(bool(torch.isfinite(w).all()) for w in self.weights):
-            self.weights[-1].fill_(torch.nan)  # rectified as an integer, a NaN may become zero
+        if not all(bool((w.abs() < LARGEST).all()) for w in self.weights):
+            self.weights[-1].fill_(torch.nan)  # rectified as an integer, the NaN of an overflow may become zero
         first, *others = [space.new(_padded(size + 1), space.dtype) for size in self.sizes]
         self.inputs = [first.t(), *(_rows(h) for h in others)]
         for h, size in zip(self.inputs, self.sizes):

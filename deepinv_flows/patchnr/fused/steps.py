@@ -3,7 +3,8 @@ The steps of a patch flow with their derivatives written out, without a graph, i
 
 A chunk of N patches is held as the columns of a (D, N) matrix, so that halves and single entries are contiguous rows.
 
-Each step has ``packed`` weights, which are functions of the flow's parameters (autograd maps their gradients back), and
+Each step has the dimension ``dim`` of a patch; ``packed`` weights, which are functions of the flow's parameters (autograd maps
+their gradients back); and
 
 - ``forward(do, x, log_det, tape)``: gives the new state, adds to ``log_det`` (N,), and keeps what ``backward`` needs in ``tape``;
 - ``backward(do, g, weight, tape, grads)``: gives the gradient of :math:`L = \sum_i w_i (\tfrac12 \|z_i\|^2 - \log|\det J|_i)` in
@@ -38,6 +39,10 @@ class Affine:
 
     def __init__(self, packed: list[Tensor], inverse_packed: Callable[[], list[Tensor]]):
         self.packed, self.inverse_packed = packed, inverse_packed
+
+    @property
+    def dim(self) -> int:
+        return len(self.packed[0])
 
     def inverse(self) -> "Affine":
         return Affine(self.inverse_packed(), lambda: self.packed)
@@ -93,6 +98,10 @@ class Coupling:
         self.kept, self.moved, self.networks = kept, moved, networks
         self.function, self.alpha, self.centred = function, float(alpha), centred
         self.sign = 1
+
+    @property
+    def dim(self) -> int:
+        return max(self.kept.stop, self.moved.stop)
 
     @property
     def packed(self) -> list[Tensor]:

@@ -120,7 +120,7 @@ class _Sweep:
 
 def _zeros(steps: list, flat: Tensor, batch: int, image: bool, weights: bool) -> Sums:
     value = torch.zeros(batch, dtype=torch.float64 if flat.device.type != "mps" else flat.dtype, device=flat.device)
-    grads = [[torch.zeros_like(w, requires_grad=False) for w in step.packed] for step in steps] if weights else None
+    grads = [[flat.new_zeros(w.shape) for w in step.packed] for step in steps] if weights else None
     return Sums(value, torch.zeros_like(flat) if image else None, grads)
 
 

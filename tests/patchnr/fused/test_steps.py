@@ -237,3 +237,16 @@ def test_hessian_vector_products_are_those_of_autograd():
         (gradient,) = torch.autograd.grad(prior(x).sum(), x, create_graph=True)
         close(torch.autograd.grad((gradient * v).sum(), x)[0], expected)
         close(torch.autograd.functional.hvp(lambda u: prior(u).sum(), x, v)[1], expected)
+
+
+@pytest.mark.parametrize("name", ["allinone_soft_exp", "allinone_householder", "glow"])
+def test_under_autocast_weights_are_read_and_added_up_in_full_precision(name):
+    prior = PatchNR(make(name, 9, torch.float32, spread=0.1), patch_size=3, chunk_size=32)
+    x, weights = torch.rand(1, 1, 60, 60), list(prior.parameters())
+    expected = torch.autograd.grad(prior(x).sum(), weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = prior(x).sum()
+        found = torch.autograd.grad(value, weights)
+    assert value.dtype == torch.float32
+    for near, right in zip(found, expected):
+        assert (near - right).norm() <= 2e-2 * right.norm() + 1e-3
