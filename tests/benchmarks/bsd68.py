@@ -15,7 +15,7 @@ of ``train400`` that are kept from every training, numbers 21, 61, ..., 381 of i
 - denoiser: ``FlowDenoiser(prior)``, for those of ``--denoiser`` that know the level; nothing to choose.
 
 ``--quick`` takes every twelfth test image and noise 25; a method without weights is left out. ``--cache`` keeps the mixture.
-The last line is one JSON object: mean PSNR at 25 by method, ``null`` for one left out.
+The last line is one JSON object: mean PSNR at 25 by method, ``null`` for one left out, and all rows.
 """
 
 import argparse
@@ -123,13 +123,13 @@ def row(method: Callable, grid: list[float], held_out: list[Tensor], test: dict[
         ssims.append(float(SSIM(found, x)))
     seconds = (time.perf_counter() - start) / len(test)
     ends = {"strength": strength, **({"at_end_of_grid": True} if at_end else {})} if len(grid) > 1 else {}
-    return {"psnr": _mean(psnrs), "ssim": _mean(ssims), "seconds": round(seconds, 1), **ends}
+    return {**_mean("psnr", psnrs), **_mean("ssim", ssims), "seconds": round(seconds, 1), **ends}
 
 
-def _mean(values: list[float]) -> list[float]:
+def _mean(name: str, values: list[float]) -> dict[str, float]:
     """The mean and its standard error."""
     found = torch.tensor(values, dtype=torch.float64)
-    return [round(float(found.mean()), 3), round(float(found.std() / len(found) ** 0.5), 3)]
+    return {name: round(float(found.mean()), 3), f"{name} error": round(float(found.std() / len(found) ** 0.5), 3)}
 
 
 def methods(args, train: list[Tensor]) -> dict[str, tuple[Callable, list[float], Callable]]:
@@ -178,14 +178,16 @@ def main():
     test = {k + 1: x for k, x in enumerate(tests) if not args.quick or k % 12 == 0}
     rows = methods(args, train)
     at_25: dict[str, float | None] = dict.fromkeys(("bm3d", "epll", "tv", "map", "bilevel", "denoiser"))
+    table: dict[int, dict] = {}
     for level in (25,) if args.quick else LEVELS:
         for name, (method, grid, takes) in rows.items():
             if takes(level / 255):
                 found = row(method, grid, held_out, test, level / 255)
                 print(f"sigma {level}, {name}: {found}", flush=True)
+                table.setdefault(level, {})[name] = found
                 if level == 25:
-                    at_25[name] = found["psnr"][0]
-    print(json.dumps({**at_25, "images": len(test), **versions()}))
+                    at_25[name] = found["psnr"]
+    print(json.dumps({**at_25, "rows": table, "images": len(test), **versions()}))
 
 
 if __name__ == "__main__":
