@@ -283,7 +283,7 @@ class MAP(Reconstructor):
     def _told(self, reason: str, x: Tensor) -> str:
         """How the weight was found, in words."""
         grown = dimension(self.prior, x) / self.tuned["dimension"] if reason == "tuned" else 1.0
-        return reason if grown == 1 else f"{reason} on {1 / grown:.3g} times as many pixels"
+        return reason if grown == 1 else f"{reason} on {1 / grown:.3g} times as many patches"
 
     def weight_for(self, x: Tensor) -> Tensor:
         """The number that ``lambda_reg`` is for images like x, (B,); tuned on images of another size, it grows with them."""

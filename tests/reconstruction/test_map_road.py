@@ -28,7 +28,7 @@ def test_the_road(tmp_path, monkeypatch, capsys):
     physics, y, x_net, model = (namespace[name] for name in ("physics", "y", "x_net", "model"))
     said = capsys.readouterr().out
     assert "fit_patchnr: 5 blocks of width 32 on patches of dimension 48" in said
-    assert "MAP.tune: lambda_reg" in said and "(tuned on 0.694 times as many pixels)" in said
+    assert "MAP.tune: lambda_reg" in said and "(tuned on 0.655 times as many patches)" in said
     assert x_net.shape == y.shape and torch.isfinite(x_net).all()
     again = namespace["MAP"].from_checkpoint("map.safetensors", verbose=False)
     assert torch.equal(again(y, physics), x_net) and again.lambda_reg == model.lambda_reg
