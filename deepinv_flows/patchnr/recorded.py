@@ -37,7 +37,8 @@ def value(potential: PatchPotential, x: Tensor, steps: list | None) -> Tensor:
     trainable = [name for name, p in potential.params.items() if p.requires_grad]
     asked = potential.asked
     speculate, later = bool(trainable) and asked.weights, bool(trainable) and asked.unequal
-    asked.weights = asked.unequal = False
+    if trainable:  # an evaluation with frozen weights in between says nothing of the next training step
+        asked.weights = asked.unequal = False
     grad: Tensor | None
     weight_grads, both = None, dict[str, Any]()
     random = plain.random_state(x) if steps is None else None
