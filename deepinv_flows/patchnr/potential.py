@@ -29,6 +29,7 @@ from .fused.sweep import Sums
 from .patches import PatchIndex
 
 UNKNOWN = object()
+MANY = 1024  # patches of a step of training, from which on written-out derivatives save time
 FEW = 256  # fewer patches are evaluated by autograd in less time than it takes to read a flow's steps
 
 
@@ -93,8 +94,9 @@ class PatchPotential:
         if not trainable and not (x.requires_grad and torch.is_grad_enabled()):
             return self.constants(x, steps, image=False)[0]
         chunk = self.recorded_chunk(x)
-        scaled = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)  # losses, against underflow
-        if (trainable and scaled) or (steps is None and (trainable or len(self.index) <= chunk)):
+        # on other devices losses may be scaled against underflow; on a CPU autograd is faster for a single chunk
+        low = torch.is_autocast_enabled(x.device.type) and (x.device.type != "cpu" or len(self.index) <= chunk)
+        if (trainable and low) or (steps is None and (trainable or len(self.index) <= chunk)):
             return plain.value(self.module(), x, self.index, chunk)
         return recorded.value(self, x, steps)
 
@@ -187,14 +189,16 @@ def patch_nll(flow: nn.Module, patches: Tensor, asked: Asked) -> Tensor:
     """
     Negative log-likelihoods (N,) of patches (N, D), with the constant, differentiable in the weights that ask for a gradient.
 
-    Derivatives are written out if every part of the flow is known.
+    Derivatives are written out if every part of the flow is known, for many patches in full precision. Autograd is faster for
+    fewer, and under autocast, as the weights need not be read and converted anew.
 
     :param Asked asked: as in :class:`PatchPotential`.
     """
     columns = patches[:, :, None, None]
     potential = PatchPotential(flow, PatchIndex(columns.shape, 1, device=patches.device), asked=asked)
-    steps = None
-    if patches.dtype == like_weights(flow).dtype and not transformed(patches, *potential.params.values()):
+    steps, plain_tensors = None, not transformed(patches, *potential.params.values())
+    full = patches.dtype == like_weights(flow).dtype and not torch.is_autocast_enabled(patches.device.type)
+    if len(patches) >= MANY and full and plain_tensors:
         steps = potential.steps(columns)
     if steps is None or steps[0].dim != patches.shape[1]:
         return nll(flow, patches)
