@@ -194,12 +194,12 @@ def patch_nll(flow: nn.Module, patches: Tensor, asked: Asked) -> Tensor:
 
     :param Asked asked: as in :class:`PatchPotential`.
     """
+    full = patches.dtype == like_weights(flow, patches).dtype and not torch.is_autocast_enabled(patches.device.type)
+    if len(patches) < MANY or not full:
+        return nll(flow, patches)
     columns = patches[:, :, None, None]
     potential = PatchPotential(flow, PatchIndex(columns.shape, 1, device=patches.device), asked=asked)
-    steps, plain_tensors = None, not transformed(patches, *potential.params.values())
-    full = patches.dtype == like_weights(flow).dtype and not torch.is_autocast_enabled(patches.device.type)
-    if len(patches) >= MANY and full and plain_tensors:
-        steps = potential.steps(columns)
+    steps = None if transformed(patches, *potential.params.values()) else potential.steps(columns)
     if steps is None or steps[0].dim != patches.shape[1]:
         return nll(flow, patches)
     return potential.by_steps(columns, steps) + 0.5 * patches.shape[1] * math.log(2 * math.pi)

@@ -2,9 +2,9 @@
 Solvers of smooth problems, in which every sample of a batch is a problem of its own.
 
 L-BFGS is in :mod:`~deepinv_flows.solvers.lbfgs`, descent by torch's optimizers in :mod:`~deepinv_flows.solvers.first_order`, and
-the proximity operator of a smooth potential in :mod:`~deepinv_flows.solvers.proximal`. A minimiser has its
-derivatives from :mod:`~deepinv_flows.solvers.implicit`. The arithmetic of
-batches is in :mod:`~deepinv_flows.solvers.batch`, what an objective is in :mod:`~deepinv_flows.solvers.objective`.
+the proximity operator of a smooth potential in :mod:`~deepinv_flows.solvers.proximal`. A minimiser has its derivatives from
+:mod:`~deepinv_flows.solvers.implicit`. The arithmetic of batches is in :mod:`~deepinv_flows.solvers.batch`, what an objective is
+in :mod:`~deepinv_flows.solvers.objective`.
 """
 
 from .batch import dot, finite, norm, per_sample, rounding
