@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..checks import full_precision, transformed
 from ..flows import like_weights, nll
 from . import plain, recorded
-from .fused import patch_sums, steps_of
+from .fused import chunk_size, patch_sums, steps_of
 from .fused.sweep import Sums
 from .patches import PatchIndex
 
@@ -177,7 +177,7 @@ class PatchPotential:
         return self.chunk_size or (2048 if x.device.type == "cpu" else 65536)
 
     def _sums(self, steps: list, x: Tensor, image: bool = True, weights: bool = False, scale=None) -> Sums:
-        size = self.chunk_size or _fused_chunk(x, steps, self.dtype or x.dtype)
+        size = self.chunk_size or _fused_chunk(x, steps, self.dtype or x.dtype, weights)
         return patch_sums(steps, x, self.index, size, self.dtype, image, weights, scale)
 
     def _means(self, sums: Sums, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -227,7 +227,9 @@ def _product_dtype(x: Tensor, precision: str | None) -> torch.dtype | None:
     return wanted if x.dtype != torch.float64 else None
 
 
-def _fused_chunk(x: Tensor, steps: list, dtype: torch.dtype) -> int:
+def _fused_chunk(x: Tensor, steps: list, dtype: torch.dtype, weights: bool) -> int:
+    if x.device.type != "cpu":
+        return (None if weights else chunk_size(steps, dtype, x.device)) or 32768
     width = max((len(w) for step in steps for w in step.packed if w.ndim == 2), default=1)
     # hidden layers have to fit into a core's cache, and products to take longer than the calls to them
-    return min(max(2**20 // (dtype.itemsize * width), 1024), 4096) if x.device.type == "cpu" else 32768
+    return min(max(2**20 // (dtype.itemsize * width), 1024), 4096)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..patches import PatchIndex
+from .onchip import on_chip
 from .steps import Program
 from .workspace import workspace
 
@@ -25,17 +26,17 @@ class Sums:
     """
     Sums over patches.
 
-    :param torch.Tensor value: negative log-likelihoods of each image (B,).
     :param torch.Tensor grad: gradient in the image, flat; ``None`` if not wanted.
     :param list grads: gradients in the packed weights of each step; ``None`` if not wanted.
+
+    ``value`` (B,) are the negative log-likelihoods of each image, when all its patches are evaluated.
     """
 
-    value: Tensor
     grad: Tensor | None
     grads: list[list[Tensor]] | None
+    value: Tensor = field(init=False)
 
     def add_(self, other: "Sums") -> "Sums":
-        self.value += other.value
         if self.grad is not None and other.grad is not None:
             self.grad += other.grad
         for mine, its in zip(self.grads or [], other.grads or []):
@@ -72,6 +73,8 @@ def patch_sums(
     total = shares[0]
     for other in shares[1:]:
         total.add_(other)
+    double = torch.float64 if flat.device.type != "mps" else flat.dtype
+    total.value = sweep.values.view(index.batch, index.per_image).sum(1, dtype=double)
     return total
 
 
@@ -89,39 +92,44 @@ class _Sweep:
     scale: Tensor | None
     stopped: threading.Event = field(default_factory=threading.Event)
 
+    def __post_init__(self) -> None:
+        self.values = self.flat.new_empty(len(self.index))  # of all patches; each thread writes those of its own
+
     def share(self, start: int, stop: int) -> Sums:
         """The sums over the patches with these numbers."""
         flat, dim = self.flat, len(self.index.offsets)
-        sums = _zeros(self.steps, flat, self.index.batch, self.image, self.weights)
+        sums = _zeros(self.steps, flat, self.image, self.weights)
         # the smallest number of equal chunks; the last one is filled up with patches of weight zero
         size = math.ceil((stop - start) / math.ceil((stop - start) / self.chunk_size))
         entries = ALIGNED // self.dtype.itemsize
         size = math.ceil(size / entries) * entries
         with workspace(size, flat.dtype, flat.device, self.dtype) as space:
-            program = Program(self.steps, dim, space, self.image or self.weights, sums.grads)
+            steps = self.steps if self.weights else on_chip(self.steps, space, self.image)
+            program = Program(steps, dim, space, self.image or self.weights, sums.grads)
             pixels = space.new(dim, torch.int64)
             for first in range(start, stop, size):
                 if self.stopped.is_set():
                     break
-                self._chunk(program, pixels, torch.arange(first, first + size, device=flat.device), stop, sums)
+                self._chunk(program, pixels, first, stop, sums)
         return sums
 
-    def _chunk(self, program: Program, pixels: Tensor, numbers: Tensor, stop: int, sums: Sums) -> None:
+    def _chunk(self, program: Program, pixels: Tensor, first: int, stop: int, sums: Sums) -> None:
+        numbers = torch.arange(first, first + pixels.shape[1], device=self.flat.device)
         counts = (numbers < stop).to(self.flat.dtype)
         number, flat_pixels = self.index.columns(numbers.clamp_(max=stop - 1), pixels)
         flat_pixels = flat_pixels.view(-1)
         torch.index_select(self.flat, 0, flat_pixels, out=program.x.view(-1))
         program.weight.copy_(counts if self.scale is None else counts * self.scale[number])
         program.run()
-        sums.value.index_add_(0, number, (program.value * counts).to(sums.value.dtype))
+        last = min(first + pixels.shape[1], stop)
+        self.values[first:last] = program.value[: last - first]
         if sums.grad is not None:
             sums.grad.index_add_(0, flat_pixels, program.grad.view(-1))
 
 
-def _zeros(steps: list, flat: Tensor, batch: int, image: bool, weights: bool) -> Sums:
-    value = torch.zeros(batch, dtype=torch.float64 if flat.device.type != "mps" else flat.dtype, device=flat.device)
+def _zeros(steps: list, flat: Tensor, image: bool, weights: bool) -> Sums:
     grads = [[flat.new_zeros(w.shape) for w in step.packed] for step in steps] if weights else None
-    return Sums(value, torch.zeros_like(flat) if image else None, grads)
+    return Sums(torch.zeros_like(flat) if image else None, grads)
 
 
 def _thread_count(flat: Tensor, patches: int) -> int:
