@@ -5,7 +5,8 @@ Each program holds the weights in shared memory, and takes one tile of M patches
 the accumulator of one product is the left factor of the next. Biases are products too, with columns of ones, since as vectors
 they would take the registers of a hidden layer. What the backward pass needs of a rectified layer are bits.
 
-The networks have K inputs, padded from D, hidden layers of H, padded from WIDTH, and twice OUT outputs, padded from twice E.
+Halves are given by the numbers of their rows, so that permutations between couplings need not be carried out. The networks have K
+inputs, padded from D, hidden layers of H, padded from WIDTH, and twice OUT outputs, padded from twice E.
 """
 
 import triton
@@ -14,9 +15,9 @@ import triton.language as tl
 ONES: tl.constexpr = tl.constexpr(16)  # columns of ones for a bias; no factor of a product may have fewer columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["kept", "moved"])
 def forward_kernel(
-    kept, moved, log_det, a_out, product_out, dead1, dead2, w1, b1, w2, b2, w3, b3, n, sign, alpha,
+    state, kept, moved, log_det, a_out, product_out, dead1, dead2, w1, b1, w2, b2, w3, b3, n, sign, alpha,
     D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, OUT: tl.constexpr,
     M: tl.constexpr, BACK: tl.constexpr, TANH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +29,8 @@ def forward_kernel(
     shift, shift_bias = _transposed(w3 + E * WIDTH, E, WIDTH, OUT, H, dtype), _bias(b3 + E, E, OUT, dtype)
     ones = tl.full((M, ONES), 1.0, tl.float32).to(dtype)
     for tile in range(tl.program_id(0), tl.cdiv(n, M), tl.num_programs(0)):
-        x, _, _ = _load(kept, tile, n, D, K, M)
+        at, inside = _places(kept, tile, n, D, K, M)
+        x = tl.load(state + at, inside, 0.0)
         h = tl.dot(x.to(dtype), first, tl.dot(ones, first_bias))
         if KEEP:
             _store_signs(dead1, h, tile, n, H, M)
@@ -38,21 +40,23 @@ def forward_kernel(
         h = _relu(h).to(dtype)
         a = tl.dot(h, scale, tl.dot(ones, scale_bias))
         t = tl.dot(h, shift, tl.dot(ones, shift_bias))
-        m, at, inside = _load(moved, tile, n, E, OUT, M)
+        at, inside = _places(moved, tile, n, E, OUT, M)
+        m = tl.load(state + at, inside, 0.0)
         s, _ = _soft_clamp(a, sign * alpha, TANH)
         product = (m - t if BACK else m) * tl.exp(s)
-        tl.store(moved + at, product if BACK else product + t, inside)
+        tl.store(state + at, product if BACK else product + t, inside)
         patch = tile * M + tl.arange(0, M)
         before = tl.load(log_det + patch, patch < n, 0.0)
         tl.store(log_det + patch, before + tl.sum(s, 1), patch < n)
         if KEEP:
+            at, inside = _own_places(tile, n, E, OUT, M)
             tl.store(a_out + at, a, inside)
             tl.store(product_out + at, product, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["kept", "moved"])
 def backward_kernel(
-    grad_kept, grad_moved, weight, a_in, product_in, dead1, dead2, w1, w2, w3, n, sign, alpha,
+    grad, kept, moved, weight, a_in, product_in, dead1, dead2, w1, w2, w3, n, sign, alpha,
     D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, OUT: tl.constexpr,
     M: tl.constexpr, BACK: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
@@ -61,20 +65,21 @@ def backward_kernel(
     first, second = _matrix(w1, WIDTH, D, H, K, dtype), _matrix(w2, WIDTH, WIDTH, H, H, dtype)
     scale, shift = _matrix(w3, E, WIDTH, OUT, H, dtype), _matrix(w3 + E * WIDTH, E, WIDTH, OUT, H, dtype)
     for tile in range(tl.program_id(0), tl.cdiv(n, M), tl.num_programs(0)):
-        g, at, inside = _load(grad_moved, tile, n, E, OUT, M)
-        a, _, _ = _load(a_in, tile, n, E, OUT, M)
-        product, _, _ = _load(product_in, tile, n, E, OUT, M)
+        at, inside = _own_places(tile, n, E, OUT, M)
+        a, product = tl.load(a_in + at, inside, 0.0), tl.load(product_in + at, inside, 0.0)
+        at, inside = _places(moved, tile, n, E, OUT, M)
+        g = tl.load(grad + at, inside, 0.0)
         patch = tile * M + tl.arange(0, M)
         s, slope = _soft_clamp(a, sign * alpha, TANH)
         ga = (g * product - tl.load(weight + patch, patch < n, 0.0)[:, None]) * slope
         before = g * tl.exp(s)
-        tl.store(grad_moved + at, before, inside)
+        tl.store(grad + at, before, inside)
         gt = -before if BACK else g
         h = tl.dot(gt.to(dtype), shift, tl.dot(ga.to(dtype), scale))
         h = tl.dot(_masked(h, dead2, tile, n, H, M).to(dtype), second)
         h = tl.dot(_masked(h, dead1, tile, n, H, M).to(dtype), first)
-        g, at, inside = _load(grad_kept, tile, n, D, K, M)
-        tl.store(grad_kept + at, g + h, inside)
+        at, inside = _places(kept, tile, n, D, K, M)
+        tl.store(grad + at, tl.load(grad + at, inside, 0.0) + h, inside)
 
 
 @triton.jit
@@ -102,11 +107,18 @@ def _bias(b, size, R: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load(x, tile, n, size, C: tl.constexpr, M: tl.constexpr):
-    """A tile (M, C) of the columns of x (size, n), the places of its entries, and which of them exist."""
-    patch, row = (tile * M + tl.arange(0, M))[:, None], tl.arange(0, C)[None, :]
-    at, inside = row * n + patch, (patch < n) & (row < size)
-    return tl.load(x + at, inside, 0.0), at, inside
+def _places(rows, tile, n, size, C: tl.constexpr, M: tl.constexpr):
+    """The places, for a tile (M, C) of patches, of these rows (size,) of a matrix (., n), and which of them exist."""
+    patch, col = (tile * M + tl.arange(0, M))[:, None], tl.arange(0, C)
+    row = tl.load(rows + col, col < size, 0)
+    return row[None, :] * n + patch, (patch < n) & (col < size)[None, :]
+
+
+@triton.jit
+def _own_places(tile, n, size, C: tl.constexpr, M: tl.constexpr):
+    """The same for the rows of a matrix (size, n), in order."""
+    patch, col = (tile * M + tl.arange(0, M))[:, None], tl.arange(0, C)[None, :]
+    return col * n + patch, (patch < n) & (col < size)
 
 
 @triton.jit

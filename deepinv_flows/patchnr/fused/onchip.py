@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .activations import relu
-from .steps import Coupling
+from .steps import Coupling, Permutation
 from .workspace import Workspace
 
 PATCHES = 128  # of a tile
@@ -27,10 +27,12 @@ class OnChip:
     A coupling whose weights ask for no gradient, as a step of its own.
 
     :param Coupling coupling: one that ``fits``.
+    :param torch.Tensor rows: where the rows of the state are, which permutations before have not moved.
     :param bool backward: whether to keep what gradients need.
     """
 
-    def __init__(self, coupling: Coupling, backward: bool):
+    def __init__(self, coupling: Coupling, rows: Tensor, backward: bool):
+        self.halves = rows[coupling.kept], rows[coupling.moved]
         self.coupling, self.keep, self.options = coupling, backward, _options(coupling)
         self.sign, self.alpha = coupling.sign, coupling.alpha
 
@@ -46,21 +48,36 @@ class OnChip:
         )
 
     def forward(self, do: Callable, x: Tensor, log_det: Tensor, tape: SimpleNamespace) -> Tensor:
-        state = x[self.coupling.kept], x[self.coupling.moved], log_det
-        arguments = *state, *tape.kept, *tape.weights, tape.n, self.sign, self.alpha
+        arguments = x, *self.halves, log_det, *tape.kept, *tape.weights, tape.n, self.sign, self.alpha
         do(_launch, "forward_kernel", *arguments, KEEP=self.keep, **self.options)
         return x
 
     def backward(self, do: Callable, g: Tensor, weight: Tensor, tape: SimpleNamespace, grads: None) -> Tensor:
-        grad = g[self.coupling.kept], g[self.coupling.moved], weight
-        arguments = *grad, *tape.kept, *tape.weights[::2], tape.n, self.sign, self.alpha
+        arguments = g, *self.halves, weight, *tape.kept, *tape.weights[::2], tape.n, self.sign, self.alpha
         do(_launch, "backward_kernel", *arguments, **self.options)
         return g
 
 
 def on_chip(steps: list, space: Workspace, backward: bool) -> list:
-    """The steps, with couplings by kernels where these can be used."""
-    return [OnChip(step, backward) if fits(step, space.dtype, space.device) else step for step in steps]
+    """
+    The steps, with couplings by kernels where these can be used.
+
+    Permutations are left out if nothing but kernels follows: the norm of the last state does not depend on the order of its rows.
+    """
+    can = [fits(step, space.dtype, space.device) for step in steps]
+    if not any(can):
+        return steps
+    others = [k for k, step in enumerate(steps) if not (can[k] or isinstance(step, Permutation))]
+    rows = torch.arange(steps[0].dim, dtype=torch.int32, device=space.device)
+    found = []
+    for k, step in enumerate(steps):
+        if can[k]:
+            found.append(OnChip(step, rows, backward))
+        elif isinstance(step, Permutation) and k > max(others, default=-1):
+            rows = rows[step.rows]
+        else:
+            found.append(step)
+    return found
 
 
 def chunk_size(steps: list, dtype: torch.dtype, device: torch.device) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .activations import Activation, gelu, leaky_relu, relu, silu
 from .networks import Network
 from .originals import unchanged
-from .steps import Affine, Coupling
+from .steps import Affine, Coupling, Permutation
 
 
 class _Unknown(Exception):
@@ -99,9 +99,7 @@ def _reversed(module, read: _Reading) -> list:
 
 
 def _permutation(module, read: _Reading) -> list:
-    matrix = torch.eye(len(module.perm), dtype=read.like.dtype, device=read.like.device)[module.perm.long()]
-    zero = read.zeros(len(matrix), 1)
-    return [Affine([matrix, zero, read.zeros()], lambda: [matrix.t(), zero, read.zeros()])]
+    return [Permutation(module.perm.long(), read.like)]
 
 
 def _whitening(module, read: _Reading) -> list:

@@ -81,6 +81,23 @@ class Affine:
         return tape.grad
 
 
+class Permutation(Affine):
+    """
+    :math:`x \\mapsto (x_{r_1}, \\dots, x_{r_D})`.
+
+    :param torch.Tensor rows: the numbers r.
+    :param torch.Tensor like: a weight, for its dtype.
+    """
+
+    def __init__(self, rows: Tensor, like: Tensor):
+        self.rows, self.like = rows, like
+        zero = like.new_zeros(len(rows), 1)
+        super().__init__([torch.eye(len(rows), out=like.new_empty(0))[rows], zero, like.new_zeros(())], list)
+
+    def inverse(self) -> "Permutation":
+        return Permutation(self.rows.argsort(), self.like)
+
+
 class Coupling:
     r"""
     Moves one half of the entries by networks of the other half: :math:`x_m \mapsto x_m e^{s} + t`, or back by
