@@ -32,12 +32,13 @@ def forward_kernel(
         at, inside = _places(kept, tile, n, D, K, M)
         x = tl.load(state + at, inside, 0.0)
         h = tl.dot(x.to(dtype), first, tl.dot(ones, first_bias))
+        h = _relu(h).to(dtype)
         if KEEP:
             _store_signs(dead1, h, tile, n, H, M)
-        h = tl.dot(_relu(h).to(dtype), second, tl.dot(ones, second_bias))
+        h = tl.dot(h, second, tl.dot(ones, second_bias))
+        h = _relu(h).to(dtype)
         if KEEP:
             _store_signs(dead2, h, tile, n, H, M)
-        h = _relu(h).to(dtype)
         a = tl.dot(h, scale, tl.dot(ones, scale_bias))
         t = tl.dot(h, shift, tl.dot(ones, shift_bias))
         at, inside = _places(moved, tile, n, E, OUT, M)
@@ -147,7 +148,7 @@ def _atan(x):
 
 @triton.jit
 def _relu(h):
-    return tl.where(h <= 0, 0.0, h)  # keeps NaN
+    return tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from .steps import Coupling, Permutation
 from .workspace import Workspace
 
 PATCHES = 128  # of a tile
-WARPS = 8
+WARPS, STAGES = 8, 1  # loads ahead would need shared memory that the weights fill
 MEMORY = 2**30  # bytes, about, that the steps keep of a chunk
 
 
@@ -130,7 +130,7 @@ def _launch(name: str, x: Tensor, *arguments, M: int, **constants) -> None:
     n = arguments[-3]
     with torch.cuda.device_of(x):
         _kernel(name)[(min(-(-n // M), _programs(x.device)),)](
-            x, *arguments, M=M, num_warps=WARPS, num_stages=1, **constants
+            x, *arguments, M=M, num_warps=WARPS, num_stages=STAGES, **constants
         )
 
 
