@@ -1,5 +1,5 @@
 """
-Couplings on NVIDIA's GPUs with products in 16 bits, by one kernel forward and one backward, if Triton is installed.
+Couplings on Hopper GPUs (H100, H200) with products in 16 bits, by one kernel forward and one backward, if Triton is installed.
 
 Hidden layers never leave the chip, so that the tensor cores and not memory set the pace. The weights have to be frozen, and to
 fit into the shared memory of a multiprocessor together with a tile of patches.
@@ -103,9 +103,10 @@ def fits(step, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def available(device: torch.device) -> bool:
+    """Whether this is a Hopper GPU, as on others registers would not suffice, and Triton is installed."""
     if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _capacity(device: torch.device) -> int:
