@@ -17,7 +17,7 @@ ONES: tl.constexpr = tl.constexpr(16)  # columns of ones for a bias; no factor o
 
 @triton.jit(do_not_specialize_on_alignment=["kept", "moved"])
 def forward_kernel(
-    state, kept, moved, log_det, a_out, product_out, dead1, dead2, w1, b1, w2, b2, w3, b3, n, sign, alpha,
+    state, kept, moved, log_det, a_out, product_out, dead1, dead2, w1, b1, w2, b2, w3, b3, n, alpha,
     D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, OUT: tl.constexpr,
     M: tl.constexpr, BACK: tl.constexpr, TANH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def forward_kernel(
         t = tl.dot(h, shift, tl.dot(ones, shift_bias))
         at, inside = _places(moved, tile, n, E, OUT, M)
         m = tl.load(state + at, inside, 0.0)
-        s, _ = _soft_clamp(a, sign * alpha, TANH)
+        s, _ = _soft_clamp(a, alpha, TANH)
         product = (m - t if BACK else m) * tl.exp(s)
         tl.store(state + at, product if BACK else product + t, inside)
         patch = tile * M + tl.arange(0, M)
@@ -57,7 +57,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["kept", "moved"])
 def backward_kernel(
-    grad, kept, moved, weight, a_in, product_in, dead1, dead2, w1, w2, w3, n, sign, alpha,
+    grad, kept, moved, weight, a_in, product_in, dead1, dead2, w1, w2, w3, n, alpha,
     D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, H: tl.constexpr, OUT: tl.constexpr,
     M: tl.constexpr, BACK: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def backward_kernel(
         at, inside = _places(moved, tile, n, E, OUT, M)
         g = tl.load(grad + at, inside, 0.0)
         patch = tile * M + tl.arange(0, M)
-        s, slope = _soft_clamp(a, sign * alpha, TANH)
+        s, slope = _soft_clamp(a, alpha, TANH)
         ga = (g * product - tl.load(weight + patch, patch < n, 0.0)[:, None]) * slope
         before = g * tl.exp(s)
         tl.store(grad + at, before, inside)

@@ -48,12 +48,12 @@ class OnChip:
         )
 
     def forward(self, do: Callable, x: Tensor, log_det: Tensor, tape: SimpleNamespace) -> Tensor:
-        arguments = x, *self.halves, log_det, *tape.kept, *tape.weights, tape.n, self.sign, self.alpha
+        arguments = x, *self.halves, log_det, *tape.kept, *tape.weights, tape.n, self.sign * self.alpha
         do(_launch, "forward_kernel", *arguments, KEEP=self.keep, **self.options)
         return x
 
     def backward(self, do: Callable, g: Tensor, weight: Tensor, tape: SimpleNamespace, grads: None) -> Tensor:
-        arguments = g, *self.halves, weight, *tape.kept, *tape.weights[::2], tape.n, self.sign, self.alpha
+        arguments = g, *self.halves, weight, *tape.kept, *tape.weights[::2], tape.n, self.sign * self.alpha
         do(_launch, "backward_kernel", *arguments, **self.options)
         return g
 
@@ -128,7 +128,7 @@ def _shared_memory(K: int, H: int, OUT: int, M: int, **_) -> int:
 
 
 def _launch(name: str, x: Tensor, *arguments, M: int, **constants) -> None:
-    n = arguments[-3]
+    n = arguments[-2]
     with torch.cuda.device_of(x):
         _kernel(name)[(min(-(-n // M), _programs(x.device)),)](
             x, *arguments, M=M, num_warps=WARPS, num_stages=STAGES, **constants
