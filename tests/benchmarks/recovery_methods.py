@@ -20,19 +20,19 @@ def noisy(x, sigma, seed):
 
 
 @functools.cache
-def gaussian_matrix(m: int, n: int) -> torch.Tensor:
-    return torch.randn(m, n, generator=torch.Generator().manual_seed(m)) / m**0.5
+def gaussian_matrix(m: int, n: int, device: torch.device) -> torch.Tensor:
+    return (torch.randn(m, n, generator=torch.Generator().manual_seed(m)) / m**0.5).to(device)
 
 
 def sensed(x, m, seed):
-    A, shape = gaussian_matrix(m, x[0].numel()), x.shape[1:]
+    shape, n = x.shape[1:], x[0].numel()
     noise = dinv.physics.GaussianNoise(0.1 / m**0.5, rng=torch.Generator().manual_seed(seed))
     physics = dinv.physics.LinearPhysics(
-        A=lambda x, **kwargs: x.flatten(1) @ A.T,
-        A_adjoint=lambda y, **kwargs: (y @ A).view(-1, *shape),
+        A=lambda x, **kwargs: x.flatten(1) @ gaussian_matrix(m, n, x.device).T,
+        A_adjoint=lambda y, **kwargs: (y @ gaussian_matrix(m, n, y.device)).view(-1, *shape),
         noise_model=noise,
     )
-    physics.norm = (1 + (x[0].numel() / m) ** 0.5) ** 2  # largest eigenvalue of A^T A (Marchenko & Pastur 1967)
+    physics.norm = (1 + (n / m) ** 0.5) ** 2  # largest eigenvalue of A^T A (Marchenko & Pastur 1967)
     return physics, physics(x), 0.1 / m**0.5
 
 
@@ -42,6 +42,16 @@ def holed(x, side, seed):
     noise = dinv.physics.GaussianNoise(0.01, rng=torch.Generator().manual_seed(seed))
     physics = dinv.physics.Inpainting(tuple(x.shape[1:]), mask=mask[0], noise_model=noise)
     return physics, physics(x), 0.01
+
+
+def moved_to(device, problem):
+    """The same measurements of a problem, on a device."""
+
+    def moved(x, seed):
+        physics, y, sigma = problem(x, seed=seed)
+        return physics.to(device), y.to(device), sigma
+
+    return moved
 
 
 # --- methods: (physics, y, sigma, strength) to images ---
@@ -112,14 +122,14 @@ def lasso_wavelet(physics, y, sigma, strength, iterations=200):
 
 
 def bm3d(physics, y, sigma, strength):
-    return dinv.models.BM3D()(y, sigma)
+    return dinv.models.BM3D()(y.cpu(), sigma)
 
 
 def bm3d_rgb(physics, y, sigma, strength):
     """The package's own way with colours, which denoises luminance and chrominance; deepinv's takes channels one by one."""
     import bm3d
 
-    images = [bm3d.bm3d_rgb(image.permute(1, 2, 0).double().numpy(), sigma) for image in y]
+    images = [bm3d.bm3d_rgb(image.permute(1, 2, 0).double().cpu().numpy(), sigma) for image in y]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
 
 
@@ -165,6 +175,18 @@ def posterior_mean(flow, iterations, physics, y, sigma, temperature):
     fidelity = dinv.optim.L2(sigma=sigma)
     options = dict(max_iter=iterations, warm_up=iterations // 2, verbose=False)
     return LatentSampler(flow, fidelity, temperature, **options)(y, physics)
+
+
+def calibration(flow, iterations, physics, y, sigma, x, temperature=1.0):
+    """How often pixels lie within one and two posterior standard deviations of the mean, and both over all pixels, as RMS."""
+    options = dict(max_iter=iterations, warm_up=iterations // 2, verbose=False)
+    mean, variance = LatentSampler(flow, dinv.optim.L2(sigma=sigma), temperature, **options).sample(y, physics)
+    error, deviation = (mean - x.to(y.device)).abs(), variance.sqrt()
+    within = {f"within {k}": round(float((error <= k * deviation).double().mean()), 3) for k in (1, 2)}
+    return within | {
+        "error": round(float(error.square().mean().sqrt()), 4),
+        "deviation": round(float(variance.mean().sqrt()), 4),
+    }
 
 
 def by_score(denoiser, physics, y, sigma, strength):
