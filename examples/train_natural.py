@@ -12,6 +12,7 @@ Run ``python examples/train_natural.py --data FOLDER --sigma 25 --save-path runs
 """
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import deepinv as dinv
 import torch
 
-from deepinv_flows import FlowDenoiser, fit_patchnr, load_images
+from deepinv_flows import FlowDenoiser, PatchNR, fit_patchnr, glow_flow, load_images
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder of grey images")
@@ -37,6 +38,7 @@ parser.add_argument("--steps", type=int, default=200, help="batches in such an e
 parser.add_argument("--score-epochs", type=int, default=10, help="of score matching afterwards")
 parser.add_argument("--score-steps", type=int, default=50, help="batches in such an epoch")
 parser.add_argument("--score-batch-size", type=int, help="patches; as many as before if not given")
+parser.add_argument("--half", action="store_true", help="keep the networks in half precision, in half of the bytes")
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--mixed-precision", default=False, help='"bf16" where the processor has such products')
 args = parser.parse_args()
@@ -58,19 +60,33 @@ def fitted(objective, **options):
     )  # fmt: skip
 
 
+def save(prior):
+    kept = copy.deepcopy(prior)
+    for name, p in kept.named_parameters():
+        if args.half and "subnet" in name:
+            p.data = p.data.half()
+    kept.save(args.out)
+
+
 noisy = levels[-1] > 0
+sizes = dict(num_layers=args.layers, sub_net_size=args.width)
+if noisy:
+    new = dict(patch_size=args.patch_size, **sizes)
+else:  # smooth, for fit_bilevel
+    flow = glow_flow(args.patch_size**2, **sizes, permute=True, activation="silu", generator=torch.Generator())
+    new = dict(prior=PatchNR(flow, patch_size=args.patch_size))
 prior = fitted(
-    "likelihood" if noisy else None, patch_size=args.patch_size, num_layers=args.layers, sub_net_size=args.width,
-    batch_size=args.batch_size, epochs=args.epochs, steps_per_epoch=args.steps, mixed_precision=args.mixed_precision,
+    "likelihood" if noisy else None, batch_size=args.batch_size, epochs=args.epochs, steps_per_epoch=args.steps,
+    mixed_precision=args.mixed_precision, **new,
 )  # fmt: skip
-prior.save(args.out)
+save(prior)
 torch.set_float32_matmul_precision("high")  # second derivatives, on a GPU in tf32
 if noisy and args.score_epochs:
     prior = fitted(
         "score", prior=prior, epochs=args.score_epochs, steps_per_epoch=args.score_steps, lr=3e-4,
         batch_size=args.score_batch_size or args.batch_size,
     )  # fmt: skip
-prior.save(args.out)
+save(prior)
 seconds = round(time.time() - start)
 
 
