@@ -1,5 +1,6 @@
 """What the tables of the arena share: rows kept in a file, weights with a name, mixtures of Gaussians, a step on a GPU."""
 
+import contextlib
 import json
 import math
 import zlib
@@ -29,8 +30,9 @@ class Rows:
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The last row of this key, of this run or another."""
         kept = []
-        if self.path is not None and self.path.is_file():
-            kept = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+        for line in self.path.read_text().splitlines() if self.path is not None and self.path.is_file() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # of a run that was stopped, and empty lines
+                kept.append(json.loads(line))
         pairs = [*self.own, *((line["key"], line["row"]) for line in kept)]
         return next((row for other, row in reversed(pairs) if other == key), None)
 
@@ -39,7 +41,7 @@ class Rows:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:  # one write of a line, so that runs side by side do not mix
-                file.write(json.dumps({"key": key, "row": row}) + "\n")
+                file.write("\n" + json.dumps({"key": key, "row": row}) + "\n")
         return row
 
 

@@ -59,10 +59,10 @@ PUBLISHED = {
     "PatchNR, arXiv 2205.12021": (27.90, 28.29, 0.788),
     "PatchNR, arXiv 2312.16611": (27.75, 28.17, 0.782),
     "EPLL, 200 components, arXiv 2312.16611": (27.70, 28.14, 0.785),
-    "weakly convex ridge, arXiv 2312.16611": (26.65, 27.78, 0.781),
-    "weakly convex ridge, spatially adaptive, arXiv 2312.16611": (26.72, 27.91, 0.782),
-    "adversarial local regulariser, arXiv 2312.16611": (26.98, 27.35, 0.767),
-    "Wasserstein patch prior, arXiv 2312.16611": (26.93, 27.35, 0.753),
+    "weakly convex ridge": (26.65, 27.78, 0.781),
+    "weakly convex ridge, spatially adaptive": (26.72, 27.91, 0.782),
+    "adversarial local regulariser": (26.98, 27.35, 0.767),
+    "Wasserstein patch prior": (26.93, 27.35, 0.753),
 }
 
 
@@ -272,10 +272,10 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=24, help="of plug-and-play")
     add("--bilevel", help="file of MAP.save")
     add("--minutes", type=float, default=5.0, help="of bilevel training")
-    add("--bilevel-crop", type=int, default=96)
+    add("--bilevel-crop", type=int, default=128, help="wide, as S is circular at two ends")
     add("--bilevel-batch", type=int, default=4)
     add("--bilevel-lr", type=float, default=1e-3)
-    add("--bilevel-eval", type=int, default=160, help="side of the piece of val.png that chooses the best epoch")
+    add("--bilevel-eval", type=int, default=200, help="side of the piece of val.png that chooses the best epoch")
     return parser.parse_args()
 
 
