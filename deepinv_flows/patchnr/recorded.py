@@ -60,7 +60,8 @@ def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[
     They are partial derivatives, also if x and the factors s (B,) depend on the weights. ``handed`` is the gradient in the image
     for s = 1, if it is known already.
     """
-    few = handed is None and x.requires_grad and len(potential.index) <= potential.recorded_chunk(x)
+    asked = x.requires_grad or potential.trainable
+    few = handed is None and asked and len(potential.index) <= potential.recorded_chunk(x)
     if _batched(scale) or (few and torch.is_grad_enabled()):
         return _direct_gradients(potential, x, scale, wanted)
     return _Gradients.apply(x, scale, potential, tuple(wanted), handed, *potential.params.values())
@@ -173,7 +174,7 @@ def _direct_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wante
     """The gradients by autograd alone: for a single chunk, and for batched factors, whose values cannot be checked."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
-        known = recording and x.requires_grad
+        known = recording and (x.requires_grad or potential.trainable)
         leaf = _Unmodified.apply(x, *potential.params.values()) if known else x.detach().requires_grad_()
         aliases = {name: p.view_as(p) if recording else p.detach() for name, p in potential.params.items()}
         for name in wanted:

@@ -14,13 +14,12 @@ lie at an end; where it still does, the row says so. Figures are means over the 
   a row of its own; and FlowDenoiser with a PatchNR of noisy patches at each level, trained by their likelihood and then by score
   matching;
 - ``sensing``: m Gaussian measurements, entries N(0, 1/m), noise N(0, 0.01/m); Lasso in DCT and Haar, TV, PatchNR, LatentMAP with
-  gamma |z| and, as a temperature of the latents, with |z|^2 / 2 tau^2, the posterior mean by LatentSampler
-  (``--posterior-iterations``), and the most likely image by the sum of PatchNR's and the flow's log-densities, by Adam from
-  LatentMAP's result;
+  gamma |z| and, as a temperature of the latents, with |z|^2 / 2 tau^2, and the most likely image by the sum of PatchNR's and the
+  flow's log-densities, by Adam from LatentMAP's result;
 - ``inpainting``: a centred square of a third of the side is missing;
 - ``ood``: the same sensing of images that are not faces, with the strengths chosen on faces;
-- ``calibration``: the same sensing with LatentSampler: how often pixels lie within one and two posterior standard deviations of
-  the posterior mean (68% and 95% for a Gaussian);
+- ``posterior``: the same sensing by the posterior mean of LatentSampler, without a strength to choose, and how often pixels lie
+  within one and two posterior standard deviations of it (68% and 95% for a Gaussian);
 - ``questions``: start, penalty and optimizer of LatentMAP at one m, on images of ``val``.
 
 The published figures of the same method, or of Glow for LatentMAP, stand beside ours. ``--rows FILE`` keeps each row, and takes
@@ -40,6 +39,7 @@ import deepinv as dinv
 import numpy as np
 import torch
 import torch.nn.functional as F
+from arena import Rows
 from common import check_disjoint, versions
 from recovery_methods import (
     Kept,
@@ -47,7 +47,6 @@ from recovery_methods import (
     bm3d_rgb,
     by_score,
     by_scores_of_views,
-    calibration,
     holed,
     image_map,
     lasso_dct,
@@ -56,7 +55,7 @@ from recovery_methods import (
     moved_to,
     noisy,
     patch_energy,
-    posterior_mean,
+    posterior,
     sensed,
     total_variation,
 )
@@ -77,7 +76,7 @@ PUBLISHED = {
     },
 }
 PATCHES = "FlowDenoiser of patches"
-SECTIONS = ("denoising", "sensing", "inpainting", "ood", "calibration", "questions")
+SECTIONS = ("denoising", "sensing", "inpainting", "ood", "posterior", "questions")
 
 
 def load(folder: Path, side: int) -> dict[str, torch.Tensor]:
@@ -206,32 +205,22 @@ def best_strength(score, grid, widenings: int) -> tuple[float, dict[float, float
     return chosen, tried, True
 
 
-class Rows:
-    """Rows by title and method, kept in a file of one JSON object a line if there is one."""
-
-    def __init__(self, path: Path | None):
-        self.path, lines = path, path.read_text().splitlines() if path is not None and path.is_file() else []
-        self.known = {(row.pop("problem"), row.pop("method")): row for row in map(json.loads, lines)}
-
-    def add(self, problem: str, method: str, row: dict) -> None:
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"problem": problem, "method": method, **row}) + "\n")
-
-
-def compare(title, problem, methods, tune, test, published, args) -> dict[str, dict]:
-    """Choose the strength of each method on ``tune``, and apply it to ``test``."""
+def compare(title, problem, methods, tune, test, published, args, chosen_for=None) -> dict[str, dict]:
+    """Choose the strength of each method on ``tune``, or take those chosen for another problem, and apply it to ``test``."""
     rows, kept = {}, Rows(args.rows)
     tuning, testing = (moved_to(args.device, problem)(x, seed=seed) for seed, x in enumerate((tune, test)))
     for name, (method, grid) in methods.items():
-        if known := kept.known.get((title, name)):
+        if known := kept.find({"problem": title, "method": name}):
             rows[name] = known
             print(
                 f"{title:<20}{name:<28}{known['psnr']:>7.2f} +-{known['error']:>5.2f}{published.get(name, ''):>10}, kept"
             )
             continue
         chosen, tried, at_end = grid[0], {}, False
-        if len(grid) > 1:
+        before = kept.find({"problem": chosen_for, "method": name})
+        if before and "strength" in before:
+            chosen, at_end, tried = before["strength"], before["at_end_of_grid"], {}
+        elif len(grid) > 1:
             chosen, tried, at_end = best_strength(
                 lambda strength, method=method: round(psnr(method(*tuning, strength), tune), 2), grid, args.widenings
             )
@@ -242,8 +231,8 @@ def compare(title, problem, methods, tune, test, published, args) -> dict[str, d
             float(found.std() / math.sqrt(len(found))) if len(found) > 1 else 0.0,
         )
         rows[name] = dict(psnr=round(float(found.mean()), 2), error=round(error, 2), seconds=round(seconds, 1))
-        rows[name] |= dict(strength=chosen, at_end_of_grid=at_end) if tried else {}
-        kept.add(title, name, rows[name])
+        rows[name] |= dict(strength=chosen, at_end_of_grid=at_end) if len(grid) > 1 else {}
+        kept.add({"problem": title, "method": name}, rows[name])
         note = f"  val: {dict(sorted(tried.items()))}" + (", best AT THE END" if at_end else "") if tried else ""
         print(
             f"{title:<20}{name:<28}{rows[name]['psnr']:>7.2f} +-{error:>5.2f}{published.get(name, ''):>10}"
@@ -293,7 +282,7 @@ def parse() -> argparse.Namespace:
     add("--images", type=int, default=12, help="test images of each kind")
     add("--tuning-images", type=int, default=8, help="images of val on which all methods are tuned")
     add("--widenings", type=int, default=6, help="strengths by which a grid is continued at most")
-    add("--posterior-iterations", type=int, default=0, help="of LatentSampler; 0 leaves it out")
+    add("--posterior-iterations", type=int, default=100, help="of LatentSampler, after half as many")
     add("--iterations", type=int, default=150, help="of LatentMAP")
     add("--patch-iterations", type=int, default=200, help="of PatchNR and of both priors")
     add("--without", nargs="+", default=[], help="methods to leave out")
@@ -330,9 +319,6 @@ def methods(flow, prior, denoisers, of_patches, args) -> dict:
             "LatentMAP": latent_map,
         },
     }
-    if args.posterior_iterations:
-        sampled = functools.partial(posterior_mean, flow, args.posterior_iterations)
-        found["sensing"]["posterior mean"] = sampled, [0.7, 1.0, 1.4]
     for sigma in args.noise:
         found[sigma] = {
             "noisy": (lambda physics, y, sigma, strength: y, [0]),
@@ -386,20 +372,15 @@ def main():
         if section in args.sections:
             result[section] = {
                 m: compare(f"{section}, m = {m}", functools.partial(sensed, m=m), compared["sensing"], tune, on,
-                           beside.get(m, {}), args)
+                           beside.get(m, {}), args, f"sensing, m = {m}")
                 for m in args.measurements
             }  # fmt: skip
     if "inpainting" in args.sections:
         side = args.side // 3
         problem = functools.partial(holed, side=side)
         result["inpainting"] = compare(f"square of {side}", problem, compared["inpainting"], tune, test, {}, args)
-    if "calibration" in args.sections:
-        result["calibration"] = {}
-        for m in args.measurements:
-            physics, y, sigma = moved_to(args.device, functools.partial(sensed, m=m))(test, 1)
-            found = calibration(flow, args.posterior_iterations or 400, physics, y, sigma, test)
-            result["calibration"][m] = found
-        print("calibration:", result["calibration"], flush=True)
+    if "posterior" in args.sections:
+        result["posterior"] = {m: posterior_row(flow, m, test, args) for m in args.measurements}
     if "questions" in args.sections:
         result["questions"] = questions(flow, args, tune[:4], ood[:4])
     print(
@@ -407,6 +388,19 @@ def main():
             {**result, "published": published, "images": len(test), "tuned_on": len(tune), "versions": versions()}
         )
     )
+
+
+def posterior_row(flow, m, test, args) -> dict:
+    kept, key = Rows(args.rows), {"problem": f"sensing, m = {m}", "method": "posterior mean"}
+    if not (row := kept.find(key)):
+        physics, y, sigma = moved_to(args.device, functools.partial(sensed, m=m))(test, 1)
+        start = time.perf_counter()
+        mean, spread = posterior(flow, args.posterior_iterations, physics, y, sigma, test)
+        found = psnrs(mean, test)
+        row = dict(psnr=round(float(found.mean()), 2), error=round(float(found.std() / math.sqrt(len(found))), 2))
+        row = kept.add(key, row | spread | {"seconds": round(time.perf_counter() - start, 1)})
+    print(f"sensing, m = {m}, posterior mean: {row}", flush=True)
+    return row
 
 
 def bits_per_dim(flow, images) -> dict[str, float]:

@@ -170,23 +170,19 @@ def latent(flow, iterations, physics, y, sigma, strength, **options):
     return LatentMAP(flow, fidelity, lambda_reg=strength, max_iter=iterations, verbose=False, **options)(y, physics)
 
 
-def posterior_mean(flow, iterations, physics, y, sigma, temperature):
-    """The mean over a chain in latent space, of latents whose standard deviation a priori is the temperature."""
-    fidelity = dinv.optim.L2(sigma=sigma)
-    options = dict(max_iter=iterations, warm_up=iterations // 2, verbose=False)
-    return LatentSampler(flow, fidelity, temperature, **options)(y, physics)
+def posterior(flow, iterations, physics, y, sigma, x):
+    """
+    The mean of LatentSampler's chain, and how well its spread tells the error.
 
-
-def calibration(flow, iterations, physics, y, sigma, x, temperature=1.0):
-    """How often pixels lie within one and two posterior standard deviations of the mean, and both over all pixels, as RMS."""
+    That is how often pixels lie within one and two standard deviations of the mean, and the root mean squares of error and
+    deviation over all pixels.
+    """
     options = dict(max_iter=iterations, warm_up=iterations // 2, verbose=False)
-    mean, variance = LatentSampler(flow, dinv.optim.L2(sigma=sigma), temperature, **options).sample(y, physics)
+    mean, variance = LatentSampler(flow, dinv.optim.L2(sigma=sigma), **options).sample(y, physics)
     error, deviation = (mean - x.to(y.device)).abs(), variance.sqrt()
-    within = {f"within {k}": round(float((error <= k * deviation).double().mean()), 3) for k in (1, 2)}
-    return within | {
-        "error": round(float(error.square().mean().sqrt()), 4),
-        "deviation": round(float(variance.mean().sqrt()), 4),
-    }
+    found = {f"within {k}": round(float((error <= k * deviation).double().mean()), 3) for k in (1, 2)}
+    spread = {"rms error": error.square().mean().sqrt(), "rms deviation": variance.mean().sqrt()}
+    return mean, found | {name: round(float(value), 4) for name, value in spread.items()}
 
 
 def by_score(denoiser, physics, y, sigma, strength):
