@@ -20,7 +20,7 @@ from .denoising import level_range, noisy_range
 from .effort import carried_out, measured, store
 from .likelihood import FlowModel, FlowNLL
 from .runs import fit
-from .samples import Draws, ImageSamples, image_list, noisy, same, stacked
+from .samples import ImageSamples, RandomBatches, image_list, noisy, same, stacked
 from .score_matching import ScoreMatching, ScoreModel
 from .start import initialised, start
 from .tasks import likelihood, noisy_likelihood, score_matching
@@ -140,7 +140,7 @@ def fit_patchnr(
         planned = measured(planned, task.timed, task.samples, device, task.step, task.size)
     store(planned, save_path)
     batch = max(1, planned.batch_size // task.size)
-    draws = Draws(len(task.samples), batch, planned.steps_per_epoch, generator)
+    draws = RandomBatches(len(task.samples), batch, planned.steps_per_epoch, generator)
     with carried_out(planned, prior.dim, verbose and trainer_options.get("show_progress_bar", True)):
         fit(
             task.model.to(device), task.loss, lr, save_path, resume, keep_best=eval_images is not None,

@@ -132,7 +132,7 @@ def noisy(x: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
     return x + sigma * noise
 
 
-class Draws(Sampler):
+class RandomBatches(Sampler):
     """
     Batches of numbers drawn with replacement.
 
