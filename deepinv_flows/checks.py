@@ -40,14 +40,21 @@ def iteration() -> str:
 
 
 @contextlib.contextmanager
-def randomness(generator: torch.Generator | None) -> Iterator[None]:
-    """Let torch's layers draw their weights from ``generator``, or from torch's global generator if it is ``None``."""
+def randomness(generator: torch.Generator | None, device: torch.device | None = None) -> Iterator[None]:
+    """
+    Let what draws from torch's global generator draw from ``generator``, unless it is ``None``.
+
+    :param torch.device device: device whose global generator is meant besides that of the CPU.
+    """
     if generator is None:
         yield
         return
-    with torch.random.fork_rng(devices=[]):
+    cuda = device is not None and device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         torch.random.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
         yield
 
 

@@ -1,16 +1,18 @@
 r"""
-Train a denoiser of natural images on patches
-=============================================
+Train a prior of natural images on patches, or a denoiser
+=========================================================
 
-A PatchNR of noisy 8x8 patches, whose :class:`deepinv_flows.FlowDenoiser` takes grey images of any size. It learns the likelihood
-of noisy patches, and then to make the error of the denoiser small, from a folder of images; for ``tests/benchmarks/bsd68.py``
-from the 400 of the standard split. Every fortieth, from the 21st on, is held out to choose the best epoch.
+From a folder of grey images; for ``tests/benchmarks/bsd68.py`` the 400 of the standard split. Every fortieth, from the 21st on,
+is held out to choose the best epoch. With ``--sigma`` a PatchNR of noisy patches, whose :class:`deepinv_flows.FlowDenoiser` takes
+images of any size: it learns the likelihood of noisy patches, and then to make the error of the denoiser small. With
+``--sigma 0`` the likelihood of clean patches, for :class:`deepinv_flows.MAP`.
 
 Run ``python examples/train_natural.py --data FOLDER --sigma 25 --save-path runs --out natural.safetensors``. Two levels, as in
 ``--sigma 15 50``, train for all levels between them.
 """
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 import deepinv as dinv
 import torch
 
-from deepinv_flows import FlowDenoiser, fit_patchnr, load_images
+from deepinv_flows import FlowDenoiser, PatchNR, fit_patchnr, glow_flow, load_images
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="folder of grey images")
@@ -28,9 +30,16 @@ parser.add_argument(
 parser.add_argument("--out", default="natural.safetensors", help="file to write")
 parser.add_argument("--save-path", default=None, help="folder for checkpoints, to resume an interrupted training")
 parser.add_argument("--patch-size", type=int, default=8)
-parser.add_argument("--width", type=int, default=192, help="width of the networks")
-parser.add_argument("--epochs", type=int, default=40, help="of the likelihood: of 200 batches of 2048 patches")
-parser.add_argument("--score-epochs", type=int, default=10, help="of score matching afterwards, of 50 such batches")
+parser.add_argument("--layers", type=int, default=5, help="coupling blocks")
+parser.add_argument("--width", type=int, default=192, help="width of their networks")
+parser.add_argument("--batch-size", type=int, default=2048, help="patches")
+parser.add_argument("--epochs", type=int, default=40, help="of the likelihood")
+parser.add_argument("--steps", type=int, default=200, help="batches in such an epoch")
+parser.add_argument("--score-epochs", type=int, default=10, help="of score matching afterwards")
+parser.add_argument("--score-steps", type=int, default=50, help="batches in such an epoch")
+parser.add_argument("--score-batch-size", type=int, help="patches; as many as before if not given")
+parser.add_argument("--half", action="store_true", help="keep the networks in half precision, in half of the bytes")
+parser.add_argument("--device", default="cpu")
 parser.add_argument("--mixed-precision", default=False, help='"bf16" where the processor has such products')
 args = parser.parse_args()
 
@@ -44,25 +53,53 @@ folder = None if args.save_path is None else Path(args.save_path)
 
 
 def fitted(objective, **options):
-    save_path = None if folder is None else folder / objective
+    save_path = None if folder is None else folder / (objective or "clean")
     return fit_patchnr(
-        learn, held_out, sigma=levels if len(levels) > 1 else levels[0], objective=objective, batch_size=2048,
-        save_path=save_path, resume=save_path is not None, mixed_precision=args.mixed_precision, **options,
+        learn, held_out, sigma=levels if len(levels) > 1 else levels[0], objective=objective, save_path=save_path,
+        resume=save_path is not None, device=args.device, **options,
     )  # fmt: skip
 
 
-sizes = dict(patch_size=args.patch_size, num_layers=5, sub_net_size=args.width)
-prior = fitted("likelihood", epochs=args.epochs, steps_per_epoch=200, **sizes)
-prior.save(args.out)
-if args.score_epochs:
-    prior = fitted("score", prior=prior, epochs=args.score_epochs, steps_per_epoch=50, lr=3e-4)
-prior.save(args.out)
+def save(prior):
+    kept = copy.deepcopy(prior)
+    for name, p in kept.named_parameters():
+        if args.half and "subnet" in name:
+            p.data = p.data.half()
+    kept.save(args.out)
+
+
+noisy = levels[-1] > 0
+sizes = dict(num_layers=args.layers, sub_net_size=args.width)
+if noisy:
+    new = dict(patch_size=args.patch_size, **sizes)
+else:  # smooth, for fit_bilevel
+    flow = glow_flow(args.patch_size**2, **sizes, permute=True, activation="silu", generator=torch.Generator())
+    new = dict(prior=PatchNR(flow, patch_size=args.patch_size))
+prior = fitted(
+    "likelihood" if noisy else None, batch_size=args.batch_size, epochs=args.epochs, steps_per_epoch=args.steps,
+    mixed_precision=args.mixed_precision, **new,
+)  # fmt: skip
+save(prior)
+torch.set_float32_matmul_precision("high")  # second derivatives, on a GPU in tf32
+if noisy and args.score_epochs:
+    prior = fitted(
+        "score", prior=prior, epochs=args.score_epochs, steps_per_epoch=args.score_steps, lr=3e-4,
+        batch_size=args.score_batch_size or args.batch_size,
+    )  # fmt: skip
+save(prior)
 seconds = round(time.time() - start)
 
+
 # %%
-# The mean PSNR of the images held out, at the largest level.
-denoiser, psnrs = FlowDenoiser(prior.requires_grad_(False)), []
-for k, x in enumerate(held_out):
-    y = x[None] + levels[-1] * torch.randn(x[None].shape, generator=torch.Generator().manual_seed(k))
-    psnrs.append(float(dinv.metric.PSNR()(denoiser(y, levels[-1]).clamp(0, 1), x[None])))
-print(json.dumps({"psnr": round(sum(psnrs) / len(psnrs), 3), "seconds": seconds, "threads": torch.get_num_threads()}))
+# The mean PSNR of the images held out, at the largest level, after either training.
+def mean_psnr(prior):
+    denoiser, found = FlowDenoiser(prior.requires_grad_(False)), []
+    for k, x in enumerate(held_out):
+        noise = torch.randn(x[None].shape, generator=torch.Generator().manual_seed(k))
+        estimate = denoiser((x[None] + levels[-1] * noise).to(args.device), levels[-1]).cpu()
+        found.append(float(dinv.metric.PSNR()(estimate.clamp(0, 1), x[None])))
+    return round(sum(found) / len(found), 3)
+
+
+result = {"psnr": mean_psnr(prior)} if noisy else {}
+print(json.dumps({**result, "sigma": args.sigma, "seconds": seconds, "device": args.device}))

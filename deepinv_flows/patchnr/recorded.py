@@ -60,7 +60,8 @@ def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[
     They are partial derivatives, also if x and the factors s (B,) depend on the weights. ``handed`` is the gradient in the image
     for s = 1, if it is known already.
     """
-    few = handed is None and x.requires_grad and len(potential.index) <= potential.recorded_chunk(x)
+    expected = x.requires_grad or (potential.trainable and potential.asked.second)
+    few = handed is None and expected and len(potential.index) <= potential.recorded_chunk(x)
     if _batched(scale) or (few and torch.is_grad_enabled()):
         return _direct_gradients(potential, x, scale, wanted)
     return _Gradients.apply(x, scale, potential, tuple(wanted), handed, *potential.params.values())
@@ -135,6 +136,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *directions):
         potential, recording = ctx.potential, torch.is_grad_enabled()
+        potential.asked.second = True
         x, scale, *values = (
             t.view_as(t) if recording and t.requires_grad else t.detach().requires_grad_(k < 2 or t.requires_grad)
             for k, t in enumerate(ctx.saved_tensors)
@@ -173,8 +175,9 @@ def _direct_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wante
     """The gradients by autograd alone: for a single chunk, and for batched factors, whose values cannot be checked."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
-        known = recording and x.requires_grad
-        leaf = _Unmodified.apply(x, *potential.params.values()) if known else x.detach().requires_grad_()
+        known, potential.asked.second = recording and (x.requires_grad or potential.trainable), False
+        guarded = (x, potential.asked, *potential.params.values())
+        leaf = _Unmodified.apply(*guarded) if known else x.detach().requires_grad_()
         aliases = {name: p.view_as(p) if recording else p.detach() for name, p in potential.params.items()}
         for name in wanted:
             aliases[name].requires_grad_()
@@ -194,13 +197,15 @@ class _Unmodified(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, *values):
+    def forward(ctx, x, asked, *values):
+        ctx.asked = asked
         ctx.save_for_backward(*values)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, *(None for _ in ctx.saved_tensors)
+        ctx.asked.second = True
+        return grad, None, *(None for _ in ctx.saved_tensors)
 
 
 def _chunk_grads(potential: PatchPotential, steps: list, wanted: list, x: Tensor, scale: Tensor, number: Tensor):

@@ -172,7 +172,7 @@ def _stop(histories: list[list[float]], sign: float) -> tuple[int, float]:
 
 def simulated(x: Tensor, physics, generator: torch.Generator | None):
     """Measurements of images; neither torch's random state nor that of the physics moves."""
-    with kept(physics), randomness(torch.Generator() if generator is None else generator):
+    with kept(physics), randomness(torch.Generator() if generator is None else generator, x.device):
         return physics(x)
 
 

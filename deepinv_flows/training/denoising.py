@@ -26,6 +26,7 @@ from ..patchnr import PatchNR
 from ..reconstruction import of_patches, scaled
 from .likelihood import FlowModel
 from .samples import PatchSamples
+from .streams import derived
 
 TAIL = 4.0  # standard deviations of noise that few pixels exceed
 FIRST = 16384  # patches from which a new flow starts
@@ -94,6 +95,7 @@ class NoisyPieces(Dataset):
     :param torch.Generator generator: source of noise, levels and symmetries; ``None`` gives the same batch of numbers the same
         noise, and does not flip or rotate.
     :param bool augment: flip and rotate the pieces.
+    :param str device: where the images are held and the noise is drawn.
     """
 
     def __init__(
@@ -103,8 +105,9 @@ class NoisyPieces(Dataset):
         sigma_range: tuple[float, float],
         generator: torch.Generator | None = None,
         augment: bool = False,
+        device: str | torch.device = "cpu",
     ):
-        self.pieces = PatchSamples(images, side, augment and generator is not None, generator)
+        self.pieces = PatchSamples(images, side, augment and generator is not None, generator, device)
         self.sigma_range, self.generator = sigma_range, generator
 
     def __len__(self) -> int:
@@ -114,9 +117,9 @@ class NoisyPieces(Dataset):
         batch = self.__getitems__([i])
         return {"x": batch["x"][0], "y": batch["y"][0], "params": {"sigma": batch["params"]["sigma"][0]}}
 
-    def __getitems__(self, numbers: list[int]) -> dict[str, Any]:
+    def __getitems__(self, numbers: list[int] | Tensor) -> dict[str, Any]:
         x = self.pieces.__getitems__(numbers)["x"].view(-1, *self.pieces.shape)
-        generator = torch.Generator().manual_seed(numbers[0]) if self.generator is None else self.generator
+        generator = torch.Generator().manual_seed(int(numbers[0])) if self.generator is None else self.generator
         y, sigma = with_noise(x, self.sigma_range, generator)
         return {"x": x, "y": y, "params": {"sigma": sigma}}
 
@@ -127,7 +130,7 @@ class NoisyPatches(NoisyPieces):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return {key: value[0] for key, value in self.__getitems__([i]).items()}
 
-    def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, numbers: list[int] | Tensor) -> dict[str, Tensor]:
         batch = super().__getitems__(numbers)
         y = batch["y"] / batch["params"]["sigma"] if scaled(self.sigma_range) else batch["y"]
         return {"x": y.flatten(1), "y": y.flatten(1)}
@@ -142,10 +145,11 @@ def mean_error(prior: Any, batch: dict[str, Any], device) -> Tensor:
 def with_noise(x: Tensor, sigma_range: tuple[float, float], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images (or patches as images) with noise, and its levels (B, 1, 1, 1)."""
     low, high = (math.log(end) for end in sigma_range)
-    draws = torch.rand(len(x), 1, 1, 1, generator=generator, device=generator.device, dtype=x.dtype)
-    noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
+    generator = derived(generator, x.device)
+    draws = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device, dtype=x.dtype)
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     sigma = (low + (high - low) * draws).exp()
-    return x + (sigma * noise).to(x.device), sigma.to(x.device)
+    return x + sigma * noise, sigma
 
 
 def level_range(sigma: float | tuple[float, float]) -> tuple[float, float] | None:

@@ -20,7 +20,7 @@ from .denoising import level_range, noisy_range
 from .effort import carried_out, measured, store
 from .likelihood import FlowModel, FlowNLL
 from .runs import fit
-from .samples import ImageSamples, image_list, noisy, same, stacked
+from .samples import ImageSamples, RandomBatches, image_list, noisy, same, stacked
 from .score_matching import ScoreMatching, ScoreModel
 from .start import initialised, start
 from .tasks import likelihood, noisy_likelihood, score_matching
@@ -130,21 +130,21 @@ def fit_patchnr(
         check_input(image[None], like_weights(prior).cpu(), prior.patch_size, prior.channels, images_only=True)
     prior.sigma_range = levels
     if levels and objective == "likelihood":
-        task = noisy_likelihood(prior, images, held_out, augment, generator)
+        task = noisy_likelihood(prior, images, held_out, augment, generator, device)
     elif levels:
-        task = score_matching(prior, images, held_out, augment, generator)
+        task = score_matching(prior, images, held_out, augment, generator, device)
     else:
         check_range(images, dequantise)
-        task = likelihood(prior, images, held_out, dequantise, augment, generator, compile)
+        task = likelihood(prior, images, held_out, dequantise, augment, generator, device, compile)
     with autocast(mixed_precision, device):
         planned = measured(planned, task.timed, task.samples, device, task.step, task.size)
     store(planned, save_path)
     batch = max(1, planned.batch_size // task.size)
-    sampler = RandomSampler(task.samples, True, planned.steps_per_epoch * batch, generator)
+    draws = RandomBatches(len(task.samples), batch, planned.steps_per_epoch, generator)
     with carried_out(planned, prior.dim, verbose and trainer_options.get("show_progress_bar", True)):
         fit(
             task.model.to(device), task.loss, lr, save_path, resume, keep_best=eval_images is not None,
-            train_dataloader=_batches(task.samples, batch, generator, sampler),
+            train_dataloader=DataLoader(task.samples, batch_sampler=draws, collate_fn=same, generator=generator),
             eval_dataloader=_batches(task.eval_samples, batch, generator),
             physics=task.physics, generator=generator, epochs=planned.epochs, early_stop=early_stop,
             mixed_precision=mixed_precision, device=device, verbose=verbose,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..flows import as_flow, nll
 from ..patchnr import Asked, patch_nll
 from .conditioning import conditions_of
+from .streams import derived
 
 
 class FlowModel(Reconstructor):
@@ -77,8 +78,8 @@ class FlowModel(Reconstructor):
         if not y.is_floating_point() or not bool(torch.isfinite(y.detach()).all()):
             raise ValueError(f"expected finite floating-point samples; got {y.dtype} of shape {tuple(y.shape)}")
         if self.dequantise:
-            noise = torch.rand(y.shape, generator=self.generator, device=self.generator.device, dtype=y.dtype)
-            y = y + self.dequantise * (noise.to(y.device) - 0.5)
+            noise = torch.rand(y.shape, generator=derived(self.generator, y.device), device=y.device, dtype=y.dtype)
+            y = y + self.dequantise * (noise - 0.5)
         c = conditions_of(physics) if c is None else c
         if y.ndim == 2 and c is None and not self.compile_flow:
             return patch_nll(self.flow, y, self.asked)

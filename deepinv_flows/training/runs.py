@@ -72,7 +72,7 @@ def fit(
         save_path=None if save_path is None else _new_run(Path(save_path)),
         **{**defaults, **options},
     )
-    trainer.generators, trainer.bar = (generator,), bar
+    trainer.generators, trainer.bar, trainer.keep_best = (generator,), bar, keep_best
     with torch.enable_grad():
         trainer.train()
     if keep_best:
@@ -129,15 +129,17 @@ class _Trainer(Watched, Resumes, Trainer):
     deepinv's Trainer, whose interrupted writes leave the last good checkpoint intact.
 
     :param int keep_interval: the checkpoint of every epoch divisible by this number is kept, and the newest one.
+    :param bool keep_best: whether the weights of the best epoch are those at the end, so that its loss tells how good they are.
     """
 
     keep_interval: int = 1
+    keep_best: bool = True
     best: tuple[float, dict[str, Tensor]] | None = None  # loss and weights of the best epoch of this run
     past: list[float] | None = None  # evaluation losses of the epochs before this run
     earlier: list[float] | None = None  # losses of its steps
 
     def figures(self) -> dict[str, float]:
-        best = min(filter(math.isfinite, self.eval_losses()), default=None)
+        best = min(filter(math.isfinite, self.eval_losses()), default=None) if self.keep_best else None
         own = self.model.figures() if hasattr(self.model, "figures") else {}
         return super().figures() | own | ({} if best is None else {"best": best})
 

@@ -1,12 +1,14 @@
 """Images as training samples: their patches, or whole images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Sampler, Subset
+
+from .streams import derived
 
 
 class PatchSamples(Dataset):
@@ -18,6 +20,7 @@ class PatchSamples(Dataset):
     :param bool augment: flip and rotate the patches: each eighth of a batch by another of the eight symmetries of the square, and
         the patches of a batch of fewer than eight by symmetries drawn at random.
     :param torch.Generator generator: source of the random symmetries; ``None`` is a generator of its own, with a fixed seed.
+    :param str device: where the copy is held and patches are gathered.
 
     >>> import torch
     >>> from deepinv_flows.training import PatchSamples
@@ -32,15 +35,16 @@ class PatchSamples(Dataset):
         patch_size: int,
         augment: bool = False,
         generator: torch.Generator | None = None,
+        device: str | torch.device = "cpu",
     ):
         self.shape = (images[0].shape[0], patch_size, patch_size)
         self.augment = augment
         self.generator = torch.Generator() if generator is None else generator
-        self.flat = torch.cat([image.reshape(-1) for image in images])
-        channels, rows, columns = (torch.arange(size) for size in self.shape)
+        self.flat = torch.cat([image.reshape(-1) for image in images]).to(device)
+        channels, rows, columns = (torch.arange(size, device=device) for size in self.shape)
         self.within = channels[:, None, None], rows[:, None], columns  # of each entry of a patch
-        self.heights, self.widths = (torch.tensor([image.shape[k] for image in images]) for k in (1, 2))
-        self.first_pixels = torch.tensor([0, *(image.numel() for image in images[:-1])]).cumsum(0)
+        self.heights, self.widths = (torch.tensor([image.shape[k] for image in images], device=device) for k in (1, 2))
+        self.first_pixels = torch.tensor([0, *(image.numel() for image in images[:-1])], device=device).cumsum(0)
         self.across = self.widths - patch_size + 1
         self.ends = ((self.heights - patch_size + 1) * self.across).cumsum(0)
 
@@ -50,8 +54,8 @@ class PatchSamples(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return {key: value[0] for key, value in self.__getitems__([i]).items()}
 
-    def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
-        patches = self.flat[self._pixels(torch.as_tensor(numbers))].flatten(1)
+    def __getitems__(self, numbers: list[int] | Tensor) -> dict[str, Tensor]:
+        patches = self.flat[self._pixels(torch.as_tensor(numbers, device=self.flat.device))].flatten(1)
         if self.augment:
             parts = patches.view(-1, *self.shape).tensor_split(min(8, len(patches)))
             symmetries = list(range(8))
@@ -124,8 +128,29 @@ class ImageSamples(Dataset):
 
 def noisy(x: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
     """``x`` plus Gaussian noise of standard deviation ``sigma``."""
-    noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
-    return x + sigma * noise.to(x.device)
+    noise = torch.randn(x.shape, generator=derived(generator, x.device), device=x.device, dtype=x.dtype)
+    return x + sigma * noise
+
+
+class RandomBatches(Sampler):
+    """
+    Batches of numbers drawn with replacement.
+
+    :param int total: number of samples.
+    :param int size: numbers in a batch.
+    :param int batches: batches in an epoch.
+    :param torch.Generator generator: source of the numbers.
+    """
+
+    def __init__(self, total: int, size: int, batches: int, generator: torch.Generator):
+        self.total, self.size, self.batches, self.generator = total, size, batches, generator
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(self.batches):
+            yield torch.randint(self.total, (self.size,), generator=self.generator, device=self.generator.device)
 
 
 def subset(samples: Dataset, size: int = 16384) -> Dataset:

@@ -8,6 +8,14 @@ import numpy as np
 import torch
 
 
+def derived(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """A generator on a device, seeded by the next number of another; that one itself if it is there already."""
+    if generator.device.type == device.type:
+        return generator
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+    return torch.Generator(device).manual_seed(int(seed))
+
+
 class Stream:
     """
     A context with random numbers of its own in torch, numpy and python: it neither depends on the random states outside nor

@@ -54,23 +54,29 @@ def likelihood(
     dequantise: float,
     augment: bool,
     generator: torch.Generator,
+    device: str | torch.device,
     compile: bool,
 ) -> Task:
     """Maximum likelihood of single patches."""
     model = FlowModel(prior.normalizing_flow, dequantise, generator, compile)
-    samples = PatchSamples(images, prior.patch_size, augment, generator)
-    eval_samples = subset(PatchSamples(held_out, prior.patch_size))
+    samples = PatchSamples(images, prior.patch_size, augment, generator, device)
+    eval_samples = subset(PatchSamples(held_out, prior.patch_size, device=device))
     return Task(model, FlowNLL(), Denoising(), samples, eval_samples, 100.0, prior.normalizing_flow, mean_nll)
 
 
 def noisy_likelihood(
-    prior: PatchNR, images: Sequence[Tensor], held_out: Sequence[Tensor], augment: bool, generator: torch.Generator
+    prior: PatchNR,
+    images: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    augment: bool,
+    generator: torch.Generator,
+    device: str | torch.device,
 ) -> Task:
     """Maximum likelihood of single patches with noise, at the levels of ``prior.sigma_range``."""
     assert prior.sigma_range is not None
     model = NoisyFlowModel(prior)
     samples, eval_samples = (
-        NoisyPatches(part, prior.patch_size, prior.sigma_range, source, augment)
+        NoisyPatches(part, prior.patch_size, prior.sigma_range, source, augment, device)
         for part, source in ((images, generator), (held_out, None))
     )
     chosen = subset(eval_samples)
@@ -78,13 +84,18 @@ def noisy_likelihood(
 
 
 def score_matching(
-    prior: PatchNR, images: Sequence[Tensor], held_out: Sequence[Tensor], augment: bool, generator: torch.Generator
+    prior: PatchNR,
+    images: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    augment: bool,
+    generator: torch.Generator,
+    device: str | torch.device,
 ) -> Task:
     """Denoising score matching on pieces of images, at the levels of ``prior.sigma_range``."""
     assert prior.sigma_range is not None
     side = piece_side(prior, [*images, *held_out])
-    samples = NoisyPieces(images, side, prior.sigma_range, generator, augment)
-    eval_samples = subset(NoisyPieces(held_out, side, prior.sigma_range), PIECES)
+    samples = NoisyPieces(images, side, prior.sigma_range, generator, augment, device)
+    eval_samples = subset(NoisyPieces(held_out, side, prior.sigma_range, device=device), PIECES)
     size = (side - prior.patch_size + 1) ** 2
     model = PatchScoreModel(prior)
     return Task(model, RelativeError(), Levelled(), samples, eval_samples, 1.0, prior, mean_error, size)

@@ -11,16 +11,19 @@ lie at an end; where it still does, the row says so. Figures are means over the 
 
 - ``denoising``: noise of standard deviation 0.05, 0.1, 0.2; BM3D (package bm3d), TV, PatchNR, LatentMAP with gamma |z|, and
   FlowDenoiser, with a flow trained by score matching at each level, all by one recipe; its mean over shifts and mirror images is
-  a row of its own; and FlowDenoiser with a PatchNR, trained by the likelihood of noisy patches at each level;
+  a row of its own; and FlowDenoiser with a PatchNR of noisy patches at each level, trained by their likelihood and then by score
+  matching;
 - ``sensing``: m Gaussian measurements, entries N(0, 1/m), noise N(0, 0.01/m); Lasso in DCT and Haar, TV, PatchNR, LatentMAP with
-  gamma |z| and, as a temperature of the latents, with |z|^2 / 2 tau^2, the posterior mean by LatentSampler
-  (``--posterior-iterations``), and the most likely image by the sum of PatchNR's and the flow's log-densities, by Adam from
-  LatentMAP's result;
+  gamma |z| and, as a temperature of the latents, with |z|^2 / 2 tau^2, and the most likely image by the sum of PatchNR's and the
+  flow's log-densities, by Adam from LatentMAP's result;
 - ``inpainting``: a centred square of a third of the side is missing;
 - ``ood``: the same sensing of images that are not faces, with the strengths chosen on faces;
+- ``posterior``: the same sensing by the posterior mean of LatentSampler, without a strength to choose, and how often pixels lie
+  within one and two posterior standard deviations of it (68% and 95% for a Gaussian);
 - ``questions``: start, penalty and optimizer of LatentMAP at one m, on images of ``val``.
 
-The published figures of the same method, or of Glow for LatentMAP, stand beside ours. The last line is one JSON object.
+The published figures of the same method, or of Glow for LatentMAP, stand beside ours. ``--rows FILE`` keeps each row, and takes
+those that are there from it, so that sections can be run one after another, or side by side. The last line is one JSON object.
 """
 
 import argparse
@@ -36,6 +39,7 @@ import deepinv as dinv
 import numpy as np
 import torch
 import torch.nn.functional as F
+from arena import Rows
 from common import check_disjoint, versions
 from recovery_methods import (
     Kept,
@@ -48,9 +52,10 @@ from recovery_methods import (
     lasso_dct,
     lasso_wavelet,
     latent,
+    moved_to,
     noisy,
     patch_energy,
-    posterior_mean,
+    posterior,
     sensed,
     total_variation,
 )
@@ -71,7 +76,7 @@ PUBLISHED = {
     },
 }
 PATCHES = "FlowDenoiser of patches"
-SECTIONS = ("denoising", "sensing", "inpainting", "ood", "questions")
+SECTIONS = ("denoising", "sensing", "inpainting", "ood", "posterior", "questions")
 
 
 def load(folder: Path, side: int) -> dict[str, torch.Tensor]:
@@ -86,7 +91,7 @@ def load(folder: Path, side: int) -> dict[str, torch.Tensor]:
 
 
 def psnrs(x_net: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return dinv.metric.PSNR()(x_net.clamp(0, 1), x)
+    return dinv.metric.PSNR()(x_net.cpu().clamp(0, 1), x)
 
 
 def psnr(x_net: torch.Tensor, x: torch.Tensor) -> float:
@@ -118,7 +123,7 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
         )  # fmt: skip
         prior.save(runs / f"patch{args.side}.safetensors")
     seconds["seconds_patch"] = round(time.perf_counter() - start) - seconds["seconds_flow"]
-    return flow.requires_grad_(False).cpu(), prior.requires_grad_(False).cpu(), seconds
+    return flow.requires_grad_(False).to(args.device), prior.requires_grad_(False).to(args.device), seconds
 
 
 def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None]:
@@ -127,8 +132,8 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None
 
     def fitted(flow, sigma, name, epochs, lr):
         fit_flow(
-            flow.requires_grad_(True).to(args.device), images["train"], images["val"], sigma=sigma, batch_size=8,
-            epochs=epochs, lr=lr, save_path=runs / f"{name}{args.side}", resume=True, device=args.device,
+            flow.requires_grad_(True).to(args.device), images["train"], images["val"], sigma=sigma, epochs=epochs, lr=lr,
+            batch_size=args.denoiser_batch_size, save_path=runs / f"{name}{args.side}", resume=True, device=args.device,
             mixed_precision=args.mixed_precision,
         )  # fmt: skip
         FlowPrior(flow).save(runs / f"{name}{args.side}.safetensors")
@@ -146,22 +151,37 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None
         fitted(common, middle, "denoiser", args.denoiser_epochs, lr=1.5e-3)
     for sigma in missing:
         flows[sigma] = fitted(copy.deepcopy(common), sigma, f"denoiser_{sigma}_", args.level_epochs, lr=1e-3)
-    found = {sigma: FlowDenoiser(FlowPrior(flow.requires_grad_(False).cpu())) for sigma, flow in flows.items()}
+    found = {
+        sigma: FlowDenoiser(FlowPrior(flow.requires_grad_(False).to(args.device))) for sigma, flow in flows.items()
+    }
     return found, round(time.perf_counter() - start) if missing else None
 
 
 def train_patch_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]:
-    """A PatchNR of noisy patches for each noise level, all by one recipe: their likelihood."""
+    """A PatchNR of noisy patches for each noise level, all by one recipe: their likelihood, and then score matching."""
     start, found = time.perf_counter(), {}
+    files = dict(pair.split("=") for pair in args.patch_denoisers)
     for sigma in args.noise:
         name = args.save_path / f"patch_denoiser_{sigma}_{args.side}"
-        prior = fit_patchnr(
-            images["train"], images["val"], sigma=sigma, objective="likelihood", patch_size=8, num_layers=5,
-            sub_net_size=192, epochs=args.patch_denoiser_epochs, steps_per_epoch=100, batch_size=2048, augment=False,
-            mixed_precision=args.mixed_precision, save_path=name, resume=True, device=args.device,
-        )  # fmt: skip
+        if f"{sigma}" in files:
+            found[sigma] = FlowDenoiser(
+                PatchNR.from_checkpoint(files[f"{sigma}"]).requires_grad_(False).to(args.device)
+            )
+            continue
+
+        def fitted(objective, epochs, sigma=sigma, name=name, **options):
+            return fit_patchnr(
+                images["train"], images["val"], sigma=sigma, objective=objective, epochs=epochs, augment=False,
+                batch_size=args.patch_denoiser_batch_size, save_path=f"{name}_{objective}", resume=True, device=args.device,
+                **options,
+            )  # fmt: skip
+
+        sizes = dict(patch_size=8, num_layers=5, sub_net_size=192)
+        prior = fitted("likelihood", args.patch_denoiser_epochs, **sizes, steps_per_epoch=100,
+                       mixed_precision=args.mixed_precision)  # fmt: skip
+        prior = fitted("score", args.patch_denoiser_score_epochs, prior=prior, steps_per_epoch=50, lr=3e-4)
         prior.save(f"{name}.safetensors")
-        found[sigma] = FlowDenoiser(prior.requires_grad_(False).cpu())
+        found[sigma] = FlowDenoiser(prior.requires_grad_(False).to(args.device))
     return found, round(time.perf_counter() - start)
 
 
@@ -185,14 +205,24 @@ def best_strength(score, grid, widenings: int) -> tuple[float, dict[float, float
     return chosen, tried, True
 
 
-def compare(title, problem, methods, tune, test, published, widenings) -> dict[str, dict]:
-    """Choose the strength of each method on ``tune``, and apply it to ``test``."""
-    rows, tuning, testing = {}, problem(tune, seed=0), problem(test, seed=1)
+def compare(title, problem, methods, tune, test, published, args, chosen_for=None) -> dict[str, dict]:
+    """Choose the strength of each method on ``tune``, or take those chosen for another problem, and apply it to ``test``."""
+    rows, kept = {}, Rows(args.rows)
+    tuning, testing = (moved_to(args.device, problem)(x, seed=seed) for seed, x in enumerate((tune, test)))
     for name, (method, grid) in methods.items():
+        if known := kept.find({"problem": title, "method": name}):
+            rows[name] = known
+            print(
+                f"{title:<20}{name:<28}{known['psnr']:>7.2f} +-{known['error']:>5.2f}{published.get(name, ''):>10}, kept"
+            )
+            continue
         chosen, tried, at_end = grid[0], {}, False
-        if len(grid) > 1:
+        before = kept.find({"problem": chosen_for, "method": name})
+        if before and "strength" in before:
+            chosen, at_end, tried = before["strength"], before["at_end_of_grid"], {}
+        elif len(grid) > 1:
             chosen, tried, at_end = best_strength(
-                lambda strength, method=method: round(psnr(method(*tuning, strength), tune), 2), grid, widenings
+                lambda strength, method=method: round(psnr(method(*tuning, strength), tune), 2), grid, args.widenings
             )
         start = time.perf_counter()
         found = psnrs(method(*testing, chosen), test)
@@ -201,7 +231,8 @@ def compare(title, problem, methods, tune, test, published, widenings) -> dict[s
             float(found.std() / math.sqrt(len(found))) if len(found) > 1 else 0.0,
         )
         rows[name] = dict(psnr=round(float(found.mean()), 2), error=round(error, 2), seconds=round(seconds, 1))
-        rows[name] |= dict(strength=chosen, at_end_of_grid=at_end) if tried else {}
+        rows[name] |= dict(strength=chosen, at_end_of_grid=at_end) if len(grid) > 1 else {}
+        kept.add({"problem": title, "method": name}, rows[name])
         note = f"  val: {dict(sorted(tried.items()))}" + (", best AT THE END" if at_end else "") if tried else ""
         print(
             f"{title:<20}{name:<28}{rows[name]['psnr']:>7.2f} +-{error:>5.2f}{published.get(name, ''):>10}"
@@ -221,6 +252,9 @@ def parse() -> argparse.Namespace:
     add("--flow", help="weights of an image flow, instead of training")
     add("--patch", help="weights of a PatchNR, instead of training")
     add("--denoisers", nargs="+", default=[], help="weights of FlowDenoisers, as 0.1=FILE, instead of training")
+    add("--patch-denoisers", nargs="+", default=[], help="the same of those of patches")
+    add("--rows", type=Path, help="file of rows, which are added to it, and not computed again")
+    add("--train-only", action="store_true", help="end after the trainings")
     add("--side", type=int, choices=(64, 32), default=64)
     add("--levels", type=int, default=4)
     add("--steps", type=int, default=8)
@@ -236,16 +270,19 @@ def parse() -> argparse.Namespace:
     add(
         "--denoiser-epochs", type=int, default=30, help="of the flow at the middle level, from which each level goes on"
     )
-    add("--patch-denoiser-epochs", type=int, default=8, help="at each level: epochs of 100 batches of 2048 patches")
+    add("--denoiser-batch-size", type=int, default=8, help="images")
+    add("--patch-denoiser-epochs", type=int, default=8, help="at each level: epochs of 100 batches of the likelihood")
+    add("--patch-denoiser-score-epochs", type=int, default=4, help="and then epochs of 50 batches of score matching")
+    add("--patch-denoiser-batch-size", type=int, default=2048, help="patches")
     add("--level-epochs", type=int, default=8, help="at each level, after these; the same for all")
-    add("--device", default="cpu", help="of the trainings")
+    add("--device", default="cpu")
     add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     add("--noise", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     add("--measurements", type=int, nargs="+", default=[500, 1000, 2500, 5000])
     add("--images", type=int, default=12, help="test images of each kind")
     add("--tuning-images", type=int, default=8, help="images of val on which all methods are tuned")
     add("--widenings", type=int, default=6, help="strengths by which a grid is continued at most")
-    add("--posterior-iterations", type=int, default=0, help="of LatentSampler; 0 leaves it out")
+    add("--posterior-iterations", type=int, default=100, help="of LatentSampler, after half as many")
     add("--iterations", type=int, default=150, help="of LatentMAP")
     add("--patch-iterations", type=int, default=200, help="of PatchNR and of both priors")
     add("--without", nargs="+", default=[], help="methods to leave out")
@@ -282,9 +319,6 @@ def methods(flow, prior, denoisers, of_patches, args) -> dict:
             "LatentMAP": latent_map,
         },
     }
-    if args.posterior_iterations:
-        sampled = functools.partial(posterior_mean, flow, args.posterior_iterations)
-        found["sensing"]["posterior mean"] = sampled, [0.7, 1.0, 1.4]
     for sigma in args.noise:
         found[sigma] = {
             "noisy": (lambda physics, y, sigma, strength: y, [0]),
@@ -319,6 +353,8 @@ def main():
     of_patches: dict[float, FlowDenoiser] = {}
     if "denoising" in args.sections and PATCHES not in args.without:
         of_patches, result["seconds_patch_denoisers"] = train_patch_denoisers(images, args)
+    if args.train_only:
+        return print(json.dumps({**result, "device": args.device}))
     prior.n_patches, prior.subset = max(256, args.side**2 // 4), "grid"
     result["bits_per_dim"] = bits_per_dim(flow, images)
 
@@ -329,22 +365,22 @@ def main():
     if "denoising" in args.sections:
         result["denoising"] = {
             sigma: compare(f"noise {sigma}", functools.partial(noisy, sigma=sigma), compared[sigma], tune, test,
-                           published["denoising"].get(sigma, {}), args.widenings)
+                           published["denoising"].get(sigma, {}), args)
             for sigma in args.noise
         }  # fmt: skip
     for section, on, beside in (("sensing", test, published["sensing"]), ("ood", ood, {})):
         if section in args.sections:
             result[section] = {
                 m: compare(f"{section}, m = {m}", functools.partial(sensed, m=m), compared["sensing"], tune, on,
-                           beside.get(m, {}), args.widenings)
+                           beside.get(m, {}), args, f"sensing, m = {m}")
                 for m in args.measurements
             }  # fmt: skip
     if "inpainting" in args.sections:
         side = args.side // 3
         problem = functools.partial(holed, side=side)
-        result["inpainting"] = compare(
-            f"square of {side}", problem, compared["inpainting"], tune, test, {}, args.widenings
-        )
+        result["inpainting"] = compare(f"square of {side}", problem, compared["inpainting"], tune, test, {}, args)
+    if "posterior" in args.sections:
+        result["posterior"] = {m: posterior_row(flow, m, test, args) for m in args.measurements}
     if "questions" in args.sections:
         result["questions"] = questions(flow, args, tune[:4], ood[:4])
     print(
@@ -354,10 +390,24 @@ def main():
     )
 
 
+def posterior_row(flow, m, test, args) -> dict:
+    kept, key = Rows(args.rows), {"problem": f"sensing, m = {m}", "method": "posterior mean"}
+    if not (row := kept.find(key)):
+        physics, y, sigma = moved_to(args.device, functools.partial(sensed, m=m))(test, 1)
+        start = time.perf_counter()
+        mean, spread = posterior(flow, args.posterior_iterations, physics, y, sigma, test)
+        found = psnrs(mean, test)
+        row = dict(psnr=round(float(found.mean()), 2), error=round(float(found.std() / math.sqrt(len(found))), 2))
+        row = kept.add(key, row | spread | {"seconds": round(time.perf_counter() - start, 1)})
+    print(f"sensing, m = {m}, posterior mean: {row}", flush=True)
+    return row
+
+
 def bits_per_dim(flow, images) -> dict[str, float]:
-    model, metric = FlowModel(flow), BitsPerDim()
+    model, metric, device = FlowModel(flow), BitsPerDim(), next(flow.parameters()).device
     with torch.no_grad():
-        found = {k: round(float(metric(model(images[k]), images[k]).mean()), 3) for k in ("val", "test", "ood")}
+        parts = {k: images[k].to(device) for k in ("val", "test", "ood")}
+        found = {k: round(float(metric(model(x), x).mean()), 3) for k, x in parts.items()}
     print("bits per dimension:", found, flush=True)
     return found
 
@@ -377,7 +427,7 @@ def questions(flow, args, test, ood) -> dict:
     for name, way in ways.items():
         scores = []
         for x in (test, ood):
-            physics, y, sigma = sensed(x, m, seed=1)
+            physics, y, sigma = moved_to(args.device, functools.partial(sensed, m=m))(x, 1)
             scores.append(round(psnr(latent(flow, args.iterations, physics, y, sigma, **way), x), 2))
         found[name] = scores
         print(f"m = {m}, {name:<28} faces {scores[0]:.2f}, others {scores[1]:.2f}", flush=True)

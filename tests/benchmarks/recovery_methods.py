@@ -20,19 +20,19 @@ def noisy(x, sigma, seed):
 
 
 @functools.cache
-def gaussian_matrix(m: int, n: int) -> torch.Tensor:
-    return torch.randn(m, n, generator=torch.Generator().manual_seed(m)) / m**0.5
+def gaussian_matrix(m: int, n: int, device: torch.device) -> torch.Tensor:
+    return (torch.randn(m, n, generator=torch.Generator().manual_seed(m)) / m**0.5).to(device)
 
 
 def sensed(x, m, seed):
-    A, shape = gaussian_matrix(m, x[0].numel()), x.shape[1:]
+    shape, n = x.shape[1:], x[0].numel()
     noise = dinv.physics.GaussianNoise(0.1 / m**0.5, rng=torch.Generator().manual_seed(seed))
     physics = dinv.physics.LinearPhysics(
-        A=lambda x, **kwargs: x.flatten(1) @ A.T,
-        A_adjoint=lambda y, **kwargs: (y @ A).view(-1, *shape),
+        A=lambda x, **kwargs: x.flatten(1) @ gaussian_matrix(m, n, x.device).T,
+        A_adjoint=lambda y, **kwargs: (y @ gaussian_matrix(m, n, y.device)).view(-1, *shape),
         noise_model=noise,
     )
-    physics.norm = (1 + (x[0].numel() / m) ** 0.5) ** 2  # largest eigenvalue of A^T A (Marchenko & Pastur 1967)
+    physics.norm = (1 + (n / m) ** 0.5) ** 2  # largest eigenvalue of A^T A (Marchenko & Pastur 1967)
     return physics, physics(x), 0.1 / m**0.5
 
 
@@ -42,6 +42,16 @@ def holed(x, side, seed):
     noise = dinv.physics.GaussianNoise(0.01, rng=torch.Generator().manual_seed(seed))
     physics = dinv.physics.Inpainting(tuple(x.shape[1:]), mask=mask[0], noise_model=noise)
     return physics, physics(x), 0.01
+
+
+def moved_to(device, problem):
+    """The same measurements of a problem, on a device."""
+
+    def moved(x, seed):
+        physics, y, sigma = problem(x, seed=seed)
+        return physics.to(device), y.to(device), sigma
+
+    return moved
 
 
 # --- methods: (physics, y, sigma, strength) to images ---
@@ -112,14 +122,14 @@ def lasso_wavelet(physics, y, sigma, strength, iterations=200):
 
 
 def bm3d(physics, y, sigma, strength):
-    return dinv.models.BM3D()(y, sigma)
+    return dinv.models.BM3D()(y.cpu(), sigma)
 
 
 def bm3d_rgb(physics, y, sigma, strength):
     """The package's own way with colours, which denoises luminance and chrominance; deepinv's takes channels one by one."""
     import bm3d
 
-    images = [bm3d.bm3d_rgb(image.permute(1, 2, 0).double().numpy(), sigma) for image in y]
+    images = [bm3d.bm3d_rgb(image.permute(1, 2, 0).double().cpu().numpy(), sigma) for image in y]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
 
 
@@ -160,11 +170,19 @@ def latent(flow, iterations, physics, y, sigma, strength, **options):
     return LatentMAP(flow, fidelity, lambda_reg=strength, max_iter=iterations, verbose=False, **options)(y, physics)
 
 
-def posterior_mean(flow, iterations, physics, y, sigma, temperature):
-    """The mean over a chain in latent space, of latents whose standard deviation a priori is the temperature."""
-    fidelity = dinv.optim.L2(sigma=sigma)
+def posterior(flow, iterations, physics, y, sigma, x):
+    """
+    The mean of LatentSampler's chain, and how well its spread tells the error.
+
+    That is how often pixels lie within one and two standard deviations of the mean, and the root mean squares of error and
+    deviation over all pixels.
+    """
     options = dict(max_iter=iterations, warm_up=iterations // 2, verbose=False)
-    return LatentSampler(flow, fidelity, temperature, **options)(y, physics)
+    mean, variance = LatentSampler(flow, dinv.optim.L2(sigma=sigma), **options).sample(y, physics)
+    error, deviation = (mean - x.to(y.device)).abs(), variance.sqrt()
+    found = {f"within {k}": round(float((error <= k * deviation).double().mean()), 3) for k in (1, 2)}
+    spread = {"rms error": error.square().mean().sqrt(), "rms deviation": variance.mean().sqrt()}
+    return mean, found | {name: round(float(value), 4) for name, value in spread.items()}
 
 
 def by_score(denoiser, physics, y, sigma, strength):

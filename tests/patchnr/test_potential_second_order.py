@@ -73,16 +73,17 @@ def test_third_derivatives(chunk_size):
 
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)
-def test_frozen_weights_changed_before_a_second_derivative_are_noticed(chunk_size):
+@pytest.mark.parametrize("by", ("image", "weights"))
+def test_weights_changed_before_a_second_derivative_are_noticed(chunk_size, by):
     prior, _ = prior_and_reference(chunk_size)
-    prior.requires_grad_(False)
-    x = image().requires_grad_()
+    prior.requires_grad_(by == "weights")
+    x = image().requires_grad_(by == "image")
     gradient = prior.grad(x)
     with torch.no_grad():
         for p in prior.parameters():
             p.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(gradient.sum(), x)
+        torch.autograd.grad(gradient.sum(), x if by == "image" else [p for p in prior.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)

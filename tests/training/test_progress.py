@@ -42,6 +42,16 @@ def test_a_line_an_epoch(capsys, tmp_path):
     assert re.fullmatch("".join(f"training: {line}\n" for line in lines), capsys.readouterr().out)
 
 
+def test_no_best_is_told_where_the_last_weights_are_returned(capsys):
+    flow = image_flow((1, 12, 12), 1, 1, 4)
+    for train in (lambda: fit_patchnr(IMAGES, **OPTIONS), lambda: fit_flow(flow, IMAGES, epochs=3)):
+        train()
+        told = capsys.readouterr().out.splitlines()
+        assert len(told) == 3 and all(
+            re.fullmatch(r"training: .*epochs?.*, loss [-\d.e]+; [\d.]+ s", line) for line in told
+        )
+
+
 def test_the_duration_is_announced_once(capsys, monkeypatch):
     monkeypatch.setattr(effort, "_seconds", lambda step, device: 60.0)
     monkeypatch.setattr(effort, "LEAST_STEPS", 2)
