@@ -179,7 +179,7 @@ class PatchPotential:
         return self.chunk_size or (2048 if x.device.type == "cpu" else 65536)
 
     def _sums(self, steps: list, x: Tensor, image: bool = True, weights: bool = False, scale=None) -> Sums:
-        size = self.chunk_size or _fused_chunk(x, steps, self.dtype or x.dtype, weights)
+        size = self.chunk_size or _fused_chunk(x, steps, self.dtype or x.dtype, image, weights)
         return patch_sums(steps, x, self.index, size, self.dtype, image, weights, scale)
 
     def _means(self, sums: Sums, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -229,9 +229,9 @@ def _product_dtype(x: Tensor, precision: str | None) -> torch.dtype | None:
     return wanted if x.dtype != torch.float64 else None
 
 
-def _fused_chunk(x: Tensor, steps: list, dtype: torch.dtype, weights: bool) -> int:
+def _fused_chunk(x: Tensor, steps: list, dtype: torch.dtype, image: bool, weights: bool) -> int:
     if x.device.type != "cpu":
-        return (None if weights else chunk_size(steps, dtype, x.device)) or 32768
+        return (None if weights else chunk_size(steps, dtype, x.device, image)) or 32768
     width = max((len(w) for step in steps for w in step.packed if w.ndim == 2), default=1)
     # hidden layers have to fit into a core's cache, and products to take longer than the calls to them
     return min(max(2**20 // (dtype.itemsize * width), 1024), 4096)

@@ -2,7 +2,8 @@
 Couplings on Hopper GPUs (H100, H200) with products in 16 bits, by one kernel forward and one backward, if Triton is installed.
 
 Hidden layers never leave the chip, so that the tensor cores and not memory set the pace. The weights have to be frozen, and to
-fit into the shared memory of a multiprocessor together with a tile of patches.
+fit into the shared memory of a multiprocessor together with a tile of patches. Kernels are compared with the plain path before
+their first use (:mod:`deepinv_flows.patchnr.fused.trial`).
 """
 
 import functools
@@ -15,18 +16,20 @@ from torch import Tensor
 
 from .activations import relu
 from .steps import Coupling, Permutation
+from .trial import GROUP, passed
 from .workspace import Workspace
 
 PATCHES = 128  # of a tile
 WARPS, STAGES = 8, 1  # loads ahead would need shared memory that the weights fill
 MEMORY = 2**30  # bytes, about, that the steps keep of a chunk
+ALIGNED = 16  # bytes, for which Triton compiles kernels of their own
 
 
 class OnChip:
     """
     A coupling whose weights ask for no gradient, as a step of its own.
 
-    :param Coupling coupling: one that ``fits``.
+    :param Coupling coupling: one that is ``usable``.
     :param torch.Tensor rows: where the rows of the state are, which permutations before have not moved.
     :param bool backward: whether to keep what gradients need.
     """
@@ -37,7 +40,7 @@ class OnChip:
         self.sign, self.alpha = coupling.sign, coupling.alpha
 
     def prepare(self, space: Workspace) -> SimpleNamespace:
-        weights = [w.detach().contiguous() for w in self.coupling.packed]
+        weights = [_aligned(w.detach()) for w in self.coupling.packed]
         weights[2] = weights[2].to(space.dtype)  # the others are converted as they are read
         rows = [self.options["E"]] * 2 if self.keep else [1, 1]
         words = -(-self.options["H"] // 128) * 4 if self.keep else 1
@@ -64,8 +67,9 @@ def on_chip(steps: list, space: Workspace, backward: bool) -> list:
 
     Permutations are left out if nothing but kernels follows: the norm of the last state does not depend on the order of its rows.
     """
-    can = [fits(step, space.dtype, space.device) for step in steps]
-    if not any(can):
+    can = [usable(step, space.dtype, space.device, backward) for step in steps]
+    # numbers of entries, of a state or of words with 32 bits of a hidden layer, have to fit into 32 bits themselves
+    if not any(can) or space.n * max(steps[0].dim, 8) >= 2**31:
         return steps
     others = [k for k, step in enumerate(steps) if not (can[k] or isinstance(step, Permutation))]
     rows = torch.arange(steps[0].dim, dtype=torch.int32, device=space.device)
@@ -80,13 +84,26 @@ def on_chip(steps: list, space: Workspace, backward: bool) -> list:
     return found
 
 
-def chunk_size(steps: list, dtype: torch.dtype, device: torch.device) -> int | None:
-    """The number of patches at a time for steps whose couplings all fit; ``None`` for others."""
+def chunk_size(steps: list, dtype: torch.dtype, device: torch.device, backward: bool) -> int | None:
+    """The number of patches at a time for steps whose couplings are all by kernels; ``None`` for others."""
     couplings = [step for step in steps if isinstance(step, Coupling)]
-    if not couplings or not all(fits(step, dtype, device) for step in couplings):
+    if not couplings or not all(usable(step, dtype, device, backward) for step in couplings):
         return None
     # of a coupling two numbers for each entry of a half are kept, and a bit of each hidden unit
     return MEMORY // sum(4 * step.dim + len(step.packed[0]) // 4 for step in steps)
+
+
+def usable(step, dtype: torch.dtype, device: torch.device, backward: bool) -> bool:
+    """Whether there are kernels for this step, which have passed their trial."""
+    if not fits(step, dtype, device):
+        return False
+
+    def kernels(coupling: Coupling) -> OnChip:
+        return OnChip(coupling, torch.arange(step.dim, dtype=torch.int32, device=device), backward)
+
+    n = 2 * PATCHES * _programs(device) + GROUP  # each program takes several tiles, and one a part of a tile
+    key = *_options(step).items(), dtype, device, backward
+    return passed(key, step, kernels, n, dtype, backward)
 
 
 def fits(step, dtype: torch.dtype, device: torch.device) -> bool:
@@ -107,6 +124,10 @@ def available(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _aligned(w: Tensor) -> Tensor:
+    return w.clone(memory_format=torch.contiguous_format) if w.data_ptr() % ALIGNED else w.contiguous()
 
 
 def _capacity(device: torch.device) -> int:

@@ -5,12 +5,13 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 from deepinv_flows import PatchNR, Reversed, glow_flow
-from deepinv_flows.patchnr.fused import onchip, sweep
+from deepinv_flows.patchnr.fused import onchip, sweep, trial
 from deepinv_flows.patchnr.fused.recognise import steps_of
 from deepinv_flows.patchnr.fused.steps import Coupling, Program
 from deepinv_flows.patchnr.fused.workspace import Workspace
@@ -33,6 +34,7 @@ def test_this_file_in_the_interpreter():
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(onchip, "available", lambda device: True)
     monkeypatch.setattr(onchip, "_capacity", lambda device: 232448)  # of an H100
+    monkeypatch.setattr(trial, "_verdicts", {})
 
 
 FLOWS = {
@@ -96,6 +98,66 @@ def test_the_prior_uses_kernels_for_frozen_weights(on_a_gpu, monkeypatch):
     assert all(isinstance(step, onchip.OnChip) for step in used[-1])
 
 
+def launched_with(fault, monkeypatch):
+    """Kernels that are launched as they should be, and then ``fault`` on the state and the other arguments."""
+    right = onchip._launch
+
+    def launch(name, x, *arguments, **constants):
+        right(name, x, *arguments, **constants)
+        fault(name, x, arguments)
+
+    monkeypatch.setattr(onchip, "_launch", launch)
+
+
+def does_not_compile(name, x, arguments):
+    raise RuntimeError("out of resource: shared memory")
+
+
+FAULTS = {
+    "state": lambda name, x, arguments: x.mul_(1.1),
+    "last patches": lambda name, x, arguments: x[:, -8:].mul_(1.3),
+    "log-determinant": lambda name, x, arguments: arguments[2].add_(1.0) if name == "forward_kernel" else None,
+    "gradient": lambda name, x, arguments: x.mul_(1.1) if name == "backward_kernel" else None,
+    "one NaN": lambda name, x, arguments: x[1, 7].fill_(torch.nan),
+    "one NaN in a gradient": lambda name, x, arguments: x[1, 7].fill_(torch.nan) if name == "backward_kernel" else None,
+    "does not compile": does_not_compile,
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", FAULTS)
+def test_wrong_kernels_are_not_used(name, on_a_gpu, monkeypatch):
+    monkeypatch.setattr("deepinv_flows.patchnr.potential._product_dtype", lambda *args: torch.float16)
+    prior = PatchNR(glow_flow(4, 2, 16), patch_size=2, channels=1).requires_grad_(False)
+    x, state = torch.rand(2, 1, 12, 13), torch.get_rng_state()
+    with monkeypatch.context() as without:
+        without.setattr(onchip, "available", lambda device: False)
+        expected = prior.grad(x)
+    launched_with(FAULTS[name], monkeypatch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [prior.grad(x), prior.grad(x)]
+    assert all(torch.equal(grad, expected) for grad in found)
+    (warning,) = (str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    how = (
+        "do not run (RuntimeError: out of resource" if name == "does not compile" else "disagree with the plain path by"
+    )
+    assert how in warning and warning.endswith("the plain path is used")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@interpreted
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("backward", [True, False])
+def test_right_kernels_pass_with_room(name, backward, on_a_gpu, monkeypatch):
+    monkeypatch.setattr(
+        trial, "TOLERANCE", 0.2 * trial.TOLERANCE
+    )  # numbers here have 3 more bits than those in bfloat16
+    couplings = [step for step in steps_of(FLOWS[name]()) if isinstance(step, Coupling)]
+    assert all(onchip.usable(step, torch.float16, CPU, backward) for step in couplings)
+    assert 1 <= len(trial._verdicts) <= 2
+
+
 @interpreted
 def test_nan_is_kept(on_a_gpu):
     flow = glow_flow(6, 2, 16)
@@ -123,13 +185,16 @@ OTHERS = {
 def test_other_couplings_stay(name, on_a_gpu):
     steps = steps_of(OTHERS[name]())
     assert not any(onchip.fits(step, torch.bfloat16, CPU) for step in steps)
-    assert onchip.chunk_size(steps, torch.bfloat16, CPU) is None
+    assert onchip.chunk_size(steps, torch.bfloat16, CPU, True) is None
 
 
 def test_only_in_16_bits_and_only_where_there_are_kernels(on_a_gpu, monkeypatch):
     steps = steps_of(glow_flow(36, permute=True))
     assert all(onchip.fits(step, torch.bfloat16, CPU) == isinstance(step, Coupling) for step in steps)
-    assert onchip.chunk_size(steps, torch.bfloat16, CPU) > 507**2
+    monkeypatch.setattr(onchip, "passed", lambda *args: True)
+    assert onchip.chunk_size(steps, torch.bfloat16, CPU, True) > 507**2
+    monkeypatch.setattr(onchip, "passed", lambda *args: False)
+    assert onchip.chunk_size(steps, torch.bfloat16, CPU, True) is None
     assert not any(onchip.fits(step, torch.float32, CPU) for step in steps)
     monkeypatch.undo()
     assert not any(onchip.fits(step, torch.bfloat16, CPU) for step in steps)
