@@ -49,12 +49,12 @@ def randomness(generator: torch.Generator | None, device: torch.device | None = 
     if generator is None:
         yield
         return
-    cuda = device is not None and device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         torch.random.default_generator.manual_seed(seed)
-        if cuda:
-            torch.cuda.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
+        for one in cuda:
+            torch.cuda.set_rng_state(torch.Generator(one).manual_seed(seed).get_state(), one)
         yield
 
 

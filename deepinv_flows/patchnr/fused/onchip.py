@@ -4,10 +4,14 @@ Couplings on Hopper GPUs (H100, H200) with products in 16 bits, by one kernel fo
 Hidden layers never leave the chip, so that the tensor cores and not memory set the pace. The weights have to be frozen, and to
 fit into the shared memory of a multiprocessor together with a tile of patches. Kernels are compared with the plain path before
 their first use (:mod:`deepinv_flows.patchnr.fused.trial`).
+
+They are experimental, and used only where the environment variable ``DEEPINV_FLOWS_KERNELS`` is 1: Triton's interpreter and its
+compiler for these GPUs have seen them, a GPU has not.
 """
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -120,7 +124,9 @@ def fits(step, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def available(device: torch.device) -> bool:
-    """Whether this is a Hopper GPU, as on others registers would not suffice, and Triton is installed."""
+    """Whether the user wants kernels, this is a Hopper GPU, as on others registers would not suffice, and Triton is installed."""
+    if os.environ.get("DEEPINV_FLOWS_KERNELS") != "1":
+        return False
     if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
