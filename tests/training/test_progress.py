@@ -47,7 +47,9 @@ def test_no_best_is_told_where_the_last_weights_are_returned(capsys):
     for train in (lambda: fit_patchnr(IMAGES, **OPTIONS), lambda: fit_flow(flow, IMAGES, epochs=3)):
         train()
         told = capsys.readouterr().out.splitlines()
-        assert len(told) == 3 and all(re.fullmatch(r"training: .*epochs?.*, loss [-\d.e]+; [\d.]+ s", line) for line in told)
+        assert len(told) == 3 and all(
+            re.fullmatch(r"training: .*epochs?.*, loss [-\d.e]+; [\d.]+ s", line) for line in told
+        )
 
 
 def test_the_duration_is_announced_once(capsys, monkeypatch):
