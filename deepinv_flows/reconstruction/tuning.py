@@ -49,7 +49,9 @@ def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[
             moved = model.solve(y + shift, physics, value, {"that of the measurements": x}, update=update)[0]
             return discrepancy(physics, y, x, shift, moved)
 
-        return root(excess, start), "discrepancy"
+        # a strong blur has nearly no excess at any small weight: that of one standard deviation of the noise's own is the answer
+        deviation = (2 / y[0].numel()) ** 0.5
+        return root(lambda value: excess(value) - deviation, start, min(0.02, deviation / 2)), "discrepancy"
     check_sure(model.data_fidelity, y, physics, x, generator)
     probe = signs(y, generator)
     grad = frozen(model.prior).grad
