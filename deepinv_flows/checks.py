@@ -44,7 +44,7 @@ def randomness(generator: torch.Generator | None, device: torch.device | None = 
     """
     Let what draws from torch's global generator draw from ``generator``, unless it is ``None``.
 
-    :param torch.device device: device whose global generator is meant besides that of the CPU.
+    :param torch.device device: also replace the draws of the global generator of this device, if it is a CUDA device.
     """
     if generator is None:
         yield

@@ -56,7 +56,7 @@ def fitted(objective, **options):
     save_path = None if folder is None else folder / (objective or "clean")
     return fit_patchnr(
         learn, held_out, sigma=levels if len(levels) > 1 else levels[0], objective=objective, save_path=save_path,
-        resume=save_path is not None, device=args.device, **options,
+        resume=save_path is not None, device=args.device, mixed_precision=args.mixed_precision, **options,
     )  # fmt: skip
 
 
@@ -77,10 +77,9 @@ else:  # smooth, for fit_bilevel
     new = dict(prior=PatchNR(flow, patch_size=args.patch_size))
 prior = fitted(
     "likelihood" if noisy else None, batch_size=args.batch_size, epochs=args.epochs, steps_per_epoch=args.steps,
-    mixed_precision=args.mixed_precision, **new,
+    **new,
 )  # fmt: skip
 save(prior)
-torch.set_float32_matmul_precision("high")  # second derivatives, on a GPU in tf32
 if noisy and args.score_epochs:
     prior = fitted(
         "score", prior=prior, epochs=args.score_epochs, steps_per_epoch=args.score_steps, lr=3e-4,
@@ -91,7 +90,7 @@ seconds = round(time.time() - start)
 
 
 # %%
-# The mean PSNR of the images held out, at the largest level, after either training.
+# The mean PSNR of the images held out, at the largest level, by what the file holds.
 def mean_psnr(prior):
     denoiser, found = FlowDenoiser(prior.requires_grad_(False)), []
     for k, x in enumerate(held_out):
@@ -101,5 +100,5 @@ def mean_psnr(prior):
     return round(sum(found) / len(found), 3)
 
 
-result = {"psnr": mean_psnr(prior)} if noisy else {}
+result = {"psnr": mean_psnr(PatchNR.from_checkpoint(args.out).to(args.device))} if noisy else {}
 print(json.dumps({**result, "sigma": args.sigma, "seconds": seconds, "device": args.device}))

@@ -40,7 +40,7 @@ class Asked:
 
     :param bool weights: gradients in the weights, of images with one factor in the loss.
     :param bool unequal: the same, of images with different factors.
-    :param bool second: derivatives of the gradient in the image, for which a graph is kept if the patches are few.
+    :param bool second: derivatives of the gradient, for which the next gradient of few patches keeps its graph.
     """
 
     weights: bool = False

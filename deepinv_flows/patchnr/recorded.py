@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # the global scale of a GIN block does not have an effect
 _UNUSED: Any = {"allow_unused": True, "materialize_grads": True}
+KEPT = 2**14  # patches whose graph, of 0.2 MB each in the default flow, may be kept until the backward pass
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
@@ -61,7 +62,7 @@ def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[
     for s = 1, if it is known already.
     """
     expected = x.requires_grad or (potential.trainable and potential.asked.second)
-    few = handed is None and expected and len(potential.index) <= potential.recorded_chunk(x)
+    few = handed is None and expected and len(potential.index) <= min(potential.recorded_chunk(x), KEPT)
     if _batched(scale) or (few and torch.is_grad_enabled()):
         return _direct_gradients(potential, x, scale, wanted)
     return _Gradients.apply(x, scale, potential, tuple(wanted), handed, *potential.params.values())
@@ -175,9 +176,11 @@ def _direct_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wante
     """The gradients by autograd alone: for a single chunk, and for batched factors, whose values cannot be checked."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
-        known, potential.asked.second = recording and (x.requires_grad or potential.trainable), False
-        guarded = (x, potential.asked, *potential.params.values())
-        leaf = _Unmodified.apply(*guarded) if known else x.detach().requires_grad_()
+        known = recording and (x.requires_grad or potential.trainable)
+        leaf = x.detach().requires_grad_()
+        if known:
+            potential.asked.second = False  # until a backward pass comes
+            leaf = _Unmodified.apply(x, potential.asked, *potential.params.values())
         aliases = {name: p.view_as(p) if recording else p.detach() for name, p in potential.params.items()}
         for name in wanted:
             aliases[name].requires_grad_()
@@ -190,7 +193,7 @@ def _direct_gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wante
 
 class _Unmodified(torch.autograd.Function):
     """
-    The image itself.
+    The image itself; its backward pass notes that second derivatives were asked for.
 
     Steps hold copies of the weights. The weights are saved here, so that autograd refuses a backward pass after they were changed
     in place.

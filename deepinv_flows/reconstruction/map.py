@@ -43,7 +43,10 @@ class MAP(Reconstructor):
 
     **Choosing** ``lambda_reg``. Best is :meth:`tune`, on a few clean images like those to come, kept from training.
     ``"rule"`` takes what the docstring of the prior says, from the noise and the sizes. ``"discrepancy"`` takes the
-    :math:`\lambda` at which Ax is as far from y as the noise is (Morozov), for Gaussian or Poisson noise of known level.
+    :math:`\lambda` at which :math:`\|Ax - y\|^2 = \sigma^2 (m - d)` for m measurements with Gaussian or Poisson noise of known
+    level; the d degrees of freedom of x follow the noise, and a second reconstruction, of measurements with a little more
+    noise, tells how many they are. (Morozov's d is 0, which smooths more.) To be safe :math:`\sigma^2` is enlarged by a
+    standard deviation of its estimate, :math:`\sqrt{2/m}`.
     ``"sure"`` takes the one of least estimated error of Ax (Stein), for Gaussian noise and an A that determines the image: for
     others, such as a strong blur, the error of Ax does not tell that of x, and it is refused. Both search anew for every image.
 
@@ -63,7 +66,8 @@ class MAP(Reconstructor):
 
     Sources: of the prior, see there; Nocedal, "Updating quasi-Newton matrices with limited storage", 1980; Bekas, Kokiopoulou &
     Saad, "An estimator for the diagonal of a matrix", 2007; Li & Lin 2015
-    (``"nmapg"``); Morozov 1966 (discrepancy); Stein 1981, Ramani, Blu & Unser 2008 (Monte-Carlo SURE).
+    (``"nmapg"``); Morozov 1966 (discrepancy); Hall & Titterington, "Common structure of techniques for choosing smoothing
+    parameters in regression problems", 1987 (m - d); Stein 1981, Ramani, Blu & Unser 2008 (Monte-Carlo SURE, and d).
 
     >>> import torch, deepinv as dinv
     >>> from deepinv_flows import MAP, PatchNR
@@ -150,8 +154,8 @@ class MAP(Reconstructor):
             )
             console.result = (
                 f"{name} from {' and '.join(sorted(set(start)))}, lambda_reg {float(weight.mean()):.4g} "
-                f"({self._told(reason, x)}), objective {float(progress.first.mean()):.5g} to {float(progress.value.mean()):.5g}, "
-                f"{progress.iterations} iterations{progress.left}"
+                f"({tuning.told(self, reason, x)}), objective {float(progress.first.mean()):.5g} to "
+                f"{float(progress.value.mean()):.5g}, {progress.iterations} iterations{progress.left}"
             )
         self.chosen = {
             "lambda_reg": weight if len(weight) > 1 else float(weight),
@@ -279,11 +283,6 @@ class MAP(Reconstructor):
         model = cls(**arguments)
         model.tuned = tuned
         return model
-
-    def _told(self, reason: str, x: Tensor) -> str:
-        """How the weight was found, in words."""
-        grown = dimension(self.prior, x) / self.tuned["dimension"] if reason == "tuned" else 1.0
-        return reason if grown == 1 else f"{reason} on {1 / grown:.3g} times as many patches"
 
     def weight_for(self, x: Tensor) -> Tensor:
         """The number that ``lambda_reg`` is for images like x, (B,); tuned on images of another size, it grows with them."""

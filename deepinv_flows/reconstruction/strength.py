@@ -2,6 +2,11 @@ r"""
 The weight of the prior, where no clean images tell it: by a rule, by the discrepancy principle, by an unbiased estimate of the
 risk.
 
+Morozov's principle asks for residuals as large as the noise. Those of a good reconstruction are smaller, as part of the noise
+is fitted. With a Gaussian prior of covariance C, :math:`y - A x = \sigma^2 \Sigma^{-1} y` for the covariance
+:math:`\Sigma = A C A^\top + \sigma^2 I` of y, so that the mean of :math:`\|y - A x\|^2` is
+:math:`\sigma^4 \operatorname{tr} \Sigma^{-1} = \sigma^2 (m - d)` with d the trace of what maps y to Ax.
+
 Noise is known from ``physics.noise_model``: Gaussian, Poisson, or both, so that a measurement of mean u has variance
 :math:`v(u) = \sigma^2 + \gamma u`.
 """
@@ -93,21 +98,51 @@ def by_rule(prior: Prior, data_fidelity: DataFidelity, y, physics, x: Tensor) ->
 
 def balance(prior_grad: Callable, data: DataTerm, x: Tensor) -> Tensor:
     """A weight (B,) at which the terms pull alike at x: where a search may begin if there is no rule."""
-    pull, other = data.value_and_grad(x)[1].flatten(1).norm(dim=1), prior_grad(x).flatten(1).norm(dim=1)
-    ratio = 0.1 * pull / other
-    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+    pull, other = (grad.flatten(1).norm(dim=1) for grad in (data.value_and_grad(x)[1], prior_grad(x)))
+    ratio, far = 0.1 * pull / other, data.value_and_grad(torch.zeros_like(x))[1].flatten(1).norm(dim=1)
+    pulls = torch.isfinite(ratio) & (ratio > 0) & ~(pull < 1e-6 * far)  # x may fit y but for rounding
+    return torch.where(pulls, ratio, torch.ones_like(ratio))
 
 
-def discrepancy(physics, y, x: Tensor) -> Tensor:
-    r""":math:`\log \frac1m \sum_i |(Ax - y)_i|^2 / v_i` (B,), which is 0 where Ax is as far from y as the noise is."""
+def discrepancy(physics, y, x: Tensor, shift: Tensor | None = None, moved: Tensor | None = None) -> Tensor:
+    r"""
+    :math:`\log \frac{1}{m - d} \sum_i |(Ax - y)_i|^2 / v_i` (B,), which is 0 where Ax is as far from y as the noise is but for
+    the d degrees of freedom of the reconstruction, which follow the noise. From how far a reconstruction ``moved`` with
+    measurements that were shifted by :func:`small_shift`,
+
+    .. math::
+
+        d = m\, \frac{\langle \delta, A (x' - x) \rangle_{1/v}}{\langle \delta, \delta \rangle_{1/v}}.
+
+    Without them d is 0, as Morozov has it.
+
+    Sources: Hall & Titterington, J. Roy. Statist. Soc. B 49 (1987); Ramani, Blu & Unser 2008 (d by a shift).
+    """
     if not torch.is_tensor(y):
         raise ValueError('lambda_reg="discrepancy" is for one physics; got a stack of them')
+    clean, level, measured = _noisy(physics, y, x)
+    number = measured.flatten(1).sum(1).to(level)
+    square = ((clean - y).abs() ** 2 / level * measured).flatten(1).sum(1)
+    if shift is None or moved is None:
+        return (square / number).log()
+    along = ((shift.conj() * (physics.A(moved) - clean)).real / level).flatten(1).sum(1)
+    share = along / (shift.abs() ** 2 / level).flatten(1).sum(1)
+    return (square / number / (1 - share).clamp_min(1e-3)).log()
+
+
+def small_shift(physics, y: Tensor, x: Tensor, signs: Tensor) -> Tensor:
+    """As large as the noise where something was measured; counts stay counts."""
+    _, level, measured = _noisy(physics, y, x)
+    shift = signs * level.sqrt() * measured
+    return shift.maximum(-y.clamp_min(0)) if isinstance(physics.noise_model, PoissonNoise) else shift
+
+
+def _noisy(physics, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Measurements of x, their variances, bounded from below, and where there is one."""
     clean = physics.A(x)
     level = variance(physics, clean)
     level = torch.maximum(level, 1e-3 * per_sample(level.flatten(1).mean(1), level))
-    measured = (y != 0) | (clean != 0)  # a mask leaves zeros, which are not measurements
-    square = ((clean - y).abs() ** 2 / level * measured).flatten(1).sum(1)
-    return (square / measured.flatten(1).sum(1)).log()
+    return clean, level, (y != 0) | (clean != 0)  # a mask leaves zeros, which are not measurements
 
 
 def check_sure(data_fidelity: DataFidelity, y, physics, x: Tensor, generator: torch.Generator) -> None:
@@ -134,7 +169,7 @@ def check_sure(data_fidelity: DataFidelity, y, physics, x: Tensor, generator: to
 
 def _seen(physics, y: Tensor, x: Tensor, generator: torch.Generator) -> float:
     """Share of the directions of an image that A scales by more than about a thirtieth of its norm; the least in the batch."""
-    probe = _signs(x, generator)
+    probe = signs(x, generator)
     v, length = probe, float(probe[0].norm())
     for _ in range(10):
         v = physics.A_adjoint_A(v / length)
@@ -144,9 +179,11 @@ def _seen(physics, y: Tensor, x: Tensor, generator: torch.Generator) -> float:
     return float((1 - (probe * hidden).flatten(1).mean(1)).min())
 
 
-def _signs(x: Tensor, generator: torch.Generator) -> Tensor:
-    draw = torch.randint(2, x.shape, generator=generator, device=generator.device)
-    return (2 * draw - 1).to(x)
+def signs(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers of size 1 like x."""
+    draw = torch.randint(2, (2 if x.is_complex() else 1, *x.shape), generator=generator, device=generator.device)
+    real = (2 * draw - 1).to(x)
+    return (real[0] + 1j * real[1]) / 2**0.5 if x.is_complex() else real[0]
 
 
 def sure(data_fidelity: DataFidelity, grad, weight: Tensor, y: Tensor, physics, x: Tensor, probe: Tensor) -> Tensor:

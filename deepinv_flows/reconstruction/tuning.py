@@ -19,7 +19,7 @@ from .objective import DataTerm, Objective, frozen
 from .progress import Progress
 from .search import highest, root
 from .starts import candidates
-from .strength import balance, by_rule, check_sure, dimension, discrepancy, sure
+from .strength import balance, by_rule, check_sure, dimension, discrepancy, signs, small_shift, sure
 
 if TYPE_CHECKING:
     from .map import MAP
@@ -38,18 +38,34 @@ def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[
         return by_rule(model.prior, model.data_fidelity, y, physics, x), "rule"
     reconstruct = _warm(model, y, physics, found, update)
     start = first_guess(model, y, physics, x)
+    generator = torch.Generator().manual_seed(0)
     if model.lambda_reg == "discrepancy":
         discrepancy(physics, y, x)  # is the noise known?
-        return root(lambda value: discrepancy(physics, y, reconstruct(value)), start), "discrepancy"
-    generator = torch.Generator().manual_seed(0)
+        probe = signs(y, generator)
+
+        def excess(value: Tensor) -> Tensor:
+            x = reconstruct(value)
+            shift = small_shift(physics, y, x, probe)
+            moved = model.solve(y + shift, physics, value, {"that of the measurements": x}, update=update)[0]
+            return discrepancy(physics, y, x, shift, moved)
+
+        # a strong blur has nearly no excess at any small weight: that of one standard deviation of the noise's own is the answer
+        deviation = (2 / y[0].numel()) ** 0.5
+        return root(lambda value: excess(value) - deviation, start, min(0.02, deviation / 2)), "discrepancy"
     check_sure(model.data_fidelity, y, physics, x, generator)
-    probe = torch.randint(2, y.shape, generator=generator).to(y) * 2 - 1
+    probe = signs(y, generator)
     grad = frozen(model.prior).grad
 
     def quality(value: Tensor) -> Tensor:
         return -sure(model.data_fidelity, grad, value, y, physics, reconstruct(value), probe)
 
     return highest(quality, start)[0], "sure"
+
+
+def told(model: "MAP", reason: str, x: Tensor) -> str:
+    """How the weight was found, in words."""
+    grown = dimension(model.prior, x) / model.tuned["dimension"] if reason == "tuned" else 1.0
+    return reason if grown == 1 else f"{reason} on {1 / grown:.3g} times as many patches"
 
 
 def first_guess(model: "MAP", y, physics, x: Tensor) -> Tensor:

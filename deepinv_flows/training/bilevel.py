@@ -17,7 +17,7 @@ import torch
 from deepinv.optim import DataFidelity
 from deepinv.physics import Physics
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from ..checks import check_input, check_positive, positive_int
 from ..flows import like_weights
@@ -27,7 +27,8 @@ from .boundary import check_options, check_trainable
 from .inner import Inner, SquaredError
 from .measuring import Measured, crops, mirrored, whole
 from .runs import fit
-from .samples import image_list, same, stacked
+from .samples import RandomBatches, image_list, same, stacked
+from .streams import source
 
 OWN = {"mixed_precision", "online_measurements", "physics_generator"}
 
@@ -128,7 +129,7 @@ def fit_bilevel(
     positive_int(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size, linear_iter=linear_iter)
     check_positive(lr=lr, lr_lambda=lr_lambda)
     check_options(trainer_options, OWN)
-    generator = torch.Generator() if generator is None else generator
+    generator = source(generator)
     images, held_out = _checked(prior, images, eval_images, crop, early_stop)
     start = 1.0 if lambda_reg == "rule" else _positive(lambda_reg)
     model = MAP(
@@ -141,8 +142,8 @@ def fit_bilevel(
     if lambda_reg == "rule":
         start = float(by_rule(prior, model.data_fidelity, y, physics, images[0][None].to(device)))
     inner = Inner(model, start, images[0].shape[1:], linear_iter, jacobian_free)
-    sampler = RandomSampler(samples, True, steps_per_epoch * batch_size, generator)
-    loader = DataLoader(samples, batch_size, sampler=sampler, collate_fn=same, generator=generator)
+    batches = RandomBatches(len(samples), batch_size, steps_per_epoch, generator)
+    loader = DataLoader(samples, batch_sampler=batches, collate_fn=same, generator=generator)
     trainer = fit(
         inner.to(device), SquaredError(_spread(images)), lr, save_path, resume, keep_best=eval_images is not None,
         rates={"log_lambda": lr_lambda}, train_dataloader=loader, eval_dataloader=_evaluated(held_out, physics, device),

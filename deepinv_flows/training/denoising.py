@@ -51,6 +51,7 @@ class PatchScoreModel(KnowsItsConfig, Reconstructor):
     def __init__(self, prior: PatchNR):
         super().__init__()
         self.prior = prior
+        prior._asked.second = True  # from the first step on, so that a training that is resumed takes the same road
         self.config = {"sigma_range": prior.sigma_range}
 
     def forward(self, y: Tensor, physics: Any, **kwargs) -> Tensor:

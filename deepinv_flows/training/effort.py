@@ -6,6 +6,9 @@ and the number of threads, from a few steps that are timed first. On a machine t
 times slower than one: OpenMP's threads wait for one another by spinning, and spin on after the system has given the core of
 the one they wait for to another program. (Here a step took 0.79 s by two threads, 0.09 s with ``GOMP_SPINCOUNT=0``, 0.06 s by
 one.) How threads wait cannot be changed once OpenMP is loaded, but how many there are can.
+
+The number of steps is not changed during a training: one that begins while the machine is busy has fewer, and ends sooner than
+said if the machine becomes free.
 """
 
 import contextlib
@@ -155,11 +158,15 @@ def _step(module: nn.Module, samples: Any, batch_size: int, device, loss: Step) 
     return step
 
 
-def _seconds(step: Callable[[], None], device, repeats: int = 7, limit: float = 4.0) -> float:
-    """Median time of a step after the first; of fewer where that takes long."""
+def _seconds(step: Callable[[], None], device, repeats: int = 7, least: float = 1.0, limit: float = 4.0) -> float:
+    """
+    Median time of a step after the first, over at least a second, as another program may keep the machine busy for a part of one.
+
+    Of fewer steps where they take long.
+    """
     step()
     times: list[float] = []
-    while len(times) < repeats and (sum(times) < limit or not times):
+    while (len(times) < repeats or sum(times) < least) and (sum(times) < limit or not times):
         began = time.perf_counter()
         step()
         if torch.device(device).type == "cuda":

@@ -23,6 +23,7 @@ from .runs import fit
 from .samples import ImageSamples, RandomBatches, image_list, noisy, same, stacked
 from .score_matching import ScoreMatching, ScoreModel
 from .start import initialised, start
+from .streams import source
 from .tasks import likelihood, noisy_likelihood, score_matching
 
 
@@ -101,7 +102,8 @@ def fit_patchnr(
     :param str device: device of the training.
     :param torch.Generator generator: source of initial weights, batches and noise; ``None`` is a generator with a fixed seed.
     :param bool verbose: print what is trained and how long it will take; show one progress bar in a terminal, elsewhere a line an
-        epoch, with the loss and the best evaluation loss; and print a line at the end. Short trainings say nothing.
+        epoch, with the loss and, if there are ``eval_images``, the best evaluation loss; and print a line at the end. Short
+        trainings say nothing.
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis`` or ``metrics``.
     :return: the trained prior.
     :raises ValueError: for images that are not finite floating-point tensors or are smaller than a patch, for sizes of a new
@@ -119,7 +121,7 @@ def fit_patchnr(
     levels = level_range(sigma)
     check_level(float(levels is not None), compile)
     check_objective(objective, levels)
-    generator = torch.Generator() if generator is None else generator
+    generator = source(generator)
     sizes = dict(num_layers=num_layers, sub_net_size=sub_net_size)
     steps = dict(epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
     resumed = dict(save_path=save_path, resume=resume)
@@ -210,8 +212,8 @@ def fit_flow(
     :param bool compile: compile the flow by :func:`torch.compile`, which is not possible with ``sigma``.
     :param str device: device of the training.
     :param torch.Generator generator: source of batches and noise; ``None`` is a generator with a fixed seed.
-    :param bool verbose: show one progress bar in a terminal, elsewhere a line an epoch, with the loss and the best evaluation
-        loss; and print a line at the end. Short trainings say nothing.
+    :param bool verbose: show one progress bar in a terminal, elsewhere a line an epoch, with the loss and, if there are
+        ``eval_images``, the best evaluation loss; and print a line at the end. Short trainings say nothing.
     :param trainer_options: further options of :class:`deepinv.Trainer`, such as ``wandb_vis``.
     :return: ``flow``, trained.
     :raises ValueError: for images that are not finite, floating-point and of one size, or not of the size of the flow; for a
@@ -226,7 +228,7 @@ def fit_flow(
     positive_int(epochs=epochs, batch_size=batch_size)
     check_options(trainer_options)
     check_level(sigma, compile)
-    generator = torch.Generator() if generator is None else generator
+    generator = source(generator)
     images = stacked(images)
     held_out = images if eval_images is None else stacked(eval_images)
     eval_number = None if eval_images is None else len(held_out)

@@ -45,6 +45,9 @@ class Inner(Reconstructor):
     ):
         super().__init__()
         self.map = model
+        self.prior._asked.second = (
+            True  # from the first step on, so that a training that is resumed takes the same road
+        )
         like = next(self.prior.parameters())
         self.log_lambda = nn.Parameter(like.new_tensor(math.log(weight)))
         self.patches = dimension(self.prior, like.new_empty(1, 1, *size))

@@ -13,7 +13,7 @@ from ..reconstruction import kept
 from .samples import ImageSamples, PatchSamples
 from .streams import Stream
 
-Draw = Callable[[list[int]], Tensor]
+Draw = Callable[[list[int] | Tensor], Tensor]
 
 
 class Measured(Dataset):
@@ -46,8 +46,8 @@ class Measured(Dataset):
         return self.__getitems__([i])
 
     @torch.no_grad()
-    def __getitems__(self, numbers: list[int]) -> dict[str, Any]:
-        x, seed = self.draw(numbers).to(self.device), numbers[0]
+    def __getitems__(self, numbers: list[int] | Tensor) -> dict[str, Any]:
+        x, seed = self.draw(numbers).to(self.device), int(numbers[0])
         if self.generator is not None:
             seed = int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device))
         with noise_of(self.physics, self.device, seed):

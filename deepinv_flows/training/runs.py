@@ -129,7 +129,7 @@ class _Trainer(Watched, Resumes, Trainer):
     deepinv's Trainer, whose interrupted writes leave the last good checkpoint intact.
 
     :param int keep_interval: the checkpoint of every epoch divisible by this number is kept, and the newest one.
-    :param bool keep_best: whether the weights of the best epoch are those at the end, so that its loss tells how good they are.
+    :param bool keep_best: whether training ends with the weights of its best epoch; only then is a best loss shown.
     """
 
     keep_interval: int = 1

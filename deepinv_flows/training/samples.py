@@ -20,7 +20,7 @@ class PatchSamples(Dataset):
     :param bool augment: flip and rotate the patches: each eighth of a batch by another of the eight symmetries of the square, and
         the patches of a batch of fewer than eight by symmetries drawn at random.
     :param torch.Generator generator: source of the random symmetries; ``None`` is a generator of its own, with a fixed seed.
-    :param str device: where the copy is held and patches are gathered.
+    :param str device: where the copy is held, all of it, and patches are gathered.
 
     >>> import torch
     >>> from deepinv_flows.training import PatchSamples
@@ -113,7 +113,7 @@ class ImageSamples(Dataset):
         params = {key: value[0] for key, value in batch.pop("params", {}).items()}
         return {key: value[0] for key, value in batch.items()} | ({"params": params} if params else {})
 
-    def __getitems__(self, numbers: list[int]) -> dict[str, Any]:
+    def __getitems__(self, numbers: list[int] | Tensor) -> dict[str, Any]:
         x, c = self.images[numbers], [condition[numbers] for condition in self.c]
         params: dict[str, Any] = {"params": {f"c{k}": condition for k, condition in enumerate(c)}} if c else {}
         if self.y is not None:

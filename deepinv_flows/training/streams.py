@@ -16,6 +16,11 @@ def derived(generator: torch.Generator, device: torch.device) -> torch.Generator
     return torch.Generator(device).manual_seed(int(seed))
 
 
+def source(generator: torch.Generator | None) -> torch.Generator:
+    """The generator of a training, on the CPU, as data loaders take no other; with a fixed seed if it is ``None``."""
+    return torch.Generator() if generator is None else derived(generator, torch.device("cpu"))
+
+
 class Stream:
     """
     A context with random numbers of its own in torch, numpy and python: it neither depends on the random states outside nor

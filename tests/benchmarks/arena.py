@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepinv_flows import PatchNR
+from deepinv_flows.weights import shipped
 
 ON_GPU = 2**18  # patches at a time, for which there are about 5 GB: fewer and longer operations
 
@@ -46,9 +47,15 @@ class Rows:
 
 
 def fingerprint(weights: str | Path) -> str:
-    """What tells two files of weights apart; the name of shipped ones."""
-    path = Path(weights)
-    return f"{path.name} {zlib.crc32(path.read_bytes()):08x}" if path.is_file() else str(weights)
+    """What tells two files of weights apart, shipped or not."""
+    path = shipped().get(str(weights), Path(weights))
+    return f"{path.name} {zlib.crc32(path.read_bytes()):08x}"
+
+
+def mean_and_error(values: Tensor | list[float]) -> tuple[float, float]:
+    """The mean and its standard error, which is 0 for a single value."""
+    found = torch.as_tensor(values, dtype=torch.float64)
+    return float(found.mean()), float(found.std()) / len(found) ** 0.5 if len(found) > 1 else 0.0
 
 
 def load_prior(weights: str | Path, device: str) -> PatchNR:

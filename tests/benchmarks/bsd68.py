@@ -38,7 +38,16 @@ from pathlib import Path
 import deepinv as dinv
 import numpy as np
 import torch
-from arena import Rows, device_name, expectation_maximisation, fingerprint, load_prior, on_device, some_patches
+from arena import (
+    Rows,
+    device_name,
+    expectation_maximisation,
+    fingerprint,
+    load_prior,
+    mean_and_error,
+    on_device,
+    some_patches,
+)
 from common import check_disjoint, versions
 from faces_recovery import best_strength
 from torch import Tensor
@@ -114,7 +123,7 @@ def by_denoiser(y: Tensor, sigma: float, strength: float, denoiser: FlowDenoiser
 def fitted_mixture(images: list[Tensor], args):
     """A mixture of Gaussians of mean zero, by expectation maximisation, with a flat density of the patch's mean."""
     mixture = dinv.optim.utils.GaussianMixtureModel(COMPONENTS, PATCH**2)
-    path = None if args.cache is None else args.cache / f"bsd68_mixture_{args.fitted}.pt"
+    path = None if args.cache is None else args.cache / f"bsd68_mixture_{COMPONENTS}_{PATCH}_{args.fitted}.pt"
     if path is not None and path.is_file():
         weights, covs = torch.load(path, weights_only=True)
     else:
@@ -166,14 +175,17 @@ def row(
     psnrs, ssims = ([float(metric(a, x)) for a, x in zip(images, test.values())] for metric in (PSNR, SSIM))
     seconds = sum(seconds for _, seconds in found) / len(found)
     ends = {"strength": strength, **({"at_end_of_grid": True} if at_end else {})} if len(grid) > 1 else {}
-    on = {} if device == "cpu" else {"device": device_name(device), **({"tf32": True} if args.tf32 else {})}
-    return {**_mean("psnr", psnrs), **_mean("ssim", ssims), "seconds": round(seconds, 2), **ends, **on}
+    return {**_mean("psnr", psnrs), **_mean("ssim", ssims), "seconds": round(seconds, 2), **ends, **where(args)}
+
+
+def where(args) -> dict:
+    return {} if args.device == "cpu" else {"device": device_name(args.device), "tf32": args.tf32}
 
 
 def _mean(name: str, values: list[float]) -> dict[str, float]:
     """The mean and its standard error."""
-    found = torch.tensor(values, dtype=torch.float64)
-    return {name: round(float(found.mean()), 3), f"{name} error": round(float(found.std() / len(found) ** 0.5), 3)}
+    mean, error = mean_and_error(values)
+    return {name: round(mean, 3), f"{name} error": round(error, 3)}
 
 
 def methods(args, train: list[Tensor]) -> dict[str, list[Method]]:
@@ -248,7 +260,7 @@ def main():
             fitting = [method for method in several if method.takes(level / 255)]
             for method in fitting:
                 name = kind if len(fitting) == 1 else f"{kind} {method.of}"
-                key = dict(level=level, method=kind, of=method.of, images=len(test))
+                key = dict(level=level, method=kind, of=method.of, images=len(test), **where(args))
                 found = rows.find(key)
                 if found is None:
                     made[id(method)] = made.get(id(method)) or method.make()

@@ -31,7 +31,6 @@ import copy
 import functools
 import importlib.util
 import json
-import math
 import time
 from pathlib import Path
 
@@ -39,7 +38,7 @@ import deepinv as dinv
 import numpy as np
 import torch
 import torch.nn.functional as F
-from arena import Rows
+from arena import Rows, fingerprint, mean_and_error
 from common import check_disjoint, versions
 from recovery_methods import (
     Kept,
@@ -112,7 +111,7 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
             device=args.device, mixed_precision=args.mixed_precision,
         )  # fmt: skip
         FlowPrior(flow).save(runs / f"flow{args.side}.safetensors")
-    seconds = {"seconds_flow": round(time.perf_counter() - start)}
+    middle = time.perf_counter()
     if args.patch:
         prior = PatchNR.from_checkpoint(args.patch)
     else:
@@ -122,7 +121,9 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
             save_path=runs / f"patch{args.side}", resume=True, device=args.device,
         )  # fmt: skip
         prior.save(runs / f"patch{args.side}.safetensors")
-    seconds["seconds_patch"] = round(time.perf_counter() - start) - seconds["seconds_flow"]
+    spent = {"seconds_flow": middle - start, "seconds_patch": time.perf_counter() - middle}
+    given = {"seconds_flow": args.flow, "seconds_patch": args.patch}
+    seconds = {name: None if given[name] else round(value) for name, value in spent.items()}
     return flow.requires_grad_(False).to(args.device), prior.requires_grad_(False).to(args.device), seconds
 
 
@@ -160,13 +161,11 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None
 def train_patch_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]:
     """A PatchNR of noisy patches for each noise level, all by one recipe: their likelihood, and then score matching."""
     start, found = time.perf_counter(), {}
-    files = dict(pair.split("=") for pair in args.patch_denoisers)
+    files = {float(level): file for level, file in (pair.split("=") for pair in args.patch_denoisers)}
     for sigma in args.noise:
         name = args.save_path / f"patch_denoiser_{sigma}_{args.side}"
-        if f"{sigma}" in files:
-            found[sigma] = FlowDenoiser(
-                PatchNR.from_checkpoint(files[f"{sigma}"]).requires_grad_(False).to(args.device)
-            )
+        if sigma in files:
+            found[sigma] = FlowDenoiser(PatchNR.from_checkpoint(files[sigma]).requires_grad_(False).to(args.device))
             continue
 
         def fitted(objective, epochs, sigma=sigma, name=name, **options):
@@ -182,7 +181,7 @@ def train_patch_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]
         prior = fitted("score", args.patch_denoiser_score_epochs, prior=prior, steps_per_epoch=50, lr=3e-4)
         prior.save(f"{name}.safetensors")
         found[sigma] = FlowDenoiser(prior.requires_grad_(False).to(args.device))
-    return found, round(time.perf_counter() - start)
+    return found, None if files else round(time.perf_counter() - start)
 
 
 def best_strength(score, grid, widenings: int) -> tuple[float, dict[float, float], bool]:
@@ -205,34 +204,39 @@ def best_strength(score, grid, widenings: int) -> tuple[float, dict[float, float
     return chosen, tried, True
 
 
-def compare(title, problem, methods, tune, test, published, args, chosen_for=None) -> dict[str, dict]:
+def made_with(args) -> dict:
+    """What tells rows of other weights, images or iterations apart."""
+    names = "side", "images", "tuning_images", "iterations", "patch_iterations", "posterior_iterations", "widenings"
+    files = [args.flow, args.patch, *(pair.split("=")[1] for pair in (*args.denoisers, *args.patch_denoisers))]
+    weights = [fingerprint(file) for file in files if file]
+    return {**{name: getattr(args, name) for name in names}, "weights": weights}
+
+
+def compare(title, problem, methods, tune, test, published, args, kept, chosen_for=None) -> dict[str, dict]:
     """Choose the strength of each method on ``tune``, or take those chosen for another problem, and apply it to ``test``."""
-    rows, kept = {}, Rows(args.rows)
+    rows, of = {}, made_with(args)
     tuning, testing = (moved_to(args.device, problem)(x, seed=seed) for seed, x in enumerate((tune, test)))
     for name, (method, grid) in methods.items():
-        if known := kept.find({"problem": title, "method": name}):
+        if known := kept.find({"problem": title, "method": name, **of}):
             rows[name] = known
             print(
                 f"{title:<20}{name:<28}{known['psnr']:>7.2f} +-{known['error']:>5.2f}{published.get(name, ''):>10}, kept"
             )
             continue
         chosen, tried, at_end = grid[0], {}, False
-        before = kept.find({"problem": chosen_for, "method": name})
+        before = kept.find({"problem": chosen_for, "method": name, **of})
         if before and "strength" in before:
-            chosen, at_end, tried = before["strength"], before["at_end_of_grid"], {}
+            chosen, at_end = before["strength"], before["at_end_of_grid"]
         elif len(grid) > 1:
             chosen, tried, at_end = best_strength(
                 lambda strength, method=method: round(psnr(method(*tuning, strength), tune), 2), grid, args.widenings
             )
         start = time.perf_counter()
         found = psnrs(method(*testing, chosen), test)
-        seconds, error = (
-            time.perf_counter() - start,
-            float(found.std() / math.sqrt(len(found))) if len(found) > 1 else 0.0,
-        )
-        rows[name] = dict(psnr=round(float(found.mean()), 2), error=round(error, 2), seconds=round(seconds, 1))
+        seconds, (mean, error) = time.perf_counter() - start, mean_and_error(found)
+        rows[name] = dict(psnr=round(mean, 2), error=round(error, 2), seconds=round(seconds, 1))
         rows[name] |= dict(strength=chosen, at_end_of_grid=at_end) if len(grid) > 1 else {}
-        kept.add({"problem": title, "method": name}, rows[name])
+        kept.add({"problem": title, "method": name, **of}, rows[name])
         note = f"  val: {dict(sorted(tried.items()))}" + (", best AT THE END" if at_end else "") if tried else ""
         print(
             f"{title:<20}{name:<28}{rows[name]['psnr']:>7.2f} +-{error:>5.2f}{published.get(name, ''):>10}"
@@ -358,6 +362,7 @@ def main():
     prior.n_patches, prior.subset = max(256, args.side**2 // 4), "grid"
     result["bits_per_dim"] = bits_per_dim(flow, images)
 
+    kept = Rows(args.rows)
     tune, test, ood = images["val"][: args.tuning_images], images["test"][: args.images], images["ood"][: args.images]
     compared = methods(flow, prior, denoisers, of_patches, args)
     published = PUBLISHED if args.side == 64 else {"denoising": {}, "sensing": {}}
@@ -365,22 +370,22 @@ def main():
     if "denoising" in args.sections:
         result["denoising"] = {
             sigma: compare(f"noise {sigma}", functools.partial(noisy, sigma=sigma), compared[sigma], tune, test,
-                           published["denoising"].get(sigma, {}), args)
+                           published["denoising"].get(sigma, {}), args, kept)
             for sigma in args.noise
         }  # fmt: skip
     for section, on, beside in (("sensing", test, published["sensing"]), ("ood", ood, {})):
         if section in args.sections:
             result[section] = {
                 m: compare(f"{section}, m = {m}", functools.partial(sensed, m=m), compared["sensing"], tune, on,
-                           beside.get(m, {}), args, f"sensing, m = {m}")
+                           beside.get(m, {}), args, kept, f"sensing, m = {m}")
                 for m in args.measurements
             }  # fmt: skip
     if "inpainting" in args.sections:
         side = args.side // 3
         problem = functools.partial(holed, side=side)
-        result["inpainting"] = compare(f"square of {side}", problem, compared["inpainting"], tune, test, {}, args)
+        result["inpainting"] = compare(f"square of {side}", problem, compared["inpainting"], tune, test, {}, args, kept)
     if "posterior" in args.sections:
-        result["posterior"] = {m: posterior_row(flow, m, test, args) for m in args.measurements}
+        result["posterior"] = {m: posterior_row(flow, m, test, args, kept) for m in args.measurements}
     if "questions" in args.sections:
         result["questions"] = questions(flow, args, tune[:4], ood[:4])
     print(
@@ -390,14 +395,14 @@ def main():
     )
 
 
-def posterior_row(flow, m, test, args) -> dict:
-    kept, key = Rows(args.rows), {"problem": f"sensing, m = {m}", "method": "posterior mean"}
+def posterior_row(flow, m, test, args, kept) -> dict:
+    key = {"problem": f"sensing, m = {m}", "method": "posterior mean", **made_with(args)}
     if not (row := kept.find(key)):
         physics, y, sigma = moved_to(args.device, functools.partial(sensed, m=m))(test, 1)
         start = time.perf_counter()
         mean, spread = posterior(flow, args.posterior_iterations, physics, y, sigma, test)
-        found = psnrs(mean, test)
-        row = dict(psnr=round(float(found.mean()), 2), error=round(float(found.std() / math.sqrt(len(found))), 2))
+        value, error = mean_and_error(psnrs(mean, test))
+        row = dict(psnr=round(value, 2), error=round(error, 2))
         row = kept.add(key, row | spread | {"seconds": round(time.perf_counter() - start, 1)})
     print(f"sensing, m = {m}, posterior mean: {row}", flush=True)
     return row

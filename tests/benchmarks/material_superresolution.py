@@ -27,6 +27,7 @@ import copy
 import functools
 import json
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,8 @@ class Bench:
             images = {name: middle(x[0], args.crop)[None] for name, x in images.items()}
         self.images, self.physics = images, make_physics(images["test"].shape[-1], args.device)
         # drawn on the processor, so that each device sees the same noise
-        self.y = {name: make_physics(x.shape[-1])(x).to(args.device) for name, x in images.items()}
+        seeds = {"test": 0, "val": 1, "learn": 2}  # strengths are not chosen on the noise of the test
+        self.y = {name: make_physics(x.shape[-1], seed=seeds[name])(x).to(args.device) for name, x in images.items()}
 
     def trained(self, name: str, file: str | None, train: Callable[[], PatchNR | MAP], read: Callable):
         """The model of a file, or one that is trained and saved there; and what tells it from others."""
@@ -103,7 +105,7 @@ class Bench:
             model = train()
             seconds = round(time.perf_counter() - start)
             print(f"{name} trained in {seconds} s", flush=True)
-            of = f"trained by {id(model)}"
+            of = f"trained by {uuid.uuid4()}"
             if file is not None:
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
                 model.save(file)
@@ -209,12 +211,13 @@ class Bench:
         prior = copy.copy(prior)
         prior.n_patches, prior.subset = args.n_patches, args.subset
         way = functools.partial(by_adam, prior=prior, iterations=args.iterations, step=args.step)
-        return {"": way}, args.lambda_reg, f"{of}, {args.n_patches} patches, {args.iterations} steps", training
+        how = f"{args.n_patches} patches ({args.subset}), {args.iterations} steps of {args.step}"
+        return {"": way}, args.lambda_reg, f"{of}, {how}", training
 
     def row(self, name: str) -> dict:
         """The row of a method: its strength and way are chosen on val.png, and applied to test.png."""
         several, grid, of, training = self.method(name)
-        key = {"method": name, "of": of, "crop": self.args.crop}
+        key = {"method": name, "of": of, "crop": self.args.crop, "grid": grid, **self.where()}
         if (found := self.rows.find(key)) is not None:
             return found
 
@@ -236,8 +239,11 @@ class Bench:
         row |= {"seconds": round(time.perf_counter() - start, 1), "val psnr_crop40": value}
         row |= {"seconds_training": (self.rows.find(training) or {}).get("seconds")} if training else {}
         row |= ({"strength": chosen} if len(grid) > 1 else {}) | ({"schedule": said} if said else {})
-        row |= ({"at_end_of_grid": True} if at_end else {}) | {"device": device_name(self.args.device)}
+        row |= ({"at_end_of_grid": True} if at_end else {}) | self.where()
         return self.rows.add(key, row)
+
+    def where(self) -> dict:
+        return {"device": device_name(self.args.device), "tf32": self.args.tf32, "precision": self.args.precision}
 
 
 def parse() -> argparse.Namespace:

@@ -6,7 +6,7 @@ Train a PatchNR of clean patches further, for the reconstructions that it gives:
 Trains on ``DIR/bsd/train400`` without the ten images held out, by ``fit_bilevel`` on crops, from the weights of ``--prior`` (of
 ``PatchNR.save``, trained by its likelihood) and the lambda that ``MAP.tune`` finds on images held out. How many steps fit into
 ``--minutes`` is measured first; the cosine of the learning rate ends there. Writes a ``MAP.save``; prints the PSNR of ``MAP`` on
-the images held out before and after, and one JSON object last.
+the images held out, and one JSON object last.
 """
 
 import argparse
@@ -28,8 +28,9 @@ EPOCHS = 10
 
 def middle(x: Tensor, side: int) -> Tensor:
     """The central piece (C, s, s) of an image, of ``side`` pixels or as many as there are, in steps of 4."""
-    top, left = ((n - min(side, n // 4 * 4)) // 2 // 4 * 4 for n in x.shape[1:])
-    return x[:, top : top + side, left : left + side]
+    height, width = (min(side, n // 4 * 4) for n in x.shape[1:])
+    top, left = ((n - size) // 2 // 4 * 4 for n, size in zip(x.shape[1:], (height, width)))
+    return x[:, top : top + height, left : left + width]
 
 
 def train_bilevel(
@@ -58,7 +59,7 @@ def train_bilevel(
     on_device(prior.requires_grad_(True), device)
     tuned = MAP(prior, fidelity, verbose=False).tune(torch.stack(held_out).to(device), physics)
     first = float(tuned.weight_for(images[0][None].to(device)))
-    print(f"lambda_reg {first:.4g}, PSNR on images held out {tuned.tuned['score']:.2f}", flush=True)
+    print(f"lambda_reg {first:.4g}, PSNR of the pieces held out {tuned.tuned['score']:.2f}", flush=True)
 
     def fitted(prior, epochs, steps, **shown):
         return fit_bilevel(

@@ -11,7 +11,7 @@ from cases import make
 from deepinv_flows import MAP, CheckpointError, FlowPrior, PatchNR, console, glow_flow, image_flow
 from deepinv_flows.reconstruction import tuning
 from deepinv_flows.reconstruction.search import highest, root
-from deepinv_flows.reconstruction.strength import by_rule, sure
+from deepinv_flows.reconstruction.strength import by_rule, discrepancy, signs, small_shift, sure
 
 L2, Tikhonov = dinv.optim.L2, dinv.optim.Tikhonov
 SIGMA = 0.2
@@ -95,34 +95,73 @@ def test_the_rule_knows_no_other():
 # --- by the measurements ---
 
 
-def test_discrepancy_is_the_analytic_root():
-    """Of denoising with a Tikhonov prior, where the residual is lambda / (1 + lambda) times y."""
+def larger(m):
+    """What a standard deviation of the estimate of a variance adds to it."""
+    return math.exp((2 / m) ** 0.5)
+
+
+def test_discrepancy_finds_the_weight_of_the_prior():
+    """Of a Gaussian prior of standard deviation s it is (sigma / s)^2, for a sigma on the safe side: some noise is fitted."""
     physics = denoising()
     y = physics(gaussians())
     model = MAP(Tikhonov(), lambda_reg="discrepancy", tol=0, max_iter=30, verbose=False)
     x = model(y, physics)
-    share = SIGMA * 12 / y.flatten(1).norm(dim=1)
-    torch.testing.assert_close(model.chosen["lambda_reg"], share / (1 - share), rtol=0.02, atol=0)
-    residual = (x - y).square().flatten(1).mean(1)
-    torch.testing.assert_close(residual, torch.full_like(residual, SIGMA**2), rtol=0.03, atol=0)
+    square, level = y.square().flatten(1).mean(1), SIGMA**2 * larger(144)
+    torch.testing.assert_close(model.chosen["lambda_reg"], level / (square - level), rtol=0.03, atol=0)
     again = MAP(Tikhonov(), lambda_reg=model.chosen["lambda_reg"], tol=0, max_iter=30, verbose=False)
     torch.testing.assert_close(again(y, physics), x)
 
 
+def test_residuals_are_less_than_the_noise_by_the_degrees_of_freedom():
+    """Through a blur that hides most directions: those of a shift are a trace, and by the prior's own weight nothing is left."""
+    kernel = dinv.physics.functional.gaussian_blur(sigma=(1.5, 1.5)).double()
+    noise = dinv.physics.GaussianNoise(0.1, rng=generator(1))
+    physics = dinv.physics.Blur(filter=kernel, padding="circular", noise_model=noise)
+    y, weight = physics(gaussians(40, 16)), torch.full((40,), 0.1**2, dtype=torch.float64)
+    model = MAP(Tikhonov(), tol=0, max_iter=60, verbose=False)
+    x = model.solve(y, physics, weight, {"0": torch.zeros_like(y)})[0]
+    shift = small_shift(physics, y, x, signs(y, generator()))
+    moved = model.solve(y + shift, physics, weight, {"x": x})[0]
+    morozov, excess = discrepancy(physics, y, x), discrepancy(physics, y, x, shift, moved)
+    impulse = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
+    impulse[..., 0, 0] = 1
+    eigen = torch.fft.fft2(physics.A(impulse)).abs().square()  # of A^T A
+    share = (eigen / (eigen + 0.1**2)).mean()
+    assert share < 0.3
+    assert abs((1 - (morozov - excess).exp()).mean() - share) < 0.03 * share
+    assert abs(excess.exp().mean() - 1) < 0.05 and abs(morozov.exp().mean() - (1 - share)) < 0.05
+
+
 def test_discrepancy_of_masks_and_of_poisson_noise():
+    """Where x = y / (1 + lambda) there is a degree of freedom in 1 + lambda measurements."""
     mask = (torch.rand(1, 12, 12, generator=generator()) < 0.5).double()
     inpainting = dinv.physics.Inpainting(
         (1, 12, 12), mask=mask, noise_model=dinv.physics.GaussianNoise(SIGMA, rng=generator())
     )
     y = inpainting(gaussians())
-    x = MAP(Tikhonov(), lambda_reg="discrepancy", tol=0, max_iter=30, verbose=False)(y, inpainting)
-    residual = (inpainting.A(x) - y).square().flatten(1).sum(1) / mask.sum()
-    torch.testing.assert_close(residual, torch.full_like(residual, SIGMA**2), rtol=0.03, atol=0)
+    model = MAP(Tikhonov(), lambda_reg="discrepancy", tol=0, max_iter=30, verbose=False)
+    model(y, inpainting)
+    square, level = y.square().flatten(1).sum(1) / mask.sum(), SIGMA**2 * larger(144)
+    torch.testing.assert_close(model.chosen["lambda_reg"], level / (square - level), rtol=0.03, atol=0)
     poisson = dinv.physics.Denoising(dinv.physics.PoissonNoise(0.05, rng=generator()))
     y = poisson(1 + torch.rand(2, 1, 12, 12, dtype=torch.float64, generator=generator()))
-    x = MAP(Tikhonov(), lambda_reg="discrepancy", tol=0, max_iter=30, verbose=False)(y, poisson)
-    square = ((x - y) ** 2 / (0.05 * x)).flatten(1).mean(1)
-    torch.testing.assert_close(square, torch.ones_like(square), rtol=0.03, atol=0)
+    x = model(y, poisson)
+    square, weight = ((x - y) ** 2 / (0.05 * x)).flatten(1).mean(1), model.chosen["lambda_reg"]
+    torch.testing.assert_close(square, larger(144) * weight / (1 + weight), rtol=0.05, atol=0)
+
+
+def test_discrepancy_of_complex_measurements():
+    """All Fourier coefficients of a real image, whose d is that of real numbers: half as many as the coefficients have."""
+    physics = dinv.physics.LinearPhysics(
+        A=lambda x, **kwargs: torch.fft.fft2(x, norm="ortho"),
+        A_adjoint=lambda y, **kwargs: torch.fft.ifft2(y, norm="ortho").real,
+        noise_model=dinv.physics.GaussianNoise(SIGMA, rng=generator()),
+    )
+    y = physics(gaussians(2, 32).to(torch.complex128))
+    model = MAP(Tikhonov(), lambda_reg="discrepancy", tol=0, max_iter=30, verbose=False)
+    x, weight = model(y, physics), model.chosen["lambda_reg"]
+    square = (physics.A(x) - y).abs().square().flatten(1).mean(1) / SIGMA**2
+    torch.testing.assert_close(square, larger(1024) * (1 - 0.5 / (1 + weight)), rtol=0.05, atol=0)
 
 
 def test_sure_is_the_formula_and_the_true_error():

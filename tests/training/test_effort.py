@@ -75,6 +75,23 @@ def test_the_fastest_number_of_threads_is_taken(monkeypatch):
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("busy, expected", [(10, 0.01), (100, 0.05)])
+def test_a_busy_moment_does_not_count(monkeypatch, busy, expected):
+    """Half a second of steps that take five times as long does not, but a slow machine does, in whichever unit."""
+    clock, steps = [0.0], []
+
+    def step():
+        steps.append(clock[0])
+        clock[0] += 0.05 if len(steps) <= busy else 0.01
+
+    monkeypatch.setattr(effort.time, "perf_counter", lambda: clock[0])
+    assert math.isclose(effort._seconds(step, "cpu"), expected, rel_tol=1e-6)
+    assert clock[0] < 2
+    steps.clear()
+    monkeypatch.setattr(effort.time, "perf_counter", lambda: 10 * clock[0])
+    assert math.isclose(effort._seconds(step, "cpu"), 0.5, rel_tol=1e-6) and len(steps) < 12
+
+
 def test_timing_leaves_flow_and_random_state_alone():
     flow, seen = glow_flow(9, 1, 8), samples()
     state = torch.get_rng_state()
