@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepinv_flows.training.samples import PatchSamples, image_list, subset
+from deepinv_flows.training.samples import PatchSamples, RandomBatches, image_list, subset
+from deepinv_flows.training.streams import derived, source
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -39,6 +40,28 @@ def test_symmetries_of_small_batches_are_the_generators():
         data = PatchSamples([torch.arange(9.0).view(1, 3, 3)], 3, True, torch.Generator().manual_seed(3))
         draws.append(torch.stack([data[0]["x"] for _ in range(20)]))
     assert torch.equal(*draws)
+
+
+def test_numbers_in_a_tensor_are_numbers():
+    data, numbers = PatchSamples([torch.rand(1, 5, 7)], 3), torch.tensor([3, 0, 7, 3])
+    assert torch.equal(data.__getitems__(numbers)["x"], data.__getitems__(numbers.tolist())["x"])
+
+
+def test_batches_are_drawn_evenly_from_their_generator():
+    batches, again = (RandomBatches(5, 1000, 20, torch.Generator().manual_seed(1)) for _ in range(2))
+    drawn = torch.stack(list(batches))
+    assert len(batches) == 20 and drawn.shape == (20, 1000)
+    counts = drawn.flatten().bincount(minlength=5)
+    error = (0.2 * 0.8 * drawn.numel()) ** 0.5
+    assert len(counts) == 5 and ((counts - drawn.numel() / 5).abs() < 4 * error).all()
+    assert torch.equal(drawn, torch.stack(list(again)))
+    assert not torch.equal(drawn, torch.stack(list(batches)))  # the next epoch
+
+
+def test_a_generator_serves_where_it_is():
+    generator = torch.Generator().manual_seed(2)
+    assert derived(generator, torch.device("cpu")) is generator and source(generator) is generator
+    assert torch.equal(source(None).get_state(), source(None).get_state())
 
 
 def test_a_subset_is_even():
