@@ -101,7 +101,7 @@ def larger(m):
 
 
 def test_discrepancy_finds_the_weight_of_the_prior():
-    """Of a Gaussian prior of standard deviation s it is (sigma / s)^2, for a sigma on the safe side: part of the noise is fitted."""
+    """Of a Gaussian prior of standard deviation s it is (sigma / s)^2, for a sigma on the safe side."""
     physics = denoising()
     y = physics(gaussians())
     model = MAP(Tikhonov(), lambda_reg="discrepancy", tol=0, max_iter=30, verbose=False)
