@@ -130,6 +130,11 @@ def discrepancy(physics, y, x: Tensor, shift: Tensor | None = None, moved: Tenso
     return (square / number / (1 - share).clamp_min(1e-3)).log()
 
 
+def deviation(physics, y, x: Tensor) -> Tensor:
+    """Relative standard deviation of the noise's variance as m measurements tell it, the root of 2 / m, (B,)."""
+    return (2 / _noisy(physics, y, x)[2].flatten(1).sum(1).to(x)).sqrt()
+
+
 def small_shift(physics, y: Tensor, x: Tensor, signs: Tensor) -> Tensor:
     """As large as the noise where something was measured; counts stay counts."""
     _, level, measured = _noisy(physics, y, x)

@@ -19,7 +19,7 @@ from .objective import DataTerm, Objective, frozen
 from .progress import Progress
 from .search import highest, root
 from .starts import candidates
-from .strength import balance, by_rule, check_sure, dimension, discrepancy, signs, small_shift, sure
+from .strength import balance, by_rule, check_sure, deviation, dimension, discrepancy, signs, small_shift, sure
 
 if TYPE_CHECKING:
     from .map import MAP
@@ -50,8 +50,8 @@ def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[
             return discrepancy(physics, y, x, shift, moved)
 
         # a strong blur has nearly no excess at any small weight: that of one standard deviation of the noise's own is the answer
-        deviation = (2 / y[0].numel()) ** 0.5
-        return root(lambda value: excess(value) - deviation, start, min(0.02, deviation / 2)), "discrepancy"
+        safe = deviation(physics, y, x)
+        return root(lambda value: excess(value) - safe, start, min(0.02, float(safe.min()) / 2)), "discrepancy"
     check_sure(model.data_fidelity, y, physics, x, generator)
     probe = signs(y, generator)
     grad = frozen(model.prior).grad
