@@ -223,6 +223,8 @@ def compare(title, problem, methods, tune, test, published, args, kept, chosen_f
                 f"{title:<20}{name:<28}{known['psnr']:>7.2f} +-{known['error']:>5.2f}{published.get(name, ''):>10}, kept"
             )
             continue
+        if args.merge:
+            continue
         chosen, tried, at_end = grid[0], {}, False
         before = kept.find({"problem": chosen_for, "method": name, **of})
         if before and "strength" in before:
@@ -258,6 +260,7 @@ def parse() -> argparse.Namespace:
     add("--denoisers", nargs="+", default=[], help="weights of FlowDenoisers, as 0.1=FILE, instead of training")
     add("--patch-denoisers", nargs="+", default=[], help="the same of those of patches")
     add("--rows", type=Path, help="file of rows, which are added to it, and not computed again")
+    add("--merge", action="store_true", help="nothing but the rows that are in this file")
     add("--train-only", action="store_true", help="end after the trainings")
     add("--side", type=int, choices=(64, 32), default=64)
     add("--levels", type=int, default=4)
@@ -385,7 +388,8 @@ def main():
         problem = functools.partial(holed, side=side)
         result["inpainting"] = compare(f"square of {side}", problem, compared["inpainting"], tune, test, {}, args, kept)
     if "posterior" in args.sections:
-        result["posterior"] = {m: posterior_row(flow, m, test, args, kept) for m in args.measurements}
+        found = {m: posterior_row(flow, m, test, args, kept) for m in args.measurements}
+        result["posterior"] = {m: row for m, row in found.items() if row}
     if "questions" in args.sections:
         result["questions"] = questions(flow, args, tune[:4], ood[:4])
     print(
@@ -395,9 +399,12 @@ def main():
     )
 
 
-def posterior_row(flow, m, test, args, kept) -> dict:
+def posterior_row(flow, m, test, args, kept) -> dict | None:
     key = {"problem": f"sensing, m = {m}", "method": "posterior mean", **made_with(args)}
-    if not (row := kept.find(key)):
+    row = kept.find(key)
+    if row is None and args.merge:
+        return None
+    if row is None:
         physics, y, sigma = moved_to(args.device, functools.partial(sensed, m=m))(test, 1)
         start = time.perf_counter()
         mean, spread = posterior(flow, args.posterior_iterations, physics, y, sigma, test)
