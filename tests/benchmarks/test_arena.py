@@ -27,7 +27,7 @@ def test_rows_of_several_runs_make_one_table(tmp_path):
 def test_rows_of_other_options_are_not_taken(tmp_path):
     options = dict(device="cpu", side=8, images=2, tuning_images=2, iterations=1, patch_iterations=1, widenings=0)
     args = argparse.Namespace(
-        **options, posterior_iterations=1, flow=None, patch=None, denoisers=[], patch_denoisers=[]
+        **options, posterior_iterations=1, flow=None, patch=None, denoisers=[], patch_denoisers=[], merge=False
     )
     x, kept = torch.rand(2, 1, 8, 8), Rows(tmp_path / "rows.jsonl")
 
