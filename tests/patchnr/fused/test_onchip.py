@@ -24,8 +24,10 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by the test of the
 @pytest.mark.skipif(INTERPRETED or importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_this_file_in_the_interpreter():
     options = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", __file__]
+    # without the options of this run, such as a least coverage
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV"))}
     run = subprocess.run(
-        [sys.executable, *options], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, *options], env=env | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert run.returncode == 0 and "passed" in run.stdout, run.stdout + run.stderr
 
