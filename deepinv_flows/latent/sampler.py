@@ -36,6 +36,10 @@ class LatentSampler(Reconstructor):
     ``sampler(y, physics)`` returns the posterior mean. ``sampler.sample(y, physics)`` returns the mean and the variance, as the
     samplers of :mod:`deepinv.sampling` do.
 
+    Where many measurements have little noise, f curves in more directions than ``rank``, steps are short, and a chain of some
+    hundred samples stays near its start, however many it accepts: its variance is then far too small. Compare chains that start
+    apart (``init``), or of another length.
+
     :param torch.nn.Module flow: a flow, run in reverse as G, or a :class:`deepinv_flows.FlowPrior`.
     :param deepinv.optim.DataFidelity data_fidelity: f, with a value for each image; ``None`` is ``L2()``. For Gaussian noise of
         standard deviation s, ``L2(sigma=s)`` gives the posterior.
