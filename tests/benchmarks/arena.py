@@ -52,6 +52,31 @@ def fingerprint(weights: str | Path) -> str:
     return f"{path.name} {zlib.crc32(path.read_bytes()):08x}"
 
 
+def best_strength(score, grid, widenings: int) -> tuple[float, dict[float, float], bool]:
+    """
+    The strength of the highest score, the scores, and whether the best lies at an end of what was tried.
+
+    The grid rises; where its best is at an end it is continued there, by the ratio of the last two. 0 is not an end, as nothing
+    lies below it.
+    """
+    tried = {strength: score(strength) for strength in grid}
+    for _ in range(widenings + 1):
+        chosen, (low, *_, high) = max(tried, key=tried.get), sorted(tried)
+        if chosen not in (low, high) or chosen == 0:
+            return chosen, tried, False
+        if len(tried) < len(grid) + widenings:
+            positive = [strength for strength in sorted(tried) if strength > 0]
+            pair = positive[-2:] if chosen == high else positive[1::-1]
+            beyond = float(f"{pair[1] ** 2 / pair[0]:.2g}")
+            tried[beyond] = score(beyond)
+    return chosen, tried, True
+
+
+def divided(images: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Images of BSD's ``train400`` to train on, and every fortieth, from the 21st on, to choose by."""
+    return [x for k, x in enumerate(images) if k % 40 != 20], images[20::40]
+
+
 def mean_and_error(values: Tensor | list[float]) -> tuple[float, float]:
     """The mean and its standard error, which is 0 for a single value."""
     found = torch.as_tensor(values, dtype=torch.float64)

@@ -40,7 +40,9 @@ import numpy as np
 import torch
 from arena import (
     Rows,
+    best_strength,
     device_name,
+    divided,
     expectation_maximisation,
     fingerprint,
     load_prior,
@@ -49,13 +51,11 @@ from arena import (
     some_patches,
 )
 from common import check_disjoint, versions
-from faces_recovery import best_strength
 from torch import Tensor
 
 from deepinv_flows import MAP, FlowDenoiser, PatchNR, load_images
 
 LEVELS, PATCH, COMPONENTS = (15, 25, 50), 6, 200
-HELD_OUT = slice(20, None, 40)
 SHIPPED = {"denoiser": "natural25"}
 METHODS = ("bm3d", "epll", "tv", "map", "bilevel", "denoiser")
 PSNR, SSIM = dinv.metric.PSNR(), dinv.metric.SSIM()
@@ -161,25 +161,30 @@ def estimates(method: Callable, ys: list[Tensor], device: str, sigma: float, str
 
 
 def row(
-    method: Callable, grid: list[float], held_out: list[Tensor], test: dict[int, Tensor], sigma: float, args
+    method: Callable,
+    grid: list[float],
+    held_out: list[Tensor],
+    test: dict[int, Tensor],
+    sigma: float,
+    device: str,
+    workers: int,
 ) -> dict:
     """Choose the strength on the images held out, and apply it to the test images."""
-    device = "cpu" if method is by_bm3d else args.device
     strength, at_end = grid[0], False
     if len(grid) > 1:
         score = functools.partial(mean_psnr, method, held_out, device, sigma)
         strength, _, at_end = best_strength(score, grid, 4)
     ys = [noisy(x, sigma, 1000 + number) for number, x in test.items()]
-    found = list(estimates(method, ys, device, sigma, strength, args.workers))[-len(ys) :]
+    found = list(estimates(method, ys, device, sigma, strength, workers))[-len(ys) :]
     images = [estimate.clamp(0, 1) for estimate, _ in found]
     psnrs, ssims = ([float(metric(a, x)) for a, x in zip(images, test.values())] for metric in (PSNR, SSIM))
     seconds = sum(seconds for _, seconds in found) / len(found)
     ends = {"strength": strength, **({"at_end_of_grid": True} if at_end else {})} if len(grid) > 1 else {}
-    return {**_mean("psnr", psnrs), **_mean("ssim", ssims), "seconds": round(seconds, 2), **ends, **where(args)}
+    return {**_mean("psnr", psnrs), **_mean("ssim", ssims), "seconds": round(seconds, 2), **ends}
 
 
-def where(args) -> dict:
-    return {} if args.device == "cpu" else {"device": device_name(args.device), "tf32": args.tf32}
+def where(device: str, tf32: bool) -> dict:
+    return {} if device == "cpu" else {"device": device_name(device), "tf32": tf32}
 
 
 def _mean(name: str, values: list[float]) -> dict[str, float]:
@@ -245,8 +250,7 @@ def main():
     args = parse()
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     everything, tests = ([x[None] for x in load_images(args.data / "bsd" / part)] for part in ("train400", "set68"))
-    held_out = everything[HELD_OUT]
-    train = [x for k, x in enumerate(everything) if k not in range(400)[HELD_OUT]]
+    train, held_out = divided(everything)
     check_disjoint({"train": torch.cat(train), "held out": torch.cat(held_out)})
     corners = torch.cat([x[:, :, i : i + 180, j : j + 180] for x in tests for i in (0, 70, 140) for j in (0, 70, 140)
                          if i + 180 <= x.shape[2] and j + 180 <= x.shape[3]])  # fmt: skip
@@ -257,14 +261,18 @@ def main():
     table: dict[int, dict] = {}
     for level in (25,) if args.quick else args.levels:
         for kind, several in compared.items():
+            device = "cpu" if kind == "bm3d" else args.device
+            on = where(device, args.tf32)
             fitting = [method for method in several if method.takes(level / 255)]
             for method in fitting:
                 name = kind if len(fitting) == 1 else f"{kind} {method.of}"
-                key = dict(level=level, method=kind, of=method.of, images=len(test), **where(args))
+                key = dict(level=level, method=kind, of=method.of, images=len(test), **on)
                 found = rows.find(key)
                 if found is None:
                     made[id(method)] = made.get(id(method)) or method.make()
-                    found = rows.add(key, row(made[id(method)], method.grid, held_out, test, level / 255, args))
+                    options = (held_out, test, level / 255, device, args.workers)
+                    found = row(made[id(method)], method.grid, *options)
+                    found = rows.add(key, found | on)
                 print(f"sigma {level}, {name}: {found}", flush=True)
                 table.setdefault(level, {})[name] = found
                 if level == 25 and len(fitting) == 1:  # the test images do not choose among several

@@ -38,7 +38,7 @@ import deepinv as dinv
 import numpy as np
 import torch
 import torch.nn.functional as F
-from arena import Rows, fingerprint, mean_and_error
+from arena import Rows, best_strength, fingerprint, mean_and_error
 from common import check_disjoint, versions
 from recovery_methods import (
     Kept,
@@ -182,26 +182,6 @@ def train_patch_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]
         prior.save(f"{name}.safetensors")
         found[sigma] = FlowDenoiser(prior.requires_grad_(False).to(args.device))
     return found, None if files else round(time.perf_counter() - start)
-
-
-def best_strength(score, grid, widenings: int) -> tuple[float, dict[float, float], bool]:
-    """
-    The strength of the highest score, the scores, and whether the best lies at an end of what was tried.
-
-    The grid rises; where its best is at an end it is continued there, by the ratio of the last two. 0 is not an end, as nothing
-    lies below it.
-    """
-    tried = {strength: score(strength) for strength in grid}
-    for _ in range(widenings + 1):
-        chosen, (low, *_, high) = max(tried, key=tried.get), sorted(tried)
-        if chosen not in (low, high) or chosen == 0:
-            return chosen, tried, False
-        if len(tried) < len(grid) + widenings:
-            positive = [strength for strength in sorted(tried) if strength > 0]
-            pair = positive[-2:] if chosen == high else positive[1::-1]
-            beyond = float(f"{pair[1] ** 2 / pair[0]:.2g}")
-            tried[beyond] = score(beyond)
-    return chosen, tried, True
 
 
 def made_with(args) -> dict:

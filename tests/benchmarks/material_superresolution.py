@@ -34,9 +34,8 @@ from pathlib import Path
 import deepinv as dinv
 import numpy as np
 import torch
-from arena import MixturePrior, Rows, device_name, fingerprint, load_prior, on_device
+from arena import MixturePrior, Rows, best_strength, device_name, fingerprint, load_prior, on_device
 from common import check_disjoint, versions
-from faces_recovery import best_strength
 from material_methods import (
     NOISE,
     bicubic,

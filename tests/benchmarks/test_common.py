@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from arena import best_strength
 from common import check_disjoint
-from faces_recovery import best_strength
 
 
 def test_images_seen_in_training_are_named():

@@ -11,18 +11,19 @@ the images held out, and one JSON object last.
 
 import argparse
 import copy
+import functools
 import json
 import time
 from pathlib import Path
 
 import deepinv as dinv
 import torch
-from arena import device_name, on_device
+from arena import device_name, divided, on_device
+from bsd68 import by_model, mean_psnr
 from torch import Tensor
 
 from deepinv_flows import MAP, PatchNR, fit_bilevel, load_images
 
-HELD_OUT = slice(20, None, 40)  # as in bsd68.py
 EPOCHS = 10
 
 
@@ -80,15 +81,6 @@ def train_bilevel(
     return fitted(prior, EPOCHS, steps)
 
 
-def mean_psnr(model: MAP, images: list[Tensor], physics, sigma: float, device: str) -> float:
-    found = []
-    for k, x in enumerate(images):
-        y = x[None] + sigma * torch.randn(x[None].shape, generator=torch.Generator().manual_seed(k))
-        estimate = model(y.to(device), physics).cpu()
-        found.append(float(dinv.metric.PSNR()(estimate.clamp(0, 1), x[None])))
-    return round(sum(found) / len(found), 3)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -106,8 +98,7 @@ def main():
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     sigma, images = args.sigma / 255, load_images(args.data / "bsd" / "train400", channels=1)
-    held_out = images[HELD_OUT]
-    learn = [x for k, x in enumerate(images) if k not in range(len(images))[HELD_OUT]]
+    learn, held_out = divided(images)
     prior = PatchNR.from_checkpoint(args.prior)
     physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(sigma)).to(args.device)
     start = time.perf_counter()
@@ -118,7 +109,8 @@ def main():
     )  # fmt: skip
     model.verbose = False
     model.save(args.out)
-    result = {"sigma": args.sigma, "psnr": mean_psnr(model, held_out, physics, sigma, args.device)}
+    method, whole = functools.partial(by_model, model=model), [x[None] for x in held_out]
+    result = {"sigma": args.sigma, "psnr": mean_psnr(method, whole, args.device, sigma, 0)}
     result |= {"seconds": round(time.perf_counter() - start), "device": device_name(args.device), **model.tuned}
     print(json.dumps(result))
 

@@ -15,9 +15,8 @@ from .networks import Network
 from .steps import Coupling, Program
 from .workspace import Workspace
 
-TOLERANCE = (
-    0.05  # of a relative norm; rounding to bfloat16 makes half a percent, and up to two for patches of two pixels
-)
+# of a relative norm; rounding to bfloat16 makes half a percent, and up to two for patches of two pixels
+TOLERANCE = 0.05
 GROUP = 32  # patches that have a norm of their own, as a wrong part of a tile would be lost among many right ones
 
 _verdicts: dict[Hashable, bool] = {}
