@@ -124,6 +124,9 @@ def train(images, args) -> tuple[torch.nn.Module, PatchNR, dict]:
     spent = {"seconds_flow": middle - start, "seconds_patch": time.perf_counter() - middle}
     given = {"seconds_flow": args.flow, "seconds_patch": args.patch}
     seconds = {name: None if given[name] else round(value) for name, value in spent.items()}
+    # from here on weights are in files, which tell rows apart
+    args.flow, args.patch = (given or runs / f"{name}{args.side}.safetensors"
+                             for given, name in ((args.flow, "flow"), (args.patch, "patch")))  # fmt: skip
     return flow.requires_grad_(False).to(args.device), prior.requires_grad_(False).to(args.device), seconds
 
 
@@ -152,6 +155,7 @@ def train_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int | None
         fitted(common, middle, "denoiser", args.denoiser_epochs, lr=1.5e-3)
     for sigma in missing:
         flows[sigma] = fitted(copy.deepcopy(common), sigma, f"denoiser_{sigma}_", args.level_epochs, lr=1e-3)
+        args.denoisers = [*args.denoisers, f"{sigma}={runs / f'denoiser_{sigma}_{args.side}.safetensors'}"]
     found = {
         sigma: FlowDenoiser(FlowPrior(flow.requires_grad_(False).to(args.device))) for sigma, flow in flows.items()
     }
@@ -180,6 +184,7 @@ def train_patch_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]
                        mixed_precision=args.mixed_precision)  # fmt: skip
         prior = fitted("score", args.patch_denoiser_score_epochs, prior=prior, steps_per_epoch=50, lr=3e-4)
         prior.save(f"{name}.safetensors")
+        args.patch_denoisers = [*args.patch_denoisers, f"{sigma}={name}.safetensors"]
         found[sigma] = FlowDenoiser(prior.requires_grad_(False).to(args.device))
     return found, None if files else round(time.perf_counter() - start)
 
