@@ -1,6 +1,7 @@
 """Samples from the posterior of images, by Hamiltonian Monte Carlo in latent space."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from ..checks import check_positive, positive_int
 from ..console import Console
 from ..flows import Conditions
+from .effective import Trace
 from .hamiltonian import Kernel
 from .map import LatentMAP
 from .preconditioner import curvature
+
+FEW = 10  # independent samples, from which a variance is known to within a half
 
 
 class LatentSampler(Reconstructor):
@@ -36,9 +40,10 @@ class LatentSampler(Reconstructor):
     ``sampler(y, physics)`` returns the posterior mean. ``sampler.sample(y, physics)`` returns the mean and the variance, as the
     samplers of :mod:`deepinv.sampling` do.
 
-    Where many measurements have little noise, f curves in more directions than ``rank``, steps are short, and a chain of some
-    hundred samples stays near its start, however many it accepts: its variance is then far too small. Compare chains that start
-    apart (``init``), or of another length.
+    Where many measurements have little noise, f curves in many directions, which turn as z moves, so that steps are short. If they
+    are too short for ``num_steps`` of them to cross the posterior, the chain stays near its start, however many samples it
+    accepts, and its variance is too small. The attribute ``effective`` tells how many independent samples each chain is worth,
+    and a warning tells if they are fewer than ten.
 
     :param torch.nn.Module flow: a flow, run in reverse as G, or a :class:`deepinv_flows.FlowPrior`.
     :param deepinv.optim.DataFidelity data_fidelity: f, with a value for each image; ``None`` is ``L2()``. For Gaussian noise of
@@ -47,8 +52,8 @@ class LatentSampler(Reconstructor):
         posterior of a flow that is overconfident.
     :param int max_iter: number of samples of each chain.
     :param int warm_up: number of iterations before the first sample, in which the step size is adapted.
-    :param int num_steps: largest number of leapfrog steps in an iteration. Each iteration draws its number between half of this
-        and this, so that no direction returns to where it began. 1 is Langevin's algorithm with a Metropolis test.
+    :param int num_steps: largest number of leapfrog steps in an iteration, each with one gradient. An iteration makes as many as
+        take it across the posterior; the shorter the step, the more. 1 is Langevin's algorithm with a Metropolis test.
     :param float acceptance: acceptance rate to which the step size is adapted, between 0 and 1.
     :param int rank: number of directions V in the covariance of the momenta; 0 for none.
     :param int map_iter: iterations of the :class:`deepinv_flows.LatentMAP` that finds the start; 0 starts at z = 0.
@@ -77,9 +82,9 @@ class LatentSampler(Reconstructor):
         flow: nn.Module,
         data_fidelity: nn.Module | None = None,
         temperature: float = 1.0,
-        max_iter: int = 200,
-        warm_up: int = 100,
-        num_steps: int = 10,
+        max_iter: int = 100,
+        warm_up: int = 50,
+        num_steps: int = 200,
         acceptance: float = 0.8,
         *,
         rank: int = 10,
@@ -109,6 +114,7 @@ class LatentSampler(Reconstructor):
         self.generator = torch.Generator() if generator is None else generator
         self.verbose = verbose
         self.accepted: Tensor | None = None
+        self.effective: Tensor | None = None
 
     def extra_repr(self) -> str:
         names = ("temperature", "max_iter", "warm_up", "num_steps", "acceptance", "rank", "map_iter")
@@ -145,7 +151,8 @@ class LatentSampler(Reconstructor):
         :param c: conditions that replace those of the constructor.
         :param Callable callback: called as ``callback(x, z)`` with each sample x of the batch and its latent z.
         :return: mean and variance, both of the shape of the statistic. The attribute ``accepted`` (B,) then holds the mean
-            acceptance probability of each image.
+            acceptance probability of each image, and ``effective`` (B,) the number of independent samples that its chain is
+            worth, of the latent or the statistic, whichever is less.
         :raises ValueError: as :class:`deepinv_flows.LatentMAP` raises.
         """
         with Console("LatentSampler", self.map_iter + self.warm_up + self.max_iter, self.verbose) as console:
@@ -156,6 +163,7 @@ class LatentSampler(Reconstructor):
             z = self.map.minimise(value_and_grad, z, lambda z, value: console.update(objective=value))
         metric = curvature(value_and_grad, z, self.rank, self.temperature**-2, self.generator)
         kernel = Kernel(value_and_grad, z, metric, self.num_steps, self.acceptance, self.generator)
+        trace = Trace(self.generator)
         mean = squares = accepted = torch.zeros(())
         for it in range(self.warm_up + self.max_iter):
             rate = kernel.step(adapt=it < self.warm_up)
@@ -165,10 +173,22 @@ class LatentSampler(Reconstructor):
             x = generate(kernel.z)
             callback(x, kernel.z)
             g = g_statistics(x)
+            trace.add(kernel.z, g)
             delta = g - mean
             mean = mean + delta / n
             squares = squares + delta * (g - mean)
             accepted = accepted + (rate - accepted) / n
-        self.accepted = accepted
-        console.result = f"{self.max_iter} samples, acceptance {float(accepted.mean()):.2f}"
+        self.accepted, self.effective = accepted, trace.effective()
+        console.result = f"{self.max_iter} samples, worth {float(self.effective.mean()):.0f} independent ones"
+        self._warn_of_short_chains()
         return mean, squares / max(1, self.max_iter - 1)
+
+    def _warn_of_short_chains(self) -> None:
+        short = (self.effective < FEW).nonzero().flatten().tolist()
+        if short:
+            warnings.warn(
+                f"the chains of images {short} of the batch are worth {float(self.effective[short].min()):.1f} independent "
+                f"samples or a few more, which is too few for their variance: raise max_iter (now {self.max_iter}) or num_steps "
+                f"(now {self.num_steps})",
+                stacklevel=4,
+            )

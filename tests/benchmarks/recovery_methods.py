@@ -172,17 +172,18 @@ def latent(flow, iterations, physics, y, sigma, strength, **options):
 
 def posterior(flow, iterations, physics, y, sigma, x):
     """
-    The mean of LatentSampler's chain, and how well its spread tells the error.
+    The mean of LatentSampler's chain for one image, and how well its spread tells the error.
 
-    That is how often pixels lie within one and two standard deviations of the mean, and the root mean squares of error and
-    deviation over all pixels.
+    That is how often pixels lie within one and two standard deviations of the mean, the mean squares of error and deviation, and
+    how many independent samples the chain is worth.
     """
     options = dict(max_iter=iterations, warm_up=iterations // 2, verbose=False)
-    mean, variance = LatentSampler(flow, dinv.optim.L2(sigma=sigma), **options).sample(y, physics)
-    error, deviation = (mean - x.to(y.device)).abs(), variance.sqrt()
-    found = {f"within {k}": round(float((error <= k * deviation).double().mean()), 3) for k in (1, 2)}
-    spread = {"rms error": error.square().mean().sqrt(), "rms deviation": variance.mean().sqrt()}
-    return mean, found | {name: round(float(value), 4) for name, value in spread.items()}
+    sampler = LatentSampler(flow, dinv.optim.L2(sigma=sigma), **options)
+    mean, variance = sampler.sample(y, physics)
+    error = (mean - x.to(y.device)).abs()
+    found = {f"within {k}": float((error <= k * variance.sqrt()).double().mean()) for k in (1, 2)}
+    found |= {"square error": float(error.square().mean()), "variance": float(variance.mean())}
+    return mean, found | {"effective": float(sampler.effective)}
 
 
 def by_score(denoiser, physics, y, sigma, strength):

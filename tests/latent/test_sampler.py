@@ -1,6 +1,7 @@
 """LatentSampler: exact posteriors of Gaussians, invariances of the kernel, calibration."""
 
 import math
+import warnings
 
 import deepinv as dinv
 import pytest
@@ -8,6 +9,8 @@ import torch
 from latent_cases import SIZE, Gaussian, image_prior
 
 from deepinv_flows import LatentSampler
+from deepinv_flows.latent.effective import effective
+from deepinv_flows.latent.hamiltonian import Kernel
 from deepinv_flows.latent.preconditioner import curvature
 
 
@@ -40,6 +43,55 @@ def test_posterior_of_a_gaussian(num_steps, rank, max_iter):
     assert (sampler.accepted > 0.6).all()
 
 
+def test_effective_samples():
+    """Independent samples, a chain of known autocorrelation, and one that stays where it is."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4000, 200, generator=generator).double()
+    assert effective(noise).mean() / 4000 == pytest.approx(1, abs=0.05)
+    chain = [noise[0]]
+    for step in noise[1:]:  # an autoregression: n (1 - a) / (1 + a)
+        chain.append(0.8 * chain[-1] + 0.6 * step)
+    assert effective(torch.stack(chain)).mean() / 4000 == pytest.approx(1 / 9, rel=0.1)
+    assert effective(torch.full((30, 2), 0.7)).tolist() == [1, 1]
+    walk = noise[:300].cumsum(0)
+    assert effective(walk).median() < 10
+
+
+def test_a_chain_that_stays_near_its_start_is_told():
+    """Steps much shorter than the posterior is wide."""
+    A, physics = linear_physics(8)
+    y = physics(torch.rand(2, *SIZE, dtype=torch.float64))
+    options = dict(max_iter=30, warm_up=30, rank=0, latent_shape=SIZE)
+    with pytest.warns(UserWarning, match=r"images \[0, 1\] of the batch are worth .* raise max_iter \(now 30\) or num_steps"):
+        stuck = LatentSampler(Gaussian(0.4, 0.3), dinv.optim.L2(sigma=1e-3), num_steps=3, **options)
+        stuck(y, physics)
+    assert (stuck.effective < 10).all() and (stuck.accepted > 0.5).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler = LatentSampler(Gaussian(0.4, 0.3), dinv.optim.L2(sigma=0.3), **options)
+        sampler(y, physics)
+    assert (sampler.effective > 15).all()
+
+
+def test_chains_make_as_many_steps_as_each_needs():
+    """One with large steps waits for one with small steps, and both keep their acceptance."""
+    scale = torch.tensor([1.0, 100.0]).double()[:, None]
+
+    def value_and_grad(z):
+        return 0.5 * (scale * z**2).sum(1), scale * z
+
+    z = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).double() / scale.sqrt()
+    metric = curvature(value_and_grad, z, 0, 1.0, torch.Generator())
+    kernel = Kernel(value_and_grad, z, metric, 100, 0.8, torch.Generator().manual_seed(2))
+    seen = []
+    for k in range(700):
+        kernel.step(adapt=k < 100)
+        seen.append(kernel.z)
+    assert kernel.average.exp()[0] > 5 * kernel.average.exp()[1]
+    variance = torch.stack(seen[100:]).var(0).mean(1) * scale[:, 0]
+    torch.testing.assert_close(variance, torch.ones(2).double(), rtol=0.15, atol=0)
+
+
 def test_temperature_scales_the_prior():
     """If almost nothing is measured, the standard deviation of the images is the temperature times that of the flow."""
     physics, y = dinv.physics.Denoising(), torch.full((1, *SIZE), 0.4, dtype=torch.float64)
@@ -62,7 +114,7 @@ def test_calibration_on_the_flows_own_images():
         nonlocal below, count
         below, count = below + (sample < x), count + 1
 
-    mean, variance = LatentSampler(prior, dinv.optim.L2(sigma=sigma), max_iter=150, warm_up=60, rank=4).sample(
+    mean, variance = LatentSampler(prior, dinv.optim.L2(sigma=sigma), max_iter=150, warm_up=40, rank=4).sample(
         y, physics, callback=compare
     )
     rank = below / count
@@ -74,7 +126,7 @@ def test_calibration_on_the_flows_own_images():
 def test_each_image_as_if_alone_and_seeded():
     prior, physics = image_prior(0.05), dinv.physics.Denoising()
     y = torch.rand(1, *SIZE).double()
-    options = dict(max_iter=20, warm_up=20, rank=2)
+    options = dict(max_iter=15, warm_up=10, rank=2, num_steps=20)
     sampled = [LatentSampler(prior, dinv.optim.L2(sigma=0.2), **options)(y, physics) for _ in range(2)]
     assert torch.equal(*sampled)
     wall = torch.cat([y, 50 * y])
