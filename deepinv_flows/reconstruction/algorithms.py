@@ -26,6 +26,7 @@ from .progress import Finished, Progress, size
 
 LARGE = 500_000  # patches of an image from which on a random grid of them does for a step
 GRID = 16  # patches for each that a random grid takes
+LONGEST, ADAM_LONGEST = 500, 200  # iterations, unless others are asked for; the step of Adam falls to its end
 ADAM_STEP = 0.12  # times the standard deviation of the start
 
 
@@ -207,6 +208,11 @@ ALGORITHMS = {
     "adam": by_adam,
 }
 NEEDS_GRADIENT = ("lbfgs", "adam")  # of the prior
+
+
+def longest(name: str) -> int:
+    """The bound on the iterations of an algorithm for which none is given."""
+    return ADAM_LONGEST if name == "adam" else LONGEST
 
 
 def automatic(objective: Objective, x: Tensor) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_autograd, check_choice, check_positive, positive_int, warn_outside
 from ..console import Console
 from . import files, tuning
-from .algorithms import ALGORITHMS, NEEDS_GRADIENT, automatic, minimise
+from .algorithms import ALGORITHMS, LONGEST, NEEDS_GRADIENT, automatic, longest, minimise
 from .choices import as_constraint, check_fits, checked_weight
 from .objective import DataTerm, Objective, is_smooth, parts
 from .progress import Progress
@@ -57,7 +57,7 @@ class MAP(Reconstructor):
         ``"discrepancy"``, ``"sure"``.
     :param constraint: ``"nonnegative"``, bounds (low, high), or a second prior with a proximity operator; ``None`` is none.
     :param str solver: ``"auto"``, or the name of an algorithm.
-    :param int max_iter: bound on the number of iterations.
+    :param int max_iter: bound on the iterations; ``None`` is 200 for ``"adam"``, whose step falls to its end, else 500.
     :param float tol: an image is done when ten iterations moved it by less than this times its norm.
     :param float max_seconds: bound on the time of a reconstruction; ``None`` is none.
     :param bool verbose: show a progress bar in a terminal, and print one line at the end, if it takes more than two seconds.
@@ -91,7 +91,7 @@ class MAP(Reconstructor):
         constraint: Prior | str | Sequence[float] | None = None,
         solver: str = "auto",
         *,
-        max_iter: int = 200,
+        max_iter: int | None = None,
         tol: float = 3e-3,
         max_seconds: float | None = None,
         verbose: bool = True,
@@ -111,7 +111,7 @@ class MAP(Reconstructor):
         self.prior, self.data_fidelity = prior, L2() if data_fidelity is None else data_fidelity
         self.lambda_reg, self.constraint = checked_weight(lambda_reg), as_constraint(constraint)
         self.solver: str = solver
-        self.max_iter: int = positive_int(max_iter=max_iter)
+        self.max_iter: int | None = None if max_iter is None else positive_int(max_iter=max_iter)
         self.tol: float = float(tol)
         self.max_seconds: float | None = max_seconds
         self.verbose: bool = verbose
@@ -146,7 +146,7 @@ class MAP(Reconstructor):
             if not bool(torch.isfinite(part).all()):
                 raise ValueError(f"the measurements of shape {tuple(part.shape)} hold NaN or infinite entries")
         searches = isinstance(self.lambda_reg, str) and self.lambda_reg != "rule"
-        with torch.no_grad(), Console("MAP", None if searches else self.max_iter, self.verbose) as console:
+        with torch.no_grad(), Console("MAP", None if searches else self.max_iter or LONGEST, self.verbose) as console:
             found = candidates(y, physics, init)
             weight, reason = tuning.weight(self, y, physics, found, console.update)
             x, progress, name, start = self.solve(
@@ -202,7 +202,7 @@ class MAP(Reconstructor):
         name = automatic(objective, x) if self.solver == "auto" else self.solver
         check_fits(name, objective)
         seconds = min(max_seconds, math.inf if self.max_seconds is None else self.max_seconds)
-        progress = Progress(x, value, self.max_iter, self.tol, seconds, x_gt, metric, update)
+        progress = Progress(x, value, self.max_iter or longest(name), self.tol, seconds, x_gt, metric, update)
         return minimise(name, objective, x, progress), progress, name, start
 
     def tune(

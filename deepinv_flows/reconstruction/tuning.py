@@ -144,7 +144,7 @@ def _affordable(model: "MAP", y, physics, x: Tensor, weight: Tensor, clock: "_Cl
     objective.value_and_grad(x)  # the first one takes longer
     began = time.monotonic()
     objective.value_and_grad(x.clone())
-    if STRENGTHS * min(ITERATIONS, model.max_iter) * (time.monotonic() - began) <= seconds:
+    if STRENGTHS * min(ITERATIONS, model.max_iter or ITERATIONS) * (time.monotonic() - began) <= seconds:
         return prior
     coarse = copy.copy(prior)
     coarse.stride = 2

@@ -361,3 +361,13 @@ def test_a_search_that_max_iter_ends_says_so(capsys, monkeypatch):
     for max_iter, said in ((3, True), (200, False)):
         MAP(patchnr(), lambda_reg=0.7, max_iter=max_iter, tol=1e-6 if said else 1e-2)(y, physics)
         assert ("had not converged" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("solver, longest", [("ipiano", 500), ("adam", 200)])
+def test_the_bound_on_iterations_is_that_of_the_algorithm(solver, longest):
+    """The step of Adam falls to its end; the others go on until they have converged."""
+    y, physics = torch.rand(1, 1, 4, 4), dinv.physics.Denoising()
+    for given, expected in ((None, longest), (30, 30)):
+        model = MAP(Tikhonov(), lambda_reg=1.0, solver=solver, max_iter=given, tol=0, verbose=False)
+        model(y, physics)
+        assert model.chosen["iterations"] == expected
