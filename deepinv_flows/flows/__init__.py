@@ -10,7 +10,7 @@ state dict holds is in :mod:`~deepinv_flows.flows.state`, and what FrEIA's block
 """
 
 from .building import build_flow
-from .conditional import Given
+from .conditional import Given, condition_list
 from .contract import Reversed, as_flow, evaluate, like_weights, nll, unwrapped
 from .generator import Conditions, ImageGenerator
 from .image import image_flow
@@ -47,6 +47,7 @@ __all__ = [
     "as_flow",
     "as_permutation",
     "build_flow",
+    "condition_list",
     "decode_config",
     "deepinv_key",
     "deepinv_state_dict",

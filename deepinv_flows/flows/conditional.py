@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checks import transformed
 from .contract import evaluate, takes, unwrapped
 
 
@@ -30,11 +31,9 @@ class Given(nn.Module):
         super().__init__()
         if not takes(flow, "c"):
             raise TypeError(f"expected a flow that takes conditions c; {type(flow).__name__} does not")
-        self.flow, conditions = flow, [c] if torch.is_tensor(c) else list(c)
+        self.flow, conditions = flow, condition_list(c)
         self.count = len(conditions)
         for k, condition in enumerate(conditions):
-            if not torch.is_tensor(condition):
-                raise TypeError(f"expected conditions as tensors; got {type(condition).__name__}")
             self.register_buffer(f"c{k}", condition, persistent=False)
         if (img_size := getattr(unwrapped(flow), "img_size", None)) is not None:
             self.img_size = img_size
@@ -42,3 +41,19 @@ class Given(nn.Module):
     def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         conditions = [getattr(self, f"c{k}") for k in range(self.count)]
         return evaluate(self.flow, x, rev, [c.expand(len(x), *c.shape[1:]) if len(c) == 1 else c for c in conditions])
+
+
+def condition_list(c: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """
+    The conditions that a user gave, as a list.
+
+    :raises TypeError: for anything but tensors.
+    :raises ValueError: for NaN or infinite entries.
+    """
+    conditions = [] if c is None else [c] if torch.is_tensor(c) else list(c)
+    for condition in conditions:
+        if not torch.is_tensor(condition):
+            raise TypeError(f"expected conditions as tensors; got {type(condition).__name__}")
+        if not transformed(condition) and not bool(torch.isfinite(condition).all()):
+            raise ValueError(f"a condition of shape {tuple(condition.shape)} holds NaN or infinite entries")
+    return conditions

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .state import KnowsItsConfig
 
+LEAST_SPREAD = 1e-3  # of a direction, as a multiple of the standard deviation of the images
+
 
 class Subnet(nn.Sequential):
     """The network of a coupling, whose result has the precision of x under autocast too, as log-determinants sum up many."""
@@ -67,17 +69,19 @@ class ImageFlow(KnowsItsConfig, nn.Module):
 
         Call it once, before training, on a batch with its dequantisation noise; :func:`deepinv_flows.fit_flow` does so. If the
         images hold few samples for each channel of a level, the scales of this level are shrunk towards their mean, with a
-        warning.
+        warning. Directions in which the images do not vary, such as the colours of grey images, are taken to vary by a thousandth.
 
         :param torch.Tensor x: images (N, C, H, W), a few dozen or more.
         :param torch.Tensor, list c: conditions, as in the call.
-        :raises ValueError: for another shape, or an empty batch.
+        :raises ValueError: for another shape, an empty batch, and images that are not finite.
         """
         self._check(x, self.img_size)
         if len(x) == 0:
             raise ValueError("expected at least one image to initialise a flow with; got none")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError("expected finite images to initialise a flow with; got NaN or infinite entries")
         self._warn_of_few(len(x))
-        self._encode(x, self._conditions(c, len(x)), initialise=True)
+        self._encode(_varied(x), self._conditions(c, len(x)), initialise=True)
         self.initialised.fill_(1)
 
     def _encode(self, x, conditions, initialise=False):
@@ -185,6 +189,17 @@ class ImageFlow(KnowsItsConfig, nn.Module):
     def _check(x: Tensor, size: tuple[int, int, int], n: int | str = "N") -> None:
         if x.ndim != 4 or tuple(x.shape[1:]) != size or n not in ("N", len(x)):
             raise ValueError(f"expected a tensor of shape {(n, *size)}; got {tuple(x.shape)}".replace("'", ""))
+
+
+def _varied(x: Tensor) -> Tensor:
+    """
+    Images that vary a little in every direction.
+
+    Blocks would stretch a direction without variance one after another, each by as much as it may, until couplings see numbers
+    that no image of the training has.
+    """
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
+    return x + LEAST_SPREAD * x.std(correction=0) * noise
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ class LatentMAP(Reconstructor):
     measurements or images are complex, and stacks, with one data fidelity for all operators or one for each. Images for MRI have
     two channels, the real and the imaginary part. LatentMAP does not take ``Haze``, which measures an image together with its
     depth and light; nor, with a flow on images (N, C, H, W), ``DynamicMRI`` and ``SequentialMRI``, whose images have a time axis.
-    ``SinglePhotonLidar`` of deepinv 0.5.0 measures one image at a time.
+    ``SinglePhotonLidar`` of deepinv 0.5.0 measures one image at a time. ``NonCartesianMRI``, ``PET``, ``RadioInterferometry`` and
+    ``TomographyWithAstra``, which need further packages, are the ones that our tests do not try.
 
     **Conditional flows**, p(x | c), take conditions ``c``. A flow that was trained on pairs of images and reconstructions is a
     posterior flow p(x | y) if ``c`` is a function that computes the reconstruction, such as

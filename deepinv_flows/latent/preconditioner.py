@@ -54,22 +54,23 @@ def curvature(value_and_grad: Objective, z: Tensor, rank: int, floor: float, gen
     :param torch.Generator generator: source of the first subspace.
     """
     shape = (len(z), z[0].numel(), min(rank, z[0].numel()))
-    vectors = torch.randn(shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
+    exact = torch.promote_types(z.dtype, torch.float32)  # decompositions are not known in half precision
+    vectors = torch.randn(shape, generator=generator, device=generator.device, dtype=exact).to(z.device)
     # the error of central differences is least for steps near the cube root of the rounding error
     length = torch.finfo(z.dtype).eps ** (1 / 3) * norm(z).clamp_min(shape[1] ** 0.5)
 
     def hessian(vectors: Tensor) -> Tensor:
         columns = []
-        for v in vectors.unbind(2):
+        for v in vectors.to(z.dtype).unbind(2):
             move = per_sample(length / v.norm(dim=1), z) * v.view_as(z)
             difference = value_and_grad(z + move)[1] - value_and_grad(z - move)[1]
             columns.append(difference.flatten(1) * (v.norm(dim=1) / (2 * length))[:, None])
-        return torch.stack(columns, 2)
+        return torch.stack(columns, 2).to(exact)
 
     if shape[2] == 0:
-        return Metric(floor, vectors, vectors.new_zeros(len(z), 0))
+        return Metric(floor, vectors.to(z.dtype), z.new_zeros(len(z), 0))
     for _ in range(ROUNDS - 1):
         vectors = torch.linalg.qr(hessian(torch.linalg.qr(vectors)[0]))[0]
     projected = vectors.mT @ hessian(vectors)
     eigenvalues, rotation = torch.linalg.eigh(0.5 * (projected + projected.mT))
-    return Metric(floor, vectors @ rotation, (eigenvalues - floor).clamp_min(0))
+    return Metric(floor, (vectors @ rotation).to(z.dtype), (eigenvalues - floor).clamp_min(0).to(z.dtype))

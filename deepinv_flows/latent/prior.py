@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import solvers
 from .. import weights as checkpoints
 from ..checks import check_autograd, check_input, positive_int
-from ..flows import Conditions, Given, Reversed, as_flow, evaluate, like_weights, nll, unwrapped
+from ..flows import Conditions, Given, Reversed, as_flow, condition_list, evaluate, like_weights, nll, unwrapped
 from .images import images_of
 
 
@@ -100,7 +100,7 @@ class FlowPrior(Prior):
         :raises ValueError: for another shape, and for NaN or infinite entries.
         :raises TypeError: when x is not a real floating-point tensor of the weights' dtype.
         """
-        self.check(x)
+        self.check(x, c)
         return self._value(x, c)
 
     def _value(self, x: Tensor, c: Conditions = None) -> Tensor:
@@ -117,7 +117,7 @@ class FlowPrior(Prior):
         :raises RuntimeError: under :func:`torch.inference_mode`.
         """
         check_autograd("FlowPrior")
-        self.check(x)
+        self.check(x, c)
         return solvers.gradient(lambda x: self._value(x, c), x, self.normalizing_flow)
 
     def prox(
@@ -168,7 +168,7 @@ class FlowPrior(Prior):
         :return: z, (B, ...) with as many entries as x. The method ``to_levels`` of a flow that
             :func:`deepinv_flows.image_flow` made splits z into levels.
         """
-        self.check(x)
+        self.check(x, c)
         return evaluate(self.normalizing_flow, x, c=c)[0]
 
     def decode(self, z: Tensor, c: Conditions = None) -> Tensor:
@@ -179,6 +179,7 @@ class FlowPrior(Prior):
         :param c: conditions, as in :meth:`fn`.
         :return: images (B, C, H, W).
         """
+        condition_list(c)
         return evaluate(self.normalizing_flow, z, rev=True, c=c)[0]
 
     def sample(
@@ -223,15 +224,19 @@ class FlowPrior(Prior):
         """
         checkpoints.write(path, self.normalizing_flow, {"sigma_range": self.sigma_range})
 
-    def check(self, x: Tensor) -> None:
-        """Refuse everything but a batch of images that the flow takes."""
+    def check(self, x: Tensor, c: Conditions = None) -> None:
+        """Refuse everything but a batch of images that the flow takes, and conditions that are not finite."""
+        condition_list(c)
         found = x.shape[1:2] if torch.is_tensor(x) and x.ndim == 4 else (1,)
         channels = getattr(unwrapped(self.normalizing_flow), "img_size", found)[0]
         check_input(x, like_weights(self, x), patch_size=1, channels=channels, images_only=True)
 
 
 def _temperatures(std: float | Sequence[float]) -> Tensor:
-    stds = torch.as_tensor(std, dtype=torch.float64)
+    try:
+        stds = torch.as_tensor(std, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"expected std to be a number, or a list of numbers; got {std!r}") from None
     if stds.ndim > 1 or not bool((torch.isfinite(stds) & (stds >= 0)).all()):
         raise ValueError(f"expected a finite std >= 0, or a list of them; got {std}")
     return stds
@@ -239,7 +244,7 @@ def _temperatures(std: float | Sequence[float]) -> Tensor:
 
 def _scaled(flow: Any, z: Tensor, stds: Tensor) -> Tensor:
     """Latents times one number, or each of their levels times a number of its own."""
-    flow = flow.flow if isinstance(flow, Given) else flow
+    flow = unwrapped(flow.flow) if isinstance(flow, Given) else flow
     if stds.ndim == 0:
         return float(stds) * z
     if not hasattr(flow, "to_levels"):

@@ -147,13 +147,14 @@ class LatentSampler(Reconstructor):
         :param torch.Tensor y: measurements (B, ...), or a list of them from stacked physics.
         :param deepinv.physics.Physics physics: physics of the measurements.
         :param init: where the search for the start begins, as in :class:`deepinv_flows.LatentMAP`.
-        :param Callable g_statistics: images (B, C, H, W) to the statistic, (B, ...).
+        :param Callable g_statistics: images (B, C, H, W) to the statistic, (B, ...), of real numbers, or of booleans whose mean
+            is a probability.
         :param c: conditions that replace those of the constructor.
         :param Callable callback: called as ``callback(x, z)`` with each sample x of the batch and its latent z.
         :return: mean and variance, both of the shape of the statistic. The attribute ``accepted`` (B,) then holds the mean
             acceptance probability of each image, and ``effective`` (B,) the number of independent samples that its chain is
             worth, of the latent or the statistic, whichever is less.
-        :raises ValueError: as :class:`deepinv_flows.LatentMAP` raises.
+        :raises ValueError: as :class:`deepinv_flows.LatentMAP` raises, and for a statistic of another shape.
         """
         with Console("LatentSampler", self.map_iter + self.warm_up + self.max_iter, self.verbose) as console:
             return self._sample(console, *self.map.problem(y, physics, init, c), g_statistics, callback)
@@ -163,7 +164,7 @@ class LatentSampler(Reconstructor):
             z = self.map.minimise(value_and_grad, z, lambda z, value: console.update(objective=value))
         metric = curvature(value_and_grad, z, self.rank, self.temperature**-2, self.generator)
         kernel = Kernel(value_and_grad, z, metric, self.num_steps, self.acceptance, self.generator)
-        trace = Trace(self.generator)
+        trace, statistic = Trace(), _checked(g_statistics, generate(z))
         mean = squares = accepted = torch.zeros(())
         for it in range(self.warm_up + self.max_iter):
             rate = kernel.step(adapt=it < self.warm_up)
@@ -172,7 +173,7 @@ class LatentSampler(Reconstructor):
                 continue
             x = generate(kernel.z)
             callback(x, kernel.z)
-            g = g_statistics(x)
+            g = statistic(x)
             trace.add(kernel.z, g)
             delta = g - mean
             mean = mean + delta / n
@@ -190,5 +191,21 @@ class LatentSampler(Reconstructor):
                 f"the chains of images {short} of the batch are worth {float(self.effective[short].min()):.1f} independent "
                 f"samples or a few more, which is too few for their variance: raise max_iter (now {self.max_iter}) or num_steps "
                 f"(now {self.num_steps})",
-                stacklevel=4,
+                stacklevel=5,
             )
+
+
+def _checked(g_statistics: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The statistic in floating-point numbers; refused, before the chain begins, unless it has real numbers for each image x."""
+    g = g_statistics(x)
+    if not torch.is_tensor(g) or g.is_complex() or g.ndim == 0 or len(g) != len(x):
+        got = f"{g.dtype} of shape {tuple(g.shape)}" if torch.is_tensor(g) else type(g).__name__
+        raise ValueError(
+            f"expected a statistic of real numbers for each of {len(x)} images, ({len(x)}, ...); got {got}"
+        )
+
+    def statistic(x: Tensor) -> Tensor:
+        g = g_statistics(x)
+        return g if g.is_floating_point() else g.to(x.dtype)
+
+    return statistic

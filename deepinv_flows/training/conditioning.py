@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from deepinv.physics import Denoising, Physics
 from torch import Tensor
+
+from ..flows import condition_list
 
 
 class Conditioned(Denoising):
@@ -46,10 +47,8 @@ def condition_lists(
 
 
 def _condition_list(c: Tensor | Sequence[Tensor] | None, number: int) -> list[Tensor]:
-    conditions = [] if c is None else [c] if torch.is_tensor(c) else list(c)
+    conditions = condition_list(c)
     for condition in conditions:
-        if not torch.is_tensor(condition):
-            raise TypeError(f"expected conditions as tensors; got {type(condition).__name__}")
         if len(condition) != number:
             raise ValueError(f"expected a condition for each of {number} images; got shape {tuple(condition.shape)}")
     return conditions

@@ -25,7 +25,7 @@ import time
 import deepinv as dinv
 import skimage.data
 import torch
-from common import memory_of, peak_over, versions
+from common import check_apart, memory_of, peak_over, versions
 from torch.nn import functional as F
 
 from deepinv_flows import PatchNR, glow_flow
@@ -210,6 +210,7 @@ def main():
         image[..., 192:256, 192:256],
         image[..., 256 : 256 + args.side, : args.side],
     )
+    check_apart(learn, test, step=4)
     samples, held_out_patches = patches(learn), patches(image[..., 192:256, :])
     x, rows = torch.rand(1, 1, args.size, args.size, generator=torch.Generator().manual_seed(0)), {}
     for name in [n for n in args.only if n != "EPLL"]:

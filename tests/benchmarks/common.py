@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 
 import deepinv as dinv
 import torch
@@ -129,3 +130,24 @@ def peak_over(before, call) -> float:
     start = _status("VmRSS")
     call()
     return _status("VmHWM") - start
+
+
+def check_apart(images: Iterable[torch.Tensor], x: torch.Tensor, least: float = 0.05, step: int = 8) -> None:
+    """
+    Refuse a test image that is a piece of a training image.
+
+    :param list images: training images (C, H, W), whose pieces are compared, a corner every ``step`` pixels.
+    :param torch.Tensor x: test image (1, C, H, W).
+    :param float least: least root mean squared distance of x from a piece.
+    :raises ValueError: naming the image, the corner of the piece and the distance.
+    """
+    height, width = x.shape[2:]
+    for k, image in enumerate(images):
+        for top in range(0, image.shape[1] - height + 1, step):
+            for left in range(0, image.shape[2] - width + 1, step):
+                piece = image[:, top : top + height, left : left + width]
+                if (distance := float((piece - x[0]).square().mean().sqrt())) < least:
+                    raise ValueError(
+                        f"expected no test image within {least} RMSE of what is trained on; training image {k} is at "
+                        f"{distance:.3f} from pixel ({top}, {left}) on"
+                    )

@@ -189,19 +189,22 @@ def train_patch_denoisers(images, args) -> tuple[dict[float, FlowDenoiser], int]
     return found, None if files else round(time.perf_counter() - start)
 
 
-def made_with(args) -> dict:
+def made_with(args, method: str) -> dict:
     """What tells rows of other weights, images or iterations apart."""
     names = "side", "images", "tuning_images", "iterations", "patch_iterations", "widenings"
-    files = [args.flow, args.patch, *(pair.split("=")[1] for pair in (*args.denoisers, *args.patch_denoisers))]
-    weights = [fingerprint(file) for file in files if file]
-    return {**{name: getattr(args, name) for name in names}, "weights": weights}
+    files = [args.flow, args.patch]
+    if method.startswith("FlowDenoiser"):
+        denoisers = args.patch_denoisers if method == PATCHES else args.denoisers
+        files += [pair.split("=")[1] for pair in denoisers]
+    return {**{name: getattr(args, name) for name in names}, "weights": [fingerprint(file) for file in files if file]}
 
 
 def compare(title, problem, methods, tune, test, published, args, kept, chosen_for=None) -> dict[str, dict]:
     """Choose the strength of each method on ``tune``, or take those chosen for another problem, and apply it to ``test``."""
-    rows, of = {}, made_with(args)
+    rows = {}
     tuning, testing = (moved_to(args.device, problem)(x, seed=seed) for seed, x in enumerate((tune, test)))
     for name, (method, grid) in methods.items():
+        of = made_with(args, name)
         if known := kept.find({"problem": title, "method": name, **of}):
             rows[name] = known
             print(
@@ -390,7 +393,7 @@ def posterior_row(flow, sigma, test, args, kept) -> dict | None:
     physics, y, _ = moved_to(args.device, functools.partial(noisy, sigma=sigma))(test, seed=1)
     rows: list[dict] = []
     for k, x in enumerate(test.split(1)):
-        key = {"problem": f"noise {sigma}", "method": "posterior mean", "image": k, **made_with(args)}
+        key = {"problem": f"noise {sigma}", "method": "posterior mean", "image": k, **made_with(args, "posterior mean")}
         key["posterior_iterations"] = args.posterior_iterations
         row = kept.find(key)
         if row is None and args.merge:

@@ -29,7 +29,7 @@ from pathlib import Path  # noqa: E402
 
 import deepinv as dinv  # noqa: E402
 import torch  # noqa: E402
-from common import versions  # noqa: E402
+from common import check_apart, versions  # noqa: E402
 from road_problems import PROBLEMS, measured, pack, problem  # noqa: E402
 
 from deepinv_flows import MAP, fit_patchnr  # noqa: E402
@@ -38,15 +38,6 @@ from deepinv_flows.reconstruction.search import highest  # noqa: E402
 IMPORTED = time.perf_counter() - BEGAN
 ORACLE = Path(__file__).with_name("road_oracle.json")
 PSNR = dinv.metric.PSNR()
-
-
-def check_apart(images, x):
-    """The test image is nowhere in the training images."""
-    for image in images:
-        for top in range(0, image.shape[1] - x.shape[2] + 1, 8):
-            for left in range(0, image.shape[2] - x.shape[3] + 1, 8):
-                piece = image[:, top : top + x.shape[2], left : left + x.shape[3]]
-                assert (piece - x[0]).square().mean() > 1e-4, "the test image is one of the training"
 
 
 def road(images, val_images, y, physics, options):

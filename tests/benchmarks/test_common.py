@@ -3,7 +3,7 @@
 import pytest
 import torch
 from arena import best_strength
-from common import check_disjoint
+from common import check_apart, check_disjoint
 
 
 def test_images_seen_in_training_are_named():
@@ -13,6 +13,13 @@ def test_images_seen_in_training_are_named():
     images["test"][3] = images["train"][2] + 0.01
     with pytest.raises(ValueError, match=r"within 0.05 RMSE .*; got test\[3\] and train\[2\] \(0.010\)"):
         check_disjoint(images)
+
+
+def test_a_piece_of_a_training_image_is_named():
+    images = [torch.rand(1, 24, 32) for _ in range(3)]
+    check_apart(images, torch.rand(1, 1, 12, 12))
+    with pytest.raises(ValueError, match=r"training image 2 is at 0.010 from pixel \(8, 16\) on"):
+        check_apart(images, images[2][None, :, 8:20, 16:28] + 0.01)
 
 
 def test_a_strength_is_not_chosen_at_an_end():

@@ -20,6 +20,7 @@ import deepinv as dinv
 import torch
 from arena import device_name, divided, on_device
 from bsd68 import by_model, mean_psnr
+from common import check_disjoint
 from torch import Tensor
 
 from deepinv_flows import MAP, PatchNR, fit_bilevel, load_images
@@ -99,6 +100,7 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     sigma, images = args.sigma / 255, load_images(args.data / "bsd" / "train400", channels=1)
     learn, held_out = divided(images)
+    check_disjoint({"train": torch.stack(learn), "val": torch.stack(held_out)})
     prior = PatchNR.from_checkpoint(args.prior)
     physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(sigma)).to(args.device)
     start = time.perf_counter()

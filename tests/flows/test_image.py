@@ -86,7 +86,8 @@ def test_initialisation_standardises_every_channel(name, conditional):
     for out in seen:
         var, mean = torch.var_mean(out, dim=(0, 2, 3))
         assert mean.abs().max() < 2e-2  # exactly 0 before the rotation; glow's affine maps exactly
-        torch.testing.assert_close(var.mean(), torch.ones(()).double(), rtol=1e-6, atol=0)
+        # up to the thousandth by which every direction is taken to vary, next to details that vary little more
+        torch.testing.assert_close(var.mean(), torch.ones(()).double(), rtol=3e-3, atol=0)
 
 
 def test_initialisation_of_constant_images_is_finite():
@@ -128,6 +129,31 @@ def test_initialisation_with_few_images_for_a_level_warns():
         flow.initialise(smooth_images(480, (3, 8, 8)))
     with pytest.raises(ValueError, match="at least one image to initialise a flow with; got none"):
         flow.initialise(torch.rand(0, 3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore:level")
+@pytest.mark.parametrize("coupling", ["allinone", "glow"])
+@pytest.mark.parametrize("levels", [1, 3])
+def test_initialisation_by_images_that_do_not_vary_in_some_directions(coupling, levels):
+    """A black channel, and grey images in colour: unseen images that do vary there keep finite likelihoods and an inverse."""
+    unseen = smooth_images(4, (3, 8, 8))
+    grey = smooth_images(300, (1, 8, 8)).expand(-1, 3, -1, -1)
+    black = smooth_images(300, (3, 8, 8)) * torch.tensor([1.0, 1.0, 0.0]).view(3, 1, 1)
+    for images in (grey, black):
+        flow = image_flow((3, 8, 8), levels, 8, 16, coupling, generator=torch.Generator().manual_seed(0))
+        flow.initialise(images)
+        z, log_det = flow(images)
+        assert z.square().mean() < 2 and (flow(z, rev=True)[0] - images).abs().max() < 1e-4
+        seen = images[:4] + 0.01 * torch.randn(4, 3, 8, 8)
+        for x, bound in ((seen, 1e5), (unseen, 1e7)):  # a thousand deviations, squared
+            z, log_det = flow(x)
+            assert (0.5 * z.square().flatten(1).mean(1) - log_det / x[0].numel()).max() < bound
+            assert (flow(z, rev=True)[0] - x).abs().max() < 1e-3
+
+
+def test_initialisation_refuses_what_is_not_finite():
+    with pytest.raises(ValueError, match="expected finite images to initialise a flow with"):
+        image_flow((1, 8, 8), **SIZES).initialise(torch.full((2, 1, 8, 8), torch.nan))
 
 
 @pytest.mark.filterwarnings("ignore:level")

@@ -52,7 +52,12 @@ def test_effective_samples():
     for step in noise[1:]:  # an autoregression: n (1 - a) / (1 + a)
         chain.append(0.8 * chain[-1] + 0.6 * step)
     assert effective(torch.stack(chain)).mean() / 4000 == pytest.approx(1 / 9, rel=0.1)
-    assert effective(torch.full((30, 2), 0.7)).tolist() == [1, 1]
+    assert effective(torch.full((30, 2), 0.7)).isnan().all()
+    opposite = [noise[0]]
+    for step in noise[1:100]:
+        opposite.append(-0.8 * opposite[-1] + 0.6 * step)
+    assert (effective(torch.stack(opposite)) > 30).all()
+    assert effective(torch.full((30, 2), torch.inf)).tolist() == [1, 1]
     walk = noise[:300].cumsum(0)
     assert effective(walk).median() < 10
 
@@ -62,7 +67,9 @@ def test_a_chain_that_stays_near_its_start_is_told():
     A, physics = linear_physics(8)
     y = physics(torch.rand(2, *SIZE, dtype=torch.float64))
     options = dict(max_iter=30, warm_up=30, rank=0, latent_shape=SIZE)
-    with pytest.warns(UserWarning, match=r"images \[0, 1\] of the batch are worth .* raise max_iter \(now 30\) or num_steps"):
+    with pytest.warns(
+        UserWarning, match=r"images \[0, 1\] of the batch are worth .* raise max_iter \(now 30\) or num_steps"
+    ):
         stuck = LatentSampler(Gaussian(0.4, 0.3), dinv.optim.L2(sigma=1e-3), num_steps=3, **options)
         stuck(y, physics)
     assert (stuck.effective < 10).all() and (stuck.accepted > 0.5).all()
@@ -71,6 +78,29 @@ def test_a_chain_that_stays_near_its_start_is_told():
         sampler = LatentSampler(Gaussian(0.4, 0.3), dinv.optim.L2(sigma=0.3), **options)
         sampler(y, physics)
     assert (sampler.effective > 15).all()
+
+
+@pytest.mark.filterwarnings("ignore:the chains")
+def test_statistics_of_any_kind():
+    """What is watched does not change the chain; a probability is the mean of a boolean; what never changes is not counted."""
+    physics, y, seen = dinv.physics.Denoising(), torch.rand(2, *SIZE).double(), []
+    options = dict(max_iter=15, warm_up=5, rank=0, map_iter=0, latent_shape=SIZE)
+
+    def sample(g_statistics):
+        sampler = LatentSampler(Gaussian(0.4, 0.3), dinv.optim.L2(sigma=0.2), **options)
+        mean, _ = sampler.sample(y, physics, g_statistics=g_statistics, callback=lambda x, z: seen.append(z))
+        return mean, sampler.effective
+
+    likely, _ = sample(lambda x: x > 0.4)
+    assert ((likely >= 0) & (likely <= 1)).all() and likely.unique().numel() > 5
+    count, known = sample(lambda x: (x > 0.4).sum((1, 2, 3)))
+    torch.testing.assert_close(count, likely.sum((1, 2, 3)))
+    assert torch.equal(seen[14], seen[29]) and (known > 1).all()
+    _, never = sample(lambda x: x > 1e3)
+    assert (never >= known).all()
+    for wrong in (lambda x: x.mean(), lambda x: x.mean((0, 1)), torch.fft.fft2, lambda x: 1.0):
+        with pytest.raises(ValueError, match="expected a statistic of real numbers for each of 2 images"):
+            sample(wrong)
 
 
 def test_chains_make_as_many_steps_as_each_needs():
@@ -129,8 +159,11 @@ def test_each_image_as_if_alone_and_seeded():
     options = dict(max_iter=15, warm_up=10, rank=2, num_steps=20)
     sampled = [LatentSampler(prior, dinv.optim.L2(sigma=0.2), **options)(y, physics) for _ in range(2)]
     assert torch.equal(*sampled)
-    wall = torch.cat([y, 50 * y])
-    assert LatentSampler(prior, dinv.optim.L2(sigma=0.2), **options)(wall, physics).isfinite().all()
+    walls = [
+        LatentSampler(prior, dinv.optim.L2(sigma=0.2), **options)(torch.cat([y, factor * y]), physics)
+        for factor in (1.0, 50.0)
+    ]
+    assert walls[1].isfinite().all() and torch.equal(walls[0][0], walls[1][0])
 
 
 def test_curvature_finds_the_largest_eigenvalues():
