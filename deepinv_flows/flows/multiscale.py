@@ -69,7 +69,7 @@ class ImageFlow(KnowsItsConfig, nn.Module):
 
         Call it once, before training, on a batch with its dequantisation noise; :func:`deepinv_flows.fit_flow` does so. If the
         images hold few samples for each channel of a level, the scales of this level are shrunk towards their mean, with a
-        warning. Directions in which the images do not vary, such as the colours of grey images, are taken to vary by a thousandth.
+        warning. Directions in which the images do not vary, such as the colours of grey ones, are taken to vary by a thousandth.
 
         :param torch.Tensor x: images (N, C, H, W), a few dozen or more.
         :param torch.Tensor, list c: conditions, as in the call.

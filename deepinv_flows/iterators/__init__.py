@@ -11,6 +11,7 @@ from .ipiano import IPiano, IPianoIteration
 from .latent_gd import LatentGD, LatentGDIteration
 from .learned_primal_dual import LearnedPrimalDual, LearnedPrimalDualIteration
 from .nmapg import NMAPG, NMAPGIteration, nmapg
+from .terms import exact_prox
 
 __all__ = [
     "NMAPG",
@@ -26,6 +27,7 @@ __all__ = [
     "LearnedPrimalDual",
     "LearnedPrimalDualIteration",
     "NMAPGIteration",
+    "exact_prox",
     "nmapg",
     "unfolded_builder",
 ]

@@ -164,11 +164,16 @@ class PriorTerm:
         return self.prior.prox_conjugate(x, self.g_param, gamma=gamma, lamb=weight)
 
     def _prox(self, x: Tensor, gamma: float | Tensor) -> Tensor:
-        if isinstance(self.prior, WaveletPrior):
-            # it takes thresholds of shape (B,); by default they are a tenth of those of the true proximity operator
-            exact = {"ths": 1.0} if self.prior.p == 1 else {}
-            return self.prior.prox(x, self.g_param, gamma=flat(gamma), **exact)
-        return self.prior.prox(x, self.g_param, gamma=gamma)
+        return exact_prox(self.prior, x, gamma, self.g_param)
+
+
+def exact_prox(prior: Prior, x: Tensor, gamma: float | Tensor, *g_param) -> Tensor:
+    """The proximity operator of a prior of deepinv's, for a stepsize, or one for each sample (B, 1, ...)."""
+    if isinstance(prior, WaveletPrior):
+        # it takes thresholds of shape (B,); by default they are a tenth of those of the true proximity operator
+        exact = {"ths": 1.0} if prior.p == 1 else {}
+        return prior.prox(x, *g_param, gamma=flat(gamma), **exact)
+    return prior.prox(x, *g_param, gamma=gamma)
 
 
 class EnergyTerm:

@@ -40,10 +40,10 @@ class LatentSampler(Reconstructor):
     ``sampler(y, physics)`` returns the posterior mean. ``sampler.sample(y, physics)`` returns the mean and the variance, as the
     samplers of :mod:`deepinv.sampling` do.
 
-    Where many measurements have little noise, f curves in many directions, which turn as z moves, so that steps are short. If they
-    are too short for ``num_steps`` of them to cross the posterior, the chain stays near its start, however many samples it
-    accepts, and its variance is too small. The attribute ``effective`` tells how many independent samples each chain is worth,
-    and a warning tells if they are fewer than ten.
+    Where many measurements have little noise, f curves in many directions, which turn as z moves, so that steps are short. If
+    ``num_steps`` of them do not cross the posterior, the chain stays near its start, however many samples it accepts, and its
+    variance is too small. The attribute ``effective`` tells how many independent samples each chain is worth, and a warning
+    tells if they are fewer than ten.
 
     :param torch.nn.Module flow: a flow, run in reverse as G, or a :class:`deepinv_flows.FlowPrior`.
     :param deepinv.optim.DataFidelity data_fidelity: f, with a value for each image; ``None`` is ``L2()``. For Gaussian noise of

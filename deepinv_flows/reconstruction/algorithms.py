@@ -21,9 +21,14 @@ from ..iterators import DavisYinIteration, IPianoIteration, nmapg
 from ..patchnr import PatchNR
 from ..solvers import lbfgs, per_sample
 from .metric import metric
-from .objective import Objective, PriorTerm, Term
+from .objective import Constraint, Objective, PriorTerm, Term
 from .progress import Finished, Progress, size
 
+BESIDE, FLAT, TINY = (
+    1e-6,
+    1e-2,
+    1e-30,
+)  # of an image, a step to what lies beside it; of the gradient at the start, at a minimum
 LARGE = 500_000  # patches of an image from which on a random grid of them does for a step
 GRID = 16  # patches for each that a random grid takes
 LONGEST, ADAM_LONGEST = 500, 200  # iterations, unless others are asked for; the step of Adam falls to its end
@@ -99,7 +104,15 @@ class ScaledTerm(Prior):
 
 def by_lbfgs(objective: Objective, x: Tensor, progress: Progress) -> None:
     scaled = Scaled(objective, x, metric(objective, x))
-    lbfgs(scaled.value_and_grad, scaled.of(x), progress.max_iter, callback=scaled.watch(progress))
+    u = lbfgs(scaled.value_and_grad, scaled.of(x), progress.max_iter, callback=scaled.watch(progress))
+    # every step was refused: at a minimum, or because there are no numbers beside it
+    value, grad = scaled.value_and_grad(u)
+    beside, _ = scaled.value_and_grad(u - BESIDE * per_sample(size(u) / size(grad).clamp_min(TINY), u) * grad)
+    if (broken := beside.isnan() & (size(grad) > FLAT)).any():
+        raise ValueError(
+            f"the objective of images {broken.nonzero().flatten().tolist()} of the batch is NaN beside the iterate of objective "
+            f"{(scaled.k * value)[broken].tolist()}, at which the search ended"
+        )
 
 
 def by_nmapg(objective: Objective, x: Tensor, progress: Progress) -> None:
@@ -133,13 +146,13 @@ def by_davis_yin(objective: Objective, x: Tensor, progress: Progress) -> None:
 
 
 def _iterate(iteration, scaled: Scaled, prior, params: dict, x: Tensor, progress: Progress) -> None:
-    """Iterations of deepinv's kind, at iterates that meet the constraint."""
+    """Iterations of deepinv's kind; the images that are looked at meet the constraint."""
     X, constraint = {"est": (scaled.of(x), scaled.of(x))}, scaled.objective.constraint
     for it in range(progress.max_iter):
         with at_iteration(it):
             X = iteration(X, scaled, prior, params, None, None)
         x = scaled.image(X["est"][0])
-        x = x if constraint is None else constraint.prox(x, x.new_ones(()))
+        x = x if constraint is None else constraint.feasible(x)
         progress(x, scaled.objective.value(x))
 
 
@@ -172,9 +185,18 @@ def by_adam(objective: Objective, x: Tensor, progress: Progress) -> None:
         step = ADAM_STEP * (0.01 + 0.99 * math.cos(math.pi * it / steps / 2) ** 2) * spread
         x.copy_(before + per_sample(step, x) * (x - before))
         if constraint is not None:
-            x.copy_(constraint.prox(x, x.new_ones(())))
+            x.copy_(_projected(x, constraint))
         unknown = thinned and (it + 1) % looks and it + 1 < steps
         progress(x.clone(), torch.full_like(progress.value, torch.inf) if unknown else objective.value(x))
+
+
+def _projected(x: Tensor, constraint: Constraint) -> Tensor:
+    value = constraint.value(x)
+    if bool((torch.isfinite(value) & (value != 0)).any()):
+        raise ValueError(
+            f"solver='adam' takes a constraint that is 0 or infinite; {type(constraint.prior).__name__} is a second prior"
+        )
+    return constraint.feasible(x)
 
 
 def _spread(x: Tensor) -> Tensor:

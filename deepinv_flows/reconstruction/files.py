@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
 from deepinv.optim.data_fidelity import L2
 
 from .. import weights as checkpoints
@@ -52,9 +53,13 @@ def save(model, path: str | os.PathLike) -> None:
 
 def load(path: str | os.PathLike, given: dict) -> tuple[dict, dict]:
     """Arguments of a MAP, those ``given`` in place of the saved ones, and what was tuned."""
+    saved = {"data_fidelity": None, "constraint": "saved"}
+    given = {name: value for name, value in given.items() if name not in saved or value != saved[name]}
     with checkpoints.guarded(path):
         choices = _choices(path)
         arguments = dict(choices["options"])
+        if isinstance(arguments["lambda_reg"], list):
+            arguments["lambda_reg"] = torch.tensor(arguments["lambda_reg"])
         if choices["L2"] is not None:
             arguments["data_fidelity"] = L2(sigma=choices["L2"] ** -0.5)
         elif "data_fidelity" not in given:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_autograd, check_choice, check_positive, positive_int, warn_outside
 from ..console import Console
 from . import files, tuning
-from .algorithms import ALGORITHMS, LONGEST, NEEDS_GRADIENT, automatic, longest, minimise
+from .algorithms import ALGORITHMS, NEEDS_GRADIENT, automatic, longest, minimise
 from .choices import as_constraint, check_fits, checked_weight
 from .objective import DataTerm, Objective, is_smooth, parts
 from .progress import Progress
@@ -59,7 +59,7 @@ class MAP(Reconstructor):
     :param str solver: ``"auto"``, or the name of an algorithm.
     :param int max_iter: bound on the iterations; ``None`` is 200 for ``"adam"``, whose step falls to its end, else 500.
     :param float tol: an image is done when ten iterations moved it by less than this times its norm.
-    :param float max_seconds: bound on the time of a reconstruction; ``None`` is none.
+    :param float max_seconds: bound on the time of a reconstruction, of which a search for :math:`\lambda` makes several.
     :param bool verbose: show a progress bar in a terminal, and print one line at the end, if it takes more than two seconds.
     :raises TypeError: for a prior that is not a deepinv prior, and other kinds of ``lambda_reg`` or ``constraint``.
     :raises ValueError: for a prior without a value, a denoiser for example, and numbers out of range.
@@ -130,7 +130,7 @@ class MAP(Reconstructor):
         """
         Reconstruct images.
 
-        :param torch.Tensor y: measurements (B, ...), or a list of them from stacked physics.
+        :param torch.Tensor y: measurements (B, ...), or the ``TensorList`` of them from stacked physics.
         :param deepinv.physics.Physics physics: of the measurements, linear or not.
         :param torch.Tensor init: one more image to start from, (B, C, H, W) or (1, C, H, W).
         :param torch.Tensor x_gt: true images, for the PSNR.
@@ -146,7 +146,10 @@ class MAP(Reconstructor):
             if not bool(torch.isfinite(part).all()):
                 raise ValueError(f"the measurements of shape {tuple(part.shape)} hold NaN or infinite entries")
         searches = isinstance(self.lambda_reg, str) and self.lambda_reg != "rule"
-        with torch.no_grad(), Console("MAP", None if searches else self.max_iter or LONGEST, self.verbose) as console:
+        with (
+            torch.no_grad(),
+            Console("MAP", None if searches else self.max_iter or longest(self.solver), self.verbose) as console,
+        ):
             found = candidates(y, physics, init)
             weight, reason = tuning.weight(self, y, physics, found, console.update)
             x, progress, name, start = self.solve(
@@ -258,7 +261,7 @@ class MAP(Reconstructor):
         path: str | os.PathLike,
         *,
         data_fidelity: DataFidelity | None = None,
-        constraint: Prior | str | Sequence[float] | None = None,
+        constraint: Prior | str | Sequence[float] | None = "saved",
         **kwargs,
     ) -> "MAP":
         """
@@ -266,7 +269,7 @@ class MAP(Reconstructor):
 
         :param str path: the file.
         :param deepinv.optim.DataFidelity data_fidelity: needed where it was not ``L2``.
-        :param constraint: needed where it was a prior of the user's.
+        :param constraint: in place of the saved one; needed where that was a prior of the user's.
         :param kwargs: further arguments of :class:`MAP`, in place of those saved.
         :raises CheckpointError: when the file cannot be read, or is not a MAP's.
 
@@ -278,21 +281,20 @@ class MAP(Reconstructor):
         ...     MAP.from_checkpoint(f"{folder}/map.safetensors").lambda_reg
         0.1
         """
-        given = {"data_fidelity": data_fidelity, "constraint": constraint, **kwargs}
-        arguments, tuned = files.load(path, {name: value for name, value in given.items() if value is not None})
+        arguments, tuned = files.load(path, {"data_fidelity": data_fidelity, "constraint": constraint, **kwargs})
         model = cls(**arguments)
         model.tuned = tuned
         return model
 
     def weight_for(self, x: Tensor) -> Tensor:
         """The number that ``lambda_reg`` is for images like x, (B,); tuned on images of another size, it grows with them."""
-        grown = dimension(self.prior, x) / self.tuned["dimension"] if self.tuned else 1.0
-        weight = torch.as_tensor(self.lambda_reg, dtype=x.dtype, device=x.device).reshape(-1) * grown
+        grown = dimension(self.prior, x) / self.tuned["dimension"] if tuning.is_tuned(self) else 1.0
+        weight = torch.as_tensor(self.lambda_reg, dtype=x.real.dtype, device=x.device).reshape(-1) * grown
         if len(weight) not in (1, len(x)):
             raise ValueError(f"expected one lambda_reg, or one for each of {len(x)} images; got {len(weight)}")
         return weight.expand(len(x)).clone()
 
     def extra_repr(self) -> str:
         weight = self.lambda_reg.tolist() if torch.is_tensor(self.lambda_reg) else self.lambda_reg
-        tuned = f" (tuned: {self.tuned['metric']} {self.tuned['score']:.4g})" if self.tuned else ""
+        tuned = f" (tuned: {self.tuned['metric']} {self.tuned['score']:.4g})" if tuning.is_tuned(self) else ""
         return f"lambda_reg={weight}{tuned}, solver={self.solver}, max_iter={self.max_iter}, tol={self.tol}"

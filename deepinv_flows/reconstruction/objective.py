@@ -15,6 +15,7 @@ from deepinv.optim.prior import SmoothedTVPrior, TVPrior
 from deepinv.utils import TensorList
 from torch import Tensor
 
+from ..iterators import exact_prox
 from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..solvers import finite, per_sample
@@ -136,11 +137,11 @@ class PriorTerm(Term):
         return self.value(x), per_sample(self.weight, x) * self.prior.grad(x.clone()).detach()
 
     def prox(self, x: Tensor, gamma: Tensor) -> Tensor:
-        return self.prior.prox(x, gamma=gamma * per_sample(self.weight, x))
+        return exact_prox(self.prior, x, gamma * per_sample(self.weight, x))
 
 
 class Constraint(Term):
-    """c, whose weight is 1."""
+    """c, whose weight is 1: 0 or infinite, or a second prior."""
 
     def __init__(self, prior: Prior):
         self.prior = prior
@@ -149,7 +150,12 @@ class Constraint(Term):
         return _each("constraint", self.prior(x), x)
 
     def prox(self, x: Tensor, gamma: Tensor) -> Tensor:
-        return self.prior.prox(x, gamma=gamma)
+        return exact_prox(self.prior, x, gamma)
+
+    def feasible(self, x: Tensor) -> Tensor:
+        """The images, those at which c is infinite projected."""
+        outside = torch.isinf(self.value(x))
+        return torch.where(per_sample(outside, x), self.prox(x, x.new_ones(())), x)
 
 
 class Objective:

@@ -64,6 +64,11 @@ class Progress:
 
     def __call__(self, x: Tensor, value: Tensor) -> None:
         """Take note of an iterate and its objective."""
+        if (bad := value.isnan() | ~torch.isfinite(x.flatten(1)).all(1)).any():
+            raise ValueError(
+                f"the objective of images {bad.nonzero().flatten().tolist()} of the batch, or the iterate, is not finite any "
+                f"more after {self.iterations + 1} iterations"
+            )
         self._check_bounded(x, value)
         lower = (value < self.value) & ~self.done
         before = self.x

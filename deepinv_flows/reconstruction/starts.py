@@ -8,7 +8,7 @@ from deepinv.physics.functional import conv2d, gaussian_blur
 from torch import Tensor
 
 from ..solvers import dot, per_sample
-from .objective import Constraint, Objective, parts
+from .objective import Objective, parts
 
 WIDTHS = 0.75, 1.5, 3.0  # in pixels, of the smoothing of a start
 
@@ -113,7 +113,7 @@ def least(objective: Objective, found: dict[str, Tensor]) -> tuple[Tensor, Tenso
     :raises ValueError: naming the samples for which the objective, or its gradient, is finite at no candidate.
     """
     names, constraint = list(found), objective.constraint
-    images = torch.stack([x if constraint is None else _feasible(constraint, x) for x in found.values()])
+    images = torch.stack([x if constraint is None else constraint.feasible(x) for x in found.values()])
     found_values: list[Tensor] = []
     for k, x in enumerate(images):  # of some physics several are the same
         same = next((j for j in range(k) if torch.equal(images[j], x)), None)
@@ -132,11 +132,6 @@ def least(objective: Objective, found: dict[str, Tensor]) -> tuple[Tensor, Tenso
         if good.all():
             return x, lowest, [names[k] for k in which.tolist()]
         values[which[~good], rows[~good]] = torch.inf
-
-
-def _feasible(constraint: Constraint, x: Tensor) -> Tensor:
-    outside = torch.isinf(constraint.value(x))
-    return torch.where(per_sample(outside, x), constraint.prox(x, x.new_ones(())), x)
 
 
 def _value(objective: Objective, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..solvers import per_sample
-from .objective import DataTerm, parts
+from .objective import DataTerm, is_smooth, parts
 
 RULES = ("rule", "discrepancy", "sure")
 SEEN = 0.5  # share of the directions of an image that A has to see for SURE to tell its error
@@ -172,6 +172,25 @@ def check_sure(data_fidelity: DataFidelity, y, physics, x: Tensor, generator: to
     variance(physics, y)
 
 
+def check_differentiable(prior: Prior, constraint: Prior | None, x: Tensor) -> None:
+    """
+    Refuse an objective whose minimisers SURE cannot differentiate.
+
+    :raises ValueError: with a constraint or a second prior, with a prior known by its proximity operator, and with one whose
+        gradient does not have a graph.
+    """
+    if constraint is not None:
+        why = f"an objective without a constraint; got {type(constraint).__name__}"
+    elif not is_smooth(prior):
+        why = f"a prior known by its gradient; got {type(prior).__name__}"
+    else:
+        with torch.enable_grad():
+            if prior.grad(x.detach().clone().requires_grad_()).requires_grad:
+                return
+        why = f"a prior whose gradient has a graph; that of {type(prior).__name__} has none"
+    raise ValueError(f'lambda_reg="sure" needs {why}: use "discrepancy" or tune()')
+
+
 def _seen(physics, y: Tensor, x: Tensor, generator: torch.Generator) -> float:
     """Share of the directions of an image that A scales by more than about a thirtieth of its norm; the least in the batch."""
     probe = signs(x, generator)
@@ -185,9 +204,9 @@ def _seen(physics, y: Tensor, x: Tensor, generator: torch.Generator) -> float:
 
 
 def signs(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random numbers of size 1 like x."""
-    draw = torch.randint(2, (2 if x.is_complex() else 1, *x.shape), generator=generator, device=generator.device)
-    real = (2 * draw - 1).to(x)
+    """Random numbers of size 1 like x, the same for every sample, so that none depends on the others of its batch."""
+    draw = torch.randint(2, (2 if x.is_complex() else 1, 1, *x.shape[1:]), generator=generator, device=generator.device)
+    real = (2 * draw - 1).to(x).expand(-1, *x.shape)
     return (real[0] + 1j * real[1]) / 2**0.5 if x.is_complex() else real[0]
 
 

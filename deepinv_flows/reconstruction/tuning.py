@@ -19,7 +19,18 @@ from .objective import DataTerm, Objective, frozen
 from .progress import Progress
 from .search import highest, root
 from .starts import candidates
-from .strength import balance, by_rule, check_sure, deviation, dimension, discrepancy, signs, small_shift, sure
+from .strength import (
+    balance,
+    by_rule,
+    check_differentiable,
+    check_sure,
+    deviation,
+    dimension,
+    discrepancy,
+    signs,
+    small_shift,
+    sure,
+)
 
 if TYPE_CHECKING:
     from .map import MAP
@@ -33,7 +44,7 @@ def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[
     """The weight (B,) for some measurements, and how it was found; a search adds its last images to ``found``."""
     x = next(iter(found.values()))
     if not isinstance(model.lambda_reg, str):
-        return model.weight_for(x), "tuned" if model.tuned else "given"
+        return model.weight_for(x), "tuned" if is_tuned(model) else "given"
     if model.lambda_reg == "rule":
         return by_rule(model.prior, model.data_fidelity, y, physics, x), "rule"
     reconstruct = _warm(model, y, physics, found, update)
@@ -53,6 +64,7 @@ def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[
         safe = deviation(physics, y, x)
         return root(lambda value: excess(value) - safe, start, min(0.02, float(safe.min()) / 2)), "discrepancy"
     check_sure(model.data_fidelity, y, physics, x, generator)
+    check_differentiable(frozen(model.prior), model.constraint, x)
     probe = signs(y, generator)
     grad = frozen(model.prior).grad
 
@@ -60,6 +72,11 @@ def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[
         return -sure(model.data_fidelity, grad, value, y, physics, reconstruct(value), probe)
 
     return highest(quality, start)[0], "sure"
+
+
+def is_tuned(model: "MAP") -> bool:
+    """Whether the weight is the one that :func:`tune` found, not one that was set since."""
+    return bool(model.tuned) and isinstance(model.lambda_reg, float) and model.lambda_reg == model.tuned["lambda_reg"]
 
 
 def told(model: "MAP", reason: str, x: Tensor) -> str:
@@ -89,7 +106,8 @@ def _warm(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[.
 def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_seconds, generator) -> None:
     """See :meth:`deepinv_flows.MAP.tune`."""
     x, metric, clock = _images(images, n), PSNR() if metric is None else metric, _Clock(max_seconds)
-    sign = -1.0 if metric.lower_better else 1.0
+    sign, bound = _sign(metric), _bound(model)
+    model.max_iter = bound
     with torch.no_grad(), Console("MAP.tune", None, model.verbose) as console:
         y = simulated(x, physics, generator)
         found = candidates(y, physics)
@@ -114,7 +132,7 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
         progress = solve(best, clock.left(), x_gt=x, metric=metric)[1]
         iterations, score = _stop(progress.metrics["psnr"], sign)
         early = iterations < progress.iterations
-        model.lambda_reg, model.max_iter = float(best), iterations if early else model.max_iter
+        model.lambda_reg, model.max_iter = float(best), iterations if early else bound
         model.tuned = {
             "lambda_reg": float(best),
             "dimension": dimension(model.prior, x),
@@ -124,10 +142,24 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
             "images": len(x),
             "seconds": round(clock.seconds, 1),
             "tried": sorted(tried),
-            # what was tried is comparable among itself
-            **({} if prior is model.prior else {"stride": prior.stride}),
+            **({} if prior is model.prior else {"stride": prior.stride}) | ({"bound": bound} if early else {}),
         }
         console.result = _said(model.tuned, early, clock.left(SEARCH) <= 0)
+
+
+def _sign(metric: nn.Module) -> float:
+    """What to multiply a metric by, so that more is better."""
+    if not hasattr(metric, "lower_better"):
+        raise TypeError(
+            f"expected a metric of deepinv's, which knows whether lower is better; got {type(metric).__name__}"
+        )
+    return -1.0 if metric.lower_better else 1.0
+
+
+def _bound(model: "MAP") -> int | None:
+    """The user's bound on the iterations, in place of an early stop that the last tuning found."""
+    stopped = is_tuned(model) and model.max_iter == model.tuned["iterations"]
+    return model.tuned.get("bound", model.max_iter) if stopped else model.max_iter
 
 
 def _affordable(model: "MAP", y, physics, x: Tensor, weight: Tensor, clock: "_Clock") -> Prior:

@@ -64,7 +64,7 @@ def test_effective_samples():
 
 def test_a_chain_that_stays_near_its_start_is_told():
     """Steps much shorter than the posterior is wide."""
-    A, physics = linear_physics(8)
+    _, physics = linear_physics(8)
     y = physics(torch.rand(2, *SIZE, dtype=torch.float64))
     options = dict(max_iter=30, warm_up=30, rank=0, latent_shape=SIZE)
     with pytest.warns(

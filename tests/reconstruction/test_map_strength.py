@@ -11,7 +11,7 @@ from cases import make
 from deepinv_flows import MAP, CheckpointError, FlowPrior, PatchNR, console, glow_flow, image_flow
 from deepinv_flows.reconstruction import tuning
 from deepinv_flows.reconstruction.search import highest, root
-from deepinv_flows.reconstruction.strength import by_rule, discrepancy, signs, small_shift, sure
+from deepinv_flows.reconstruction.strength import by_rule, discrepancy, small_shift, sure
 
 L2, Tikhonov = dinv.optim.L2, dinv.optim.Tikhonov
 SIGMA = 0.2
@@ -120,7 +120,10 @@ def test_residuals_are_less_than_the_noise_by_the_degrees_of_freedom():
     y, weight = physics(gaussians(40, 16)), torch.full((40,), 0.1**2, dtype=torch.float64)
     model = MAP(Tikhonov(), tol=0, max_iter=60, verbose=False)
     x = model.solve(y, physics, weight, {"0": torch.zeros_like(y)})[0]
-    shift = small_shift(physics, y, x, signs(y, generator()))
+    several = torch.randn(
+        y.shape, generator=generator(), dtype=y.dtype
+    ).sign()  # a mean over images has a probe for each
+    shift = small_shift(physics, y, x, several)
     moved = model.solve(y + shift, physics, weight, {"x": x})[0]
     morozov, excess = discrepancy(physics, y, x), discrepancy(physics, y, x, shift, moved)
     impulse = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
