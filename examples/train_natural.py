@@ -8,7 +8,7 @@ images of any size: it learns the likelihood of noisy patches, and then to make 
 ``--sigma 0`` the likelihood of clean patches, for :class:`deepinv_flows.MAP`.
 
 Run ``python examples/train_natural.py --data FOLDER --sigma 25 --save-path runs --out natural.safetensors``. Two levels, as in
-``--sigma 15 50``, train for all levels between them.
+``--sigma 15 50``, train for all levels between them. ``--prior FILE`` goes on from a denoiser by score matching alone.
 """
 
 import argparse
@@ -29,6 +29,7 @@ parser.add_argument(
 )
 parser.add_argument("--out", default="natural.safetensors", help="file to write")
 parser.add_argument("--save-path", default=None, help="folder for checkpoints, to resume an interrupted training")
+parser.add_argument("--prior", help="file of a denoiser of this level, or its shipped name, to go on from by score matching")
 parser.add_argument("--patch-size", type=int, default=8)
 parser.add_argument("--layers", type=int, default=5, help="coupling blocks")
 parser.add_argument("--width", type=int, default=192, help="width of their networks")
@@ -75,11 +76,14 @@ if noisy:
 else:  # smooth, for fit_bilevel
     flow = glow_flow(args.patch_size**2, **sizes, permute=True, activation="silu", generator=torch.Generator())
     new = dict(prior=PatchNR(flow, patch_size=args.patch_size))
-prior = fitted(
-    "likelihood" if noisy else None, batch_size=args.batch_size, epochs=args.epochs, steps_per_epoch=args.steps,
-    **new,
-)  # fmt: skip
-save(prior)
+if args.prior:
+    prior = PatchNR.from_checkpoint(args.prior)
+else:
+    prior = fitted(
+        "likelihood" if noisy else None, batch_size=args.batch_size, epochs=args.epochs, steps_per_epoch=args.steps,
+        **new,
+    )  # fmt: skip
+    save(prior)
 if noisy and args.score_epochs:
     prior = fitted(
         "score", prior=prior, epochs=args.score_epochs, steps_per_epoch=args.score_steps, lr=3e-4,
