@@ -101,6 +101,8 @@ class FlowNLL(Loss):
     tensor([1., 2.])
     """
 
+    unit = "nats"
+
     def forward(self, x_net: Tensor, *args, **kwargs) -> Tensor:
         """
         The loss.

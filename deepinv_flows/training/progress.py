@@ -23,6 +23,7 @@ class Watched:
     train_dataloader: Any
     logs_total_loss_train: Any
     eval_metrics_history: dict[str, list[float]]
+    losses: list[Any]
 
     def train(self) -> Any:
         self.console = None  # of a training before
@@ -50,4 +51,6 @@ class Watched:
         return {"loss": self.loss, **metrics}
 
     def _said(self) -> str:
-        return ", ".join(f"{name} {value:.4g}" for name, value in self.figures().items())
+        unit = getattr(self.losses[0], "unit", "")
+        units = {"loss": unit, "best": unit}
+        return ", ".join(f"{name} {value:.4g} {units.get(name, '')}".rstrip() for name, value in self.figures().items())

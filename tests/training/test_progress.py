@@ -12,7 +12,7 @@ from deepinv_flows.training import effort
 
 IMAGES = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
 OPTIONS = dict(epochs=3, steps_per_epoch=25, batch_size=4, patch_size=3, sub_net_size=8)
-FIGURES = r"loss [-\d.e]+, best [-\d.e]+; [\d.]+ s"
+FIGURES = r"loss [-\d.e]+ nats, best [-\d.e]+ nats; [\d.]+ s"
 
 
 class Terminal(io.StringIO):
@@ -48,7 +48,7 @@ def test_no_best_is_told_where_the_last_weights_are_returned(capsys):
         train()
         told = capsys.readouterr().out.splitlines()
         assert len(told) == 3 and all(
-            re.fullmatch(r"training: .*epochs?.*, loss [-\d.e]+; [\d.]+ s", line) for line in told
+            re.fullmatch(r"training: .*epochs?.*, loss [-\d.e]+ nats; [\d.]+ s", line) for line in told
         )
 
 
