@@ -24,11 +24,8 @@ from .metric import metric
 from .objective import Constraint, Objective, PriorTerm, Term
 from .progress import Finished, Progress, size
 
-BESIDE, FLAT, TINY = (
-    1e-6,
-    1e-2,
-    1e-30,
-)  # of an image, a step to what lies beside it; of the gradient at the start, at a minimum
+BESIDE = 1e-6  # of an image, a step to what lies beside it
+FLAT, TINY = 1e-2, 1e-30  # of the gradient at the start: at a minimum it is less
 LARGE = 500_000  # patches of an image from which on a random grid of them does for a step
 GRID = 16  # patches for each that a random grid takes
 LONGEST, ADAM_LONGEST = 500, 200  # iterations, unless others are asked for; the step of Adam falls to its end
