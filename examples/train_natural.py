@@ -29,7 +29,9 @@ parser.add_argument(
 )
 parser.add_argument("--out", default="natural.safetensors", help="file to write")
 parser.add_argument("--save-path", default=None, help="folder for checkpoints, to resume an interrupted training")
-parser.add_argument("--prior", help="file of a denoiser of this level, or its shipped name, to go on from by score matching")
+parser.add_argument(
+    "--prior", help="file of a denoiser of this level, or its shipped name, to go on from by score matching"
+)
 parser.add_argument("--patch-size", type=int, default=8)
 parser.add_argument("--layers", type=int, default=5, help="coupling blocks")
 parser.add_argument("--width", type=int, default=192, help="width of their networks")
