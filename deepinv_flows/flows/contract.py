@@ -7,6 +7,7 @@ it changes sign with ``rev``. FrEIA's ``SequenceINN`` and ``GraphINN``, deepinv'
 :mod:`deepinv_flows.flows` satisfy it. :func:`deepinv_flows.as_flow` adapts bare FrEIA modules and zuko flows.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -195,7 +196,12 @@ def takes(module: Callable, name: str) -> bool:
 
 def _parameters(module: Callable) -> Mapping[str, inspect.Parameter]:
     inner = unwrapped(module)
-    return inspect.signature(inner.forward if isinstance(inner, nn.Module) else inner).parameters
+    function = inner.forward if isinstance(inner, nn.Module) else inner
+    of_a_class = getattr(function, "__func__", None)  # a closure would be kept alive, and all that it holds
+    return _signature(of_a_class).parameters if of_a_class is not None else inspect.signature(function).parameters
+
+
+_signature = functools.lru_cache(maxsize=256)(inspect.signature)
 
 
 def like_weights(module: nn.Module, default: Tensor | None = None) -> Tensor:

@@ -367,11 +367,12 @@ def main():
         }  # fmt: skip
     for section, on, beside in (("sensing", test, published["sensing"]), ("ood", ood, {})):
         if section in args.sections:
-            result[section] = {
+            found = {
                 m: compare(f"{section}, m = {m}", functools.partial(sensed, m=m), compared["sensing"], tune, on,
                            beside.get(m, {}), args, kept, f"sensing, m = {m}")
                 for m in args.measurements
             }  # fmt: skip
+            result[section] = {m: rows for m, rows in found.items() if rows}
     if "inpainting" in args.sections:
         side = args.side // 3
         problem = functools.partial(holed, side=side)
