@@ -9,7 +9,7 @@ NUM_PROJECTIONS = 32
 class Trace:
     """A few numbers of each sample: projections of its tensors on random directions, which all samples share."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.directions: list[Tensor] = []
         self.rows: list[list[Tensor]] = []
 

@@ -179,16 +179,16 @@ class LatentSampler(Reconstructor):
             mean = mean + delta / n
             squares = squares + delta * (g - mean)
             accepted = accepted + (rate - accepted) / n
-        self.accepted, self.effective = accepted, trace.effective()
-        console.result = f"{self.max_iter} samples, worth {float(self.effective.mean()):.0f} independent ones"
-        self._warn_of_short_chains()
+        self.accepted, self.effective = accepted, (effective := trace.effective())
+        console.result = f"{self.max_iter} samples, worth {float(effective.mean()):.0f} independent ones"
+        self._warn_of_short_chains(effective)
         return mean, squares / max(1, self.max_iter - 1)
 
-    def _warn_of_short_chains(self) -> None:
-        short = (self.effective < FEW).nonzero().flatten().tolist()
+    def _warn_of_short_chains(self, effective: Tensor) -> None:
+        short = (effective < FEW).nonzero().flatten().tolist()
         if short:
             warnings.warn(
-                f"the chains of images {short} of the batch are worth {float(self.effective[short].min()):.1f} independent "
+                f"the chains of images {short} of the batch are worth {float(effective[short].min()):.1f} independent "
                 f"samples or a few more, which is too few for their variance: raise max_iter (now {self.max_iter}) or num_steps "
                 f"(now {self.num_steps})",
                 stacklevel=5,
