@@ -92,7 +92,7 @@ class MAP(Reconstructor):
         solver: str = "auto",
         *,
         max_iter: int | None = None,
-        tol: float = 3e-3,
+        tol: float = 1e-3,
         max_seconds: float | None = None,
         verbose: bool = True,
     ):

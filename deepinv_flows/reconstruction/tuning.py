@@ -106,8 +106,7 @@ def _warm(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[.
 def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_seconds, generator) -> None:
     """See :meth:`deepinv_flows.MAP.tune`."""
     x, metric, clock = _images(images, n), PSNR() if metric is None else metric, _Clock(max_seconds)
-    sign, bound = _sign(metric), _bound(model)
-    model.max_iter = bound
+    sign, bound = _sign(metric), _restored_bound(model)
     with torch.no_grad(), Console("MAP.tune", None, model.verbose) as console:
         y = simulated(x, physics, generator)
         found = candidates(y, physics)
@@ -121,7 +120,8 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
         tried, prior = list[list[float]](), _affordable(model, y, physics, x, start.expand(len(x)), clock)
 
         def quality(value: Tensor) -> Tensor:
-            score = metric(solve(value, clock.left(SEARCH), prior=prior)[0], x).mean().reshape(1)
+            seconds = min(clock.left(SEARCH), SEARCH * clock.bound / STRENGTHS)  # none takes the time of the others
+            score = metric(solve(value, seconds, prior=prior)[0], x).mean().reshape(1)
             if clock.left(SEARCH) <= 0 and tried:  # cut short, and so not comparable
                 return torch.full_like(score, torch.nan)
             tried.append([float(f"{float(value):.6g}"), round(float(score), 6)])
@@ -156,10 +156,11 @@ def _sign(metric: nn.Module) -> float:
     return -1.0 if metric.lower_better else 1.0
 
 
-def _bound(model: "MAP") -> int | None:
-    """The user's bound on the iterations, in place of an early stop that the last tuning found."""
-    stopped = is_tuned(model) and model.max_iter == model.tuned["iterations"]
-    return model.tuned.get("bound", model.max_iter) if stopped else model.max_iter
+def _restored_bound(model: "MAP") -> int | None:
+    """Put the user's bound on the iterations in place of an early stop that the last tuning found."""
+    if is_tuned(model) and model.max_iter == model.tuned["iterations"]:
+        model.max_iter = model.tuned.get("bound", model.max_iter)
+    return model.max_iter
 
 
 def _affordable(model: "MAP", y, physics, x: Tensor, weight: Tensor, clock: "_Clock") -> Prior:

@@ -166,7 +166,7 @@ def test_noise_is_left_from_a_coarser_start():
     weight, found = torch.tensor([model.chosen["lambda_reg"]]), starts.candidates(y, physics)
     with torch.no_grad():
         values = {name: model.solve(y, physics, weight, {name: start})[1].value for name, start in found.items()}
-    assert values[model.chosen["start"][0]] <= values["y"]
+    assert values[model.chosen["start"][0]] <= values["y"] + 1e-3 * values["y"].abs()  # may be the same minimum
     assert dinv.metric.PSNR()(x_net, x) > dinv.metric.PSNR()(y, x) + 3
 
 
