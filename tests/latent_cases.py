@@ -27,6 +27,13 @@ class Gaussian(torch.nn.Module):
         return (x * self.std + self.mean, -log_det) if rev else ((x - self.mean) / self.std, log_det)
 
 
+class Around(torch.nn.Module):
+    """A conditional flow, whose condition is the mean of the image."""
+
+    def forward(self, x, c, rev=False):
+        return (x + c[0], torch.zeros(len(x)).double()) if rev else (x - c[0], torch.zeros(len(x)).double())
+
+
 class Narrow(torch.nn.Module):
     """A generator that is not a flow, from 3 numbers to an image."""
 

@@ -8,7 +8,7 @@ import deepinv as dinv
 import pytest
 import torch
 from cases import central_difference
-from latent_cases import SIZE, Gaussian, Narrow, image_prior
+from latent_cases import SIZE, Around, Gaussian, Narrow, image_prior
 from latent_theorem import bounds, errors, generator_matrix, linear_flow
 from physics_cases import ABSTRACT, ELSEWHERE, ONE_IMAGE_ONLY, PHYSICS, REFUSED, SIDE
 
@@ -206,11 +206,6 @@ def test_wrapped_flows_are_flows():
 
 def test_conditional_flows():
     """Conditions as tensors, by a function of y and physics, and in the call. The condition is the mean of the image."""
-
-    class Around(torch.nn.Module):
-        def forward(self, x, c, rev=False):
-            return (x + c[0], torch.zeros(len(x)).double()) if rev else (x - c[0], torch.zeros(len(x)).double())
-
     y, physics = torch.rand(2, *SIZE, dtype=torch.float64), dinv.physics.Denoising()
     c = torch.rand_like(y)
     options = dict(lambda_reg=1, penalty="squared", latent_shape=SIZE)

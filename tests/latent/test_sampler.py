@@ -6,7 +6,7 @@ import warnings
 import deepinv as dinv
 import pytest
 import torch
-from latent_cases import SIZE, Gaussian, image_prior
+from latent_cases import SIZE, Around, Gaussian, image_prior
 
 from deepinv_flows import LatentSampler
 from deepinv_flows.latent.effective import effective
@@ -204,11 +204,6 @@ def test_statistics_and_refusals():
 
 def test_a_conditional_flow():
     """The condition is the mean of the prior, so that the posterior mean lies in the middle between it and the measurements."""
-
-    class Around(torch.nn.Module):
-        def forward(self, x, c, rev=False):
-            return (x + c[0], torch.zeros(len(x)).double()) if rev else (x - c[0], torch.zeros(len(x)).double())
-
     y, physics = torch.rand(2, *SIZE, dtype=torch.float64), dinv.physics.Denoising()
     c = torch.rand_like(y)
     sampler = LatentSampler(
