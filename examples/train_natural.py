@@ -45,6 +45,8 @@ parser.add_argument("--half", action="store_true", help="keep the networks in ha
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--mixed-precision", default=False, help='"bf16" where the processor has such products')
 args = parser.parse_args()
+if args.prior and max(args.sigma) == 0:
+    parser.error("--prior goes on by score matching, which needs a noise level --sigma > 0")
 
 images = load_images(args.data, channels=1)
 held_out = images[20::40]

@@ -53,7 +53,7 @@ class LatentSampler(Reconstructor):
     :param int max_iter: number of samples of each chain.
     :param int warm_up: number of iterations before the first sample, in which the step size is adapted.
     :param int num_steps: largest number of leapfrog steps in an iteration, each with one gradient. An iteration makes as many as
-        take it across the posterior; the shorter the step, the more. 1 is Langevin's algorithm with a Metropolis test.
+        it takes to cross the posterior: more where steps are short. 1 is Langevin's algorithm with a Metropolis test.
     :param float acceptance: acceptance rate to which the step size is adapted, between 0 and 1.
     :param int rank: number of directions V in the covariance of the momenta; 0 for none.
     :param int map_iter: iterations of the :class:`deepinv_flows.LatentMAP` that finds the start; 0 starts at z = 0.
@@ -188,9 +188,9 @@ class LatentSampler(Reconstructor):
         short = (effective < FEW).nonzero().flatten().tolist()
         if short:
             warnings.warn(
-                f"the chains of images {short} of the batch are worth {float(effective[short].min()):.1f} independent "
-                f"samples or a few more, which is too few for their variance: raise max_iter (now {self.max_iter}) or num_steps "
-                f"(now {self.num_steps})",
+                f"the chains of images {short} of the batch are worth as few as {float(effective[short].min()):.1f} "
+                f"independent samples, too few to tell a variance: raise max_iter (now {self.max_iter}) or num_steps (now "
+                f"{self.num_steps})",
                 stacklevel=5,
             )
 

@@ -25,7 +25,7 @@ from .objective import Constraint, Objective, PriorTerm, Term
 from .progress import Finished, Progress, size
 
 BESIDE = 1e-6  # of an image, a step to what lies beside it
-FLAT, TINY = 1e-2, 1e-30  # of the gradient at the start: at a minimum it is less
+FLAT = 1e-2  # of the gradient at the start: at a minimum it is less
 LARGE = 500_000  # patches of an image from which on a random grid of them does for a step
 GRID = 16  # patches for each that a random grid takes
 LONGEST, ADAM_LONGEST = 500, 200  # iterations, unless others are asked for; the step of Adam falls to its end
@@ -101,14 +101,21 @@ class ScaledTerm(Prior):
 
 def by_lbfgs(objective: Objective, x: Tensor, progress: Progress) -> None:
     scaled = Scaled(objective, x, metric(objective, x))
-    u = lbfgs(scaled.value_and_grad, scaled.of(x), progress.max_iter, callback=scaled.watch(progress))
-    # every step was refused: at a minimum, or because there are no numbers beside it
+    _check_beside(
+        scaled, lbfgs(scaled.value_and_grad, scaled.of(x), progress.max_iter, callback=scaled.watch(progress))
+    )
+
+
+def _check_beside(scaled: Scaled, u: Tensor) -> None:
+    """Where every step was refused there is a minimum, or there are no numbers beside u, which is an error."""
     value, grad = scaled.value_and_grad(u)
-    beside, _ = scaled.value_and_grad(u - BESIDE * per_sample(size(u) / size(grad).clamp_min(TINY), u) * grad)
-    if (broken := beside.isnan() & (size(grad) > FLAT)).any():
+    length = size(grad)
+    step = BESIDE * size(u) / length.clamp_min(torch.finfo(u.dtype).tiny)
+    beside, _ = scaled.value_and_grad(u - per_sample(step, u) * grad)
+    if (broken := beside.isnan() & (length > FLAT)).any():
         raise ValueError(
-            f"the objective of images {broken.nonzero().flatten().tolist()} of the batch is NaN beside the iterate of objective "
-            f"{(scaled.k * value)[broken].tolist()}, at which the search ended"
+            f"the objective of images {broken.nonzero().flatten().tolist()} of the batch is NaN beside the iterate at which the "
+            f"search ended, of objective {(scaled.k * value)[broken].tolist()}"
         )
 
 

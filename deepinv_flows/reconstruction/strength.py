@@ -150,18 +150,33 @@ def _noisy(physics, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return clean, level, (y != 0) | (clean != 0)  # a mask leaves zeros, which are not measurements
 
 
-def check_sure(data_fidelity: DataFidelity, y, physics, x: Tensor, generator: torch.Generator) -> None:
+def check_sure(
+    prior: Prior,
+    constraint: Prior | None,
+    data_fidelity: DataFidelity,
+    y,
+    physics,
+    x: Tensor,
+    generator: torch.Generator,
+) -> None:
     """
-    Refuse what SURE cannot judge.
+    Refuse what SURE cannot judge, or whose minimisers it cannot differentiate.
 
     :raises ValueError: unless noise is Gaussian, the data fidelity L2, A linear, and at least half of the directions of an image
-        are seen by A above a thirtieth of its norm.
+        are seen by A above a thirtieth of its norm; with a constraint or a second prior, with a prior known by its proximity
+        operator, and with one whose gradient does not have a graph.
     """
     why = None
     if not isinstance(physics.noise_model, GaussianNoise):
         why = f"Gaussian noise; got {type(physics.noise_model).__name__}"
     elif type(data_fidelity) is not L2 or not isinstance(physics, LinearPhysics) or len(parts(y)) > 1:
         why = f"L2 and one linear physics; got {type(data_fidelity).__name__} and {type(physics).__name__}"
+    elif constraint is not None:
+        why = f"an objective without a constraint; got {type(constraint).__name__}"
+    elif not is_smooth(prior):
+        why = f"a prior known by its gradient; got {type(prior).__name__}"
+    elif not _has_a_graph(prior, x):
+        why = f"a prior whose gradient has a graph; that of {type(prior).__name__} has none"
     elif (share := _seen(physics, y, x, generator)) < SEEN:
         why = (
             f"an A that determines the image, as it sees the error of A x alone; this one sees {share:.0%} of its "
@@ -172,23 +187,9 @@ def check_sure(data_fidelity: DataFidelity, y, physics, x: Tensor, generator: to
     variance(physics, y)
 
 
-def check_differentiable(prior: Prior, constraint: Prior | None, x: Tensor) -> None:
-    """
-    Refuse an objective whose minimisers SURE cannot differentiate.
-
-    :raises ValueError: with a constraint or a second prior, with a prior known by its proximity operator, and with one whose
-        gradient does not have a graph.
-    """
-    if constraint is not None:
-        why = f"an objective without a constraint; got {type(constraint).__name__}"
-    elif not is_smooth(prior):
-        why = f"a prior known by its gradient; got {type(prior).__name__}"
-    else:
-        with torch.enable_grad():
-            if prior.grad(x.detach().clone().requires_grad_()).requires_grad:
-                return
-        why = f"a prior whose gradient has a graph; that of {type(prior).__name__} has none"
-    raise ValueError(f'lambda_reg="sure" needs {why}: use "discrepancy" or tune()')
+@torch.enable_grad()
+def _has_a_graph(prior: Prior, x: Tensor) -> bool:
+    return prior.grad(x.detach().clone().requires_grad_()).requires_grad
 
 
 def _seen(physics, y: Tensor, x: Tensor, generator: torch.Generator) -> float:

@@ -22,7 +22,6 @@ from .starts import candidates
 from .strength import (
     balance,
     by_rule,
-    check_differentiable,
     check_sure,
     deviation,
     dimension,
@@ -63,13 +62,12 @@ def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[
         # a strong blur has nearly no excess at any small weight: that of one standard deviation of the noise's own is the answer
         safe = deviation(physics, y, x)
         return root(lambda value: excess(value) - safe, start, min(0.02, float(safe.min()) / 2)), "discrepancy"
-    check_sure(model.data_fidelity, y, physics, x, generator)
-    check_differentiable(frozen(model.prior), model.constraint, x)
+    prior = frozen(model.prior)
+    check_sure(prior, model.constraint, model.data_fidelity, y, physics, x, generator)
     probe = signs(y, generator)
-    grad = frozen(model.prior).grad
 
     def quality(value: Tensor) -> Tensor:
-        return -sure(model.data_fidelity, grad, value, y, physics, reconstruct(value), probe)
+        return -sure(model.data_fidelity, prior.grad, value, y, physics, reconstruct(value), probe)
 
     return highest(quality, start)[0], "sure"
 
@@ -158,8 +156,8 @@ def _sign(metric: nn.Module) -> float:
 
 def _restored_bound(model: "MAP") -> int | None:
     """Put the user's bound on the iterations in place of an early stop that the last tuning found."""
-    if is_tuned(model) and model.max_iter == model.tuned["iterations"]:
-        model.max_iter = model.tuned.get("bound", model.max_iter)
+    if "bound" in model.tuned and model.max_iter == model.tuned["iterations"]:
+        model.max_iter = model.tuned["bound"]
     return model.max_iter
 
 

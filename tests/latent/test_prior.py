@@ -153,6 +153,18 @@ def test_conditional_prior():
     torch.testing.assert_close((prior.grad(x, c=c) * direction).sum(), expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="expected 1 conditions, of dims_c = .*; got 0"):
         prior(x)
+    parallel = FlowPrior(torch.nn.DataParallel(prior.normalizing_flow)).given(c)
+    assert parallel.sample(2, std=[1, 0.5]).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["__call__", "grad", "encode", "decode", "given"])
+def test_conditions_that_are_not_finite_are_refused(method):
+    prior, x, c = conditional_prior(), torch.rand(2, *SIZE).double(), torch.full((2, 2, 4, 8), math.nan).double()
+    call = getattr(prior, method)
+    with pytest.raises(ValueError, match=r"a condition of shape \(2, 2, 4, 8\) holds NaN or infinite entries"):
+        call(c) if method == "given" else call(x, c=c)
+    with pytest.raises(TypeError, match="expected conditions as tensors; got ndarray"):
+        call([c.numpy()]) if method == "given" else call(x, c=[c.numpy()])
 
 
 def conditional_sample(prior, c):

@@ -202,6 +202,15 @@ def test_statistics_and_refusals():
         sampler(y.float(), physics)
 
 
+def test_half_precision():
+    """Its decompositions are those of full precision."""
+    flow = image_prior(0.05, torch.bfloat16)
+    y = torch.rand(1, *SIZE).bfloat16()
+    sampler = LatentSampler(flow, dinv.optim.L2(sigma=0.5), max_iter=12, warm_up=5, num_steps=5, rank=3)
+    mean, variance = sampler.sample(y, dinv.physics.Denoising())
+    assert mean.dtype == variance.dtype == torch.bfloat16 and mean.isfinite().all()
+
+
 def test_a_conditional_flow():
     """The condition is the mean of the prior, so that the posterior mean lies in the middle between it and the measurements."""
     y, physics = torch.rand(2, *SIZE, dtype=torch.float64), dinv.physics.Denoising()

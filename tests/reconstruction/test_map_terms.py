@@ -161,6 +161,7 @@ def test_an_early_stop_does_not_outlive_its_tuning(monkeypatch):
     with monkeypatch.context() as early:
         early.setattr(tuning, "_stop", lambda histories, sign: (3, 20.0))
         assert model.tune(clean, noisy()).max_iter == 3
+        model.lambda_reg = 0.5  # set by hand since
     assert model.tune(clean, noisy()).max_iter == 30
     with pytest.raises(TypeError, match="expected a metric of deepinv's.*; got MSELoss"):
         model.tune(clean, noisy(), torch.nn.MSELoss())
