@@ -266,5 +266,5 @@ def _loaded(flow: nn.Module | None, pretrained: str | os.PathLike) -> nn.Module:
                 )
             flow = checkpoints.new_flow(weights)
         checkpoints.load_into(flow, weights.state)
-    unwrapped(flow).sigma_range = weights.ranges.get("sigma_range")
+    unwrapped(flow).sigma_range = weights.known.get("sigma_range")
     return flow

@@ -45,8 +45,9 @@ class PatchNR(deepinv.optim.PatchNR):
 
     A call never changes the flow, so that threads may share a prior. Layers whose output depends on the
     other patches of a batch (BatchNorm in training mode) are refused. ``isinstance(prior, deepinv.optim.PatchNR)`` holds.
-    ``image_range``, the (lowest, highest) value of the training images if they are known, is saved with the weights. The first
-    call with images far outside it warns. So is ``sigma_range``, of the noise in them, for :class:`deepinv_flows.FlowDenoiser`.
+    What is known of a training is saved with the weights: ``image_range``, the (lowest, highest) value of its images, far outside
+    which the first call warns; ``sigma_range``, of the noise in them, for :class:`deepinv_flows.FlowDenoiser`; and ``effort``,
+    its sizes and steps.
 
     :param torch.nn.Module normalizing_flow: a flow (see :mod:`deepinv_flows.flows`) on (N, D) with
         D = ``channels * patch_size**2``, or any module :func:`deepinv_flows.as_flow` adapts. ``None`` builds
@@ -122,13 +123,12 @@ class PatchNR(deepinv.optim.PatchNR):
         self.generator = torch.Generator() if generator is None else generator
         self.image_range: tuple[float, float] | None = None
         self.sigma_range: tuple[float, float] | None = None
+        self.effort: dict | None = None
         self._draws, self._asked, self._warned = Draws(), Asked(), False
         sizes = (num_layers, sub_net_size) if normalizing_flow is None else None
         # draws a flow also if weights will replace it, as deepinv does, so that a seeded script goes on with the same numbers
-        self.normalizing_flow = (
-            glow_flow(self.dim, num_layers, sub_net_size).to(device)
-            if normalizing_flow is None
-            else as_flow(normalizing_flow)
+        self.normalizing_flow = as_flow(
+            glow_flow(self.dim, num_layers, sub_net_size).to(device) if normalizing_flow is None else normalizing_flow
         )
         if pretrained:
             weights.load_pretrained(self, pretrained, sizes, device)
@@ -253,7 +253,7 @@ class PatchNR(deepinv.optim.PatchNR):
 
     def __setstate__(self, state: dict) -> None:
         # priors that 0.1.0 pickled whole do not have these attributes
-        new = {"image_range": None, "sigma_range": None, "_draws": Draws(), "_asked": Asked(), "_warned": False}
+        new = dict.fromkeys(weights.KNOWN) | {"_draws": Draws(), "_asked": Asked(), "_warned": False}
         super().__setstate__(new | state)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import weights as checkpoints
 from ..flows import like_weights, rename_deepinv, same_function
+from ..weights import KNOWN
 
 if TYPE_CHECKING:
     from .prior import PatchNR
@@ -18,12 +19,12 @@ Source = str | os.PathLike | BinaryIO
 
 def save(self: PatchNR, path: str | os.PathLike) -> None:
     """
-    Write weights, config, patch shape, and the ranges of the training images and of their noise, for ``from_checkpoint``.
+    Write weights, config, patch shape, and what is known of the training, for ``from_checkpoint``.
 
     :param str path: file to write, in a folder that exists. An interrupted write leaves the file as it was.
     :raises ValueError: when the flow is not made by one of our builders, or the file cannot be written.
     """
-    known = {name: getattr(self, name, None) for name in checkpoints.RANGES}
+    known = {name: getattr(self, name, None) for name in KNOWN}
     checkpoints.write(path, self.normalizing_flow, known, patch_size=self.patch_size, channels=self.channels)
 
 
@@ -56,7 +57,7 @@ def from_checkpoint(cls: type[PatchNR], path: Source, **kwargs: Any) -> PatchNR:
         sizes.update({key: kwargs.pop(key) for key in _given(kwargs, *sizes)})
         flow = checkpoints.build(weights, patch, **sizes).to(kwargs.get("device", "cpu"))
     prior = cls(flow, **{**kwargs, **patch})
-    _remember_ranges(prior, weights)
+    _remember(prior, weights)
     return prior
 
 
@@ -97,7 +98,7 @@ def load_pretrained(prior: PatchNR, pretrained: Source, sizes: tuple[int, int] |
             _load(prior, weights)
         else:
             prior.normalizing_flow = checkpoints.build(weights, _patch_of(prior), *sizes).to(device)
-    _remember_ranges(prior, weights)
+    _remember(prior, weights)
 
 
 def _load(prior: PatchNR, weights: checkpoints.Weights, assign: bool = False):
@@ -143,6 +144,6 @@ def _given(kwargs: dict, *names: str) -> dict:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
-def _remember_ranges(prior: PatchNR, weights: checkpoints.Weights) -> None:
-    for name, low_high in weights.ranges.items():
-        setattr(prior, name, low_high)
+def _remember(prior: PatchNR, weights: checkpoints.Weights) -> None:
+    for name, value in weights.known.items():
+        setattr(prior, name, value)

@@ -8,7 +8,8 @@ the one they wait for to another program. (Here a step took 0.79 s by two thread
 one.) How threads wait cannot be changed once OpenMP is loaded, but how many there are can.
 
 The number of steps is not changed during a training: one that begins while the machine is busy has fewer, and ends sooner than
-said if the machine becomes free.
+said if the machine becomes free. Where the user, or the training that is resumed, says how many there are, the number of threads
+is chosen all the same, unless the training is short.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ SIZES: dict[str, tuple[int, Callable[[int], int], int, int]] = {
     "thorough": (8, lambda dim: max(256, _near(32 * math.sqrt(dim))), 1024, 100),
 }
 LEAST_STEPS, MOST_STEPS = 200, 200_000
+SHORT = 30.0  # seconds of a training in which threads that are chosen well would not repay their choice
 FILE = "effort.json"
 
 
@@ -53,6 +55,7 @@ class Plan:
     :param int steps_per_epoch: batches in an epoch; 0 until it is known.
     :param float seconds_per_step: measured, 0 if nothing was.
     :param int threads: of torch, chosen by measurement; 0 leaves them alone.
+    :param dict timed: seconds of a step by each number of threads.
     """
 
     effort: str
@@ -69,9 +72,14 @@ class Plan:
     def minutes(self) -> float:
         return self.epochs * self.steps_per_epoch * self.seconds_per_step / 60
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What is stored."""
+        return {name: value for name, value in asdict(self).items() if name != "timed"}
+
 
 def plan(
-    effort: str,
+    effort: str | None,
     dim: int,
     save_path: str | Path | None = None,
     resume: bool = False,
@@ -81,27 +89,40 @@ def plan(
     """
     Sizes for patches of a dimension; those given win, and a training that is resumed keeps its own.
 
-    :param str effort: ``"quick"``, ``"standard"`` or ``"thorough"``.
+    :param str effort: ``"quick"``, ``"standard"`` or ``"thorough"``; ``None`` is that of the training that is resumed, or
+        ``"standard"``.
     :param int dim: dimension of a patch.
     :param str save_path: folder of the training.
     :param bool resume: whether it continues one that is there.
     :param bool new: whether a flow is made; one that is given has its own sizes, which the plan calls 0.
     :param given: fields of a :class:`Plan`, ``None`` for those that the user leaves to us.
+    :raises ValueError: for another effort than that of the training that is resumed.
     """
-    check_choice("effort", effort, MINUTES)
-    layers, width, batch, epochs = SIZES[effort]
-    found = Plan(effort, layers, width(dim), batch, epochs)
-    if resume and save_path is not None and (Path(save_path) / FILE).is_file():
-        saved = json.loads((Path(save_path) / FILE).read_text())
-        found = Plan(
-            **{name: saved[name] for name in asdict(found) if name in saved and name not in ("timed", "threads")}
+    if effort is not None:
+        check_choice("effort", effort, MINUTES)
+    saved = _stored(save_path) if resume else {}
+    if effort is not None and effort != saved.get("effort", effort):
+        raise ValueError(
+            f"expected effort={saved['effort']!r}, with which the training in {save_path} began; got {effort!r}: leave it out, "
+            "and pass more epochs for a longer training"
         )
+    name = effort or saved.get("effort", "standard")
+    layers, width, batch, epochs = SIZES[name]
+    found = Plan(**{**asdict(Plan(name, layers, width(dim), batch, epochs)), **saved})
     for name, value in given.items():
         if value is not None:
             setattr(found, name, positive_int(**{name: value}))
     if not new:
         found.num_layers = found.sub_net_size = 0
     return found
+
+
+def _stored(save_path: str | Path | None) -> dict[str, Any]:
+    """The plan that :func:`store` wrote, but for what belongs to the machine that it was made on."""
+    if save_path is None or not (Path(save_path) / FILE).is_file():
+        return {}
+    saved = json.loads((Path(save_path) / FILE).read_text())
+    return {part.name: saved[part.name] for part in fields(Plan)[:-3] if part.name in saved}
 
 
 def _near(width: float) -> int:
@@ -118,11 +139,11 @@ def measured(found: Plan, module: nn.Module, samples: Dataset, device, loss: Ste
 
     ``loss(module, batch, device)`` is what a step descends on; a sample counts as ``size`` patches.
 
-    Nothing is timed where the user has said how many steps to take.
+    Where it is known how many steps are taken, they are timed unless they take less than :data:`SHORT` seconds.
     """
-    if found.steps_per_epoch:
-        return found
     step = _step(copy.deepcopy(module).to(device), samples, max(1, found.batch_size // size), device, loss)
+    if found.steps_per_epoch and found.epochs * found.steps_per_epoch * _once(step, device) < SHORT:
+        return found
     before = torch.get_num_threads()
     numbers = [1] if torch.device(device).type != "cpu" else sorted({1, *_halvings(before)})
     try:
@@ -134,6 +155,8 @@ def measured(found: Plan, module: nn.Module, samples: Dataset, device, loss: Ste
     fastest = min(found.timed, key=found.timed.__getitem__)
     found.seconds_per_step = found.timed[fastest]
     found.threads = fastest if len(numbers) > 1 else 0
+    if found.steps_per_epoch:
+        return found
     # a tenth for evaluations, and for what the first steps do not show
     steps = 0.9 * 60 * MINUTES[found.effort] / found.seconds_per_step
     found.steps_per_epoch = max(1, round(min(max(steps, LEAST_STEPS), MOST_STEPS) / found.epochs))
@@ -167,12 +190,16 @@ def _seconds(step: Callable[[], None], device, repeats: int = 7, least: float = 
     step()
     times: list[float] = []
     while (len(times) < repeats or sum(times) < least) and (sum(times) < limit or not times):
-        began = time.perf_counter()
-        step()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(_once(step, device))
     return sorted(times)[len(times) // 2]
+
+
+def _once(step: Callable[[], None], device) -> float:
+    began = time.perf_counter()
+    step()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def describe(found: Plan, dim: int) -> str:
@@ -190,7 +217,7 @@ def store(found: Plan, save_path: str | Path | None) -> None:
     """Keep a plan that came from timing beside the checkpoints, for a training that is resumed."""
     if save_path is not None and found.seconds_per_step:
         Path(save_path).mkdir(parents=True, exist_ok=True)
-        (Path(save_path) / FILE).write_text(json.dumps(asdict(found), indent=1))
+        (Path(save_path) / FILE).write_text(json.dumps(found.chosen, indent=1))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from .runs import fit
 from .samples import ImageSamples, RandomBatches, image_list, noisy, same, stacked
 from .score_matching import ScoreMatching, ScoreModel
 from .start import initialised, start
-from .streams import source
+from .streams import source, unchanged
 from .tasks import likelihood, noisy_likelihood, score_matching
 
 
@@ -31,7 +31,7 @@ def fit_patchnr(
     images: Tensor | Iterable[Tensor],
     eval_images: Tensor | Iterable[Tensor] | None = None,
     *,
-    effort: str = "standard",
+    effort: str | None = None,
     prior: PatchNR | None = None,
     patch_size: int | None = None,
     num_layers: int | None = None,
@@ -68,10 +68,11 @@ def fit_patchnr(
         precision is converted to float32. Their least and largest values are kept as ``prior.image_range``.
     :param torch.Tensor eval_images: images for the evaluation loss; the weights of its best epoch are returned. ``None``
         evaluates on patches of ``images`` and returns the last weights.
-    :param str effort: ``"quick"``, ``"standard"`` or ``"thorough"``: about 2, 10 or 60 minutes. It chooses, where they are
-        ``None``, ``num_layers``, ``sub_net_size`` and ``batch_size`` by the dimension of a patch, ``epochs``, and
-        ``steps_per_epoch`` by timing a few steps, with the number of threads that turns out fastest. What was chosen is said
-        first, and stored as ``prior.effort``.
+    :param str effort: ``"quick"``, ``"standard"`` or ``"thorough"``: about 2, 10 or 60 minutes; ``None`` is ``"standard"``, or
+        that of the training that is resumed. It chooses, where they are ``None``, ``num_layers``, ``sub_net_size`` and
+        ``batch_size`` by the dimension of a patch, ``epochs``, and ``steps_per_epoch`` by timing a few steps. The number of
+        threads is the one that turns out fastest, unless the training is short. What was chosen is said first, and kept as
+        ``prior.effort``, which is saved with the weights.
     :param PatchNR prior: prior to train further, in place; ``None`` makes one with random permutations.
     :param int patch_size: side of a patch of a new prior, in pixels; if ``None`` 6, or 8 for a denoiser. In colour 4 (dimension
         48) trains and reconstructs in two thirds of the time of 6 (dimension 108) and was as good.
@@ -138,7 +139,7 @@ def fit_patchnr(
     else:
         check_range(images, dequantise)
         task = likelihood(prior, images, held_out, dequantise, augment, generator, device, compile)
-    with autocast(mixed_precision, device):
+    with autocast(mixed_precision, device), unchanged(generator):
         planned = measured(planned, task.timed, task.samples, device, task.step, task.size)
     store(planned, save_path)
     batch = max(1, planned.batch_size // task.size)
@@ -152,7 +153,7 @@ def fit_patchnr(
             mixed_precision=mixed_precision, device=device, verbose=verbose,
             **{"grad_clip": task.grad_clip, **trainer_options},
         )  # fmt: skip
-    prior.effort = planned
+    prior.effort = planned.chosen
     _widen_range(prior, images)
     return prior.to(device)
 

@@ -19,7 +19,7 @@ def start(
     images: Tensor | Iterable[Tensor],
     prior: PatchNR | None,
     patch_size: int | None,
-    effort: str,
+    effort: str | None,
     generator: torch.Generator,
     sizes: dict[str, Any],
     steps: dict[str, int | None],

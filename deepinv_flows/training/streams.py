@@ -1,5 +1,6 @@
 """Random numbers of data loaders: the order of the samples depends on a seed and the epoch alone."""
 
+import contextlib
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,16 @@ def derived(generator: torch.Generator, device: torch.device) -> torch.Generator
 def source(generator: torch.Generator | None) -> torch.Generator:
     """The generator of a training, on the CPU, as data loaders take no other; with a fixed seed if it is ``None``."""
     return torch.Generator() if generator is None else derived(generator, torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def unchanged(generator: torch.Generator) -> Iterator[None]:
+    """Afterwards the generator is where it was before."""
+    state = generator.get_state()
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 class Stream:

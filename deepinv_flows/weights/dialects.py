@@ -17,6 +17,7 @@ ours, of 0.1.0     any; ``..._extra_state`` holds the config    what the config 
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class Weights:
     spellings: list[dict[str, Tensor]] = field(
         default_factory=list
     )  # the state dict as found, with fewer and fewer prefixes
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # of RANGES, those that the file says
+    known: dict[str, Any] = field(default_factory=dict)  # of KNOWN, what the file says
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,9 +10,9 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,15 @@ from ..flows import build_flow, same_function
 from .dialects import CheckpointError, Weights, as_number, check_numbers, convert, descriptions, modern
 
 METADATA_KEY = "deepinv_flows"
-# what a prior was trained on: the values of the images, and the levels of the noise in them
-RANGES = ("image_range", "sigma_range")
+
+
+def _ends(pair: Sequence[float]) -> tuple[float, float]:
+    low, high = pair
+    return float(low), float(high)
+
+
+# of the training of a prior: the values of the images, the levels of the noise in them, and the sizes and steps
+KNOWN: dict[str, Callable[[Any], Any]] = {"image_range": _ends, "sigma_range": _ends, "effort": dict}
 LODOPAB = "PatchNR_lodopab_small2"
 
 
@@ -60,9 +67,7 @@ def _read_bytes(raw: bytes) -> Weights:
     return convert(read_torch(io.BytesIO(raw))) if is_torch else _read_safetensors(raw)
 
 
-def write(
-    path: str | os.PathLike, flow: nn.Module, ranges: dict[str, tuple[float, float] | None] | None = None, **patch: int
-) -> None:
+def write(path: str | os.PathLike, flow: nn.Module, known: dict[str, Any] | None = None, **patch: int) -> None:
     """Write weights and config of a builder's flow as safetensors; an interrupted write leaves ``path`` as it was."""
     from safetensors.torch import save
 
@@ -70,7 +75,7 @@ def write(
     if config is None:
         raise ValueError(f"only flows of deepinv_flows' builders know their architecture; got {type(flow).__name__}")
     state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in flow.state_dict().items()}
-    said = {"config": config, "patch": patch, **{name: ends for name, ends in (ranges or {}).items() if ends}}
+    said = {"config": config, "patch": patch, **{name: value for name, value in (known or {}).items() if value}}
     place = Path(path).resolve()
     if place.is_dir():
         raise CheckpointError(f"{path}: cannot be written (it is a folder; name a file in it)")
@@ -192,8 +197,8 @@ def _read_safetensors(raw: bytes) -> Weights:
     if not said:
         return convert(state)
     state = modern(state)
-    ranges = {name: (float(said[name][0]), float(said[name][1])) for name in RANGES if name in said}
-    return Weights(state, said["config"], said["patch"], spellings=[state], ranges=ranges)
+    known = {name: read_as(said[name]) for name, read_as in KNOWN.items() if name in said}
+    return Weights(state, said["config"], said["patch"], spellings=[state], known=known)
 
 
 def _download_lodopab() -> dict:
