@@ -1,6 +1,8 @@
 """
 The six problems of ``road.py``: images to train on, to tune on, to test, and the physics.
 
+Phantoms differ in how hard they are, so that four of them are tested; of the other problems there is one image.
+
 Their images come with scikit-image and nilearn. ``pack(path)`` writes them to a file for machines that have neither, from which
 ``problem(name, path)`` reads them.
 """
@@ -50,8 +52,9 @@ class Ellipses:
 
     @staticmethod
     def images():
-        images = phantoms(12, 96, generator=torch.Generator().manual_seed(1))
-        return list(images[:9]), images[9:11], images[11:12]
+        generator = torch.Generator().manual_seed(1)
+        images, more = (phantoms(number, 96, generator=generator) for number in (12, 3))
+        return list(images[:9]), images[9:11], torch.cat([images[11:], more])
 
     @staticmethod
     def physics():
