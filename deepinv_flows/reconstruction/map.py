@@ -219,7 +219,7 @@ class MAP(Reconstructor):
         generator: torch.Generator | None = None,
     ) -> "MAP":
         r"""
-        Choose ``lambda_reg``, and ``max_iter`` where stopping early is better, on simulated measurements of clean images.
+        Choose ``lambda_reg``, and ``max_iter`` where each of several images gains by an early stop, on simulated measurements.
 
         :math:`\lambda` is enclosed on a log scale by factors of 4, then of 2, and interpolated, so that it does not lie at the
         end of what was tried. For a prior that is a mean over patches it is understood for images of this size, and grows with

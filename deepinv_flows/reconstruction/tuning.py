@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SEARCH = 0.75  # of the time, the rest of which is for the reconstruction that tells how it went
 STRENGTHS, ITERATIONS = 6, 100  # of a search, and of a reconstruction, that the time should last for
-WORSE = 1e-2  # relative, of a metric from which on stopping early is better: less may be chance
+WORSE = 1e-2  # relative, of a metric from which on stopping early is better for an image
 
 
 def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[..., None]) -> tuple[Tensor, str]:
@@ -209,11 +209,17 @@ def _said(tuned: dict, early: bool, late: bool) -> str:
 
 
 def _stop(histories: list[list[float]], sign: float) -> tuple[int, float]:
-    """After how many iterations the mean metric is best, and its value there; the last, unless it is clearly worse."""
+    """
+    After how many iterations the mean metric is best, and its value there.
+
+    That is the last, unless it is clearly worse for each of two images or more: what one image gains, the next may lose.
+    """
     means = [sum(values) / len(values) for values in zip(*histories)]
+    last = len(means) - 1
     best = max(range(len(means)), key=lambda k: sign * means[k])
-    if sign * (means[best] - means[-1]) <= WORSE * abs(means[best]):
-        best = len(means) - 1
+    worse = [sign * (values[best] - values[last]) > WORSE * abs(values[best]) for values in histories]
+    if len(worse) < 2 or not all(worse):
+        best = last
     return max(best, 1), means[best]
 
 
