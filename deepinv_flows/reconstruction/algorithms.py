@@ -3,7 +3,7 @@ How an objective is minimised, by name; each algorithm sees it in units of its s
 
 With images :math:`x = s u` and :math:`G(u) = F(s u) / k`, where s is a tenth of the norm of the start and k the norm of the
 gradient of :math:`F(s u)` there, the first step of any of them has a length that suits, whatever unit images and measurements
-are in. For L-BFGS s has, besides, a factor for each pixel, from
+are in. Where no proximity operator mixes pixels, s has, besides, a factor for each of them, from
 :mod:`~deepinv_flows.reconstruction.metric`.
 """
 
@@ -21,7 +21,7 @@ from ..iterators import DavisYinIteration, IPianoIteration, nmapg
 from ..patchnr import PatchNR
 from ..solvers import lbfgs, per_sample
 from .metric import metric
-from .objective import Constraint, Objective, PriorTerm, Term
+from .objective import Box, Constraint, Objective, PriorTerm, Term
 from .progress import Finished, Progress, size
 
 BESIDE = 1e-6  # of an image, a step to what lies beside it
@@ -37,8 +37,10 @@ class Scaled:
 
     explicit_prior = True
 
-    def __init__(self, objective: Objective, x: Tensor, r: Tensor | None = None):
-        self.objective, self.r = objective, torch.ones_like(x) if r is None else r
+    def __init__(self, objective: Objective, x: Tensor):
+        # the projection onto bounds is the same in any metric that is diagonal
+        alone = all(isinstance(term.prior, Box) for term in objective.proximable)
+        self.objective, self.r = objective, metric(objective, x) if alone else torch.ones_like(x)
         s = 0.1 * size(x / self.r)
         self.s = torch.where(s > 0, s, torch.ones_like(s))
         k = self.s * size(self.r * objective.value_and_grad(x)[1])
@@ -100,7 +102,7 @@ class ScaledTerm(Prior):
 
 
 def by_lbfgs(objective: Objective, x: Tensor, progress: Progress) -> None:
-    scaled = Scaled(objective, x, metric(objective, x))
+    scaled = Scaled(objective, x)
     _check_beside(
         scaled, lbfgs(scaled.value_and_grad, scaled.of(x), progress.max_iter, callback=scaled.watch(progress))
     )

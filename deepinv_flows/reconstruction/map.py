@@ -36,10 +36,10 @@ class MAP(Reconstructor):
     there is nothing else, y itself if it is an image, one of these at coarser scales, and ``init``.
 
     **Algorithms.** ``"auto"`` takes ``"lbfgs"`` where f and g are known by their gradients (monotone, and the fastest in our
-    benchmark ``solvers.py --starts``; scaled by the diagonal of the Hessian where its entries differ);
-    ``"nmapg"``, accelerated proximal gradient descent, with a constraint or a prior known by its proximity operator;
-    ``"davis_yin"`` with both; ``"adam"`` with a falling step, on random grids of patches, for images of half a million patches
-    and more. ``"ipiano"`` is inertial proximal gradient descent.
+    benchmark ``solvers.py --starts``); ``"nmapg"``, accelerated proximal gradient descent, with a constraint or a prior known by
+    its proximity operator; ``"davis_yin"`` with both; ``"adam"`` with a falling step, on random grids of patches, for images of
+    half a million patches and more. ``"ipiano"`` is inertial proximal gradient descent. Where pixels are held differently, as in
+    inpainting, steps are scaled by the diagonal of the Hessian, unless a proximity operator other than that of bounds forbids it.
 
     **Choosing** ``lambda_reg``. Best is :meth:`tune`, on a few clean images like those to come, kept from training.
     ``"rule"`` takes what the docstring of the prior says, from the noise and the sizes. ``"discrepancy"`` takes the

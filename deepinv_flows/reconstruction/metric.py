@@ -1,5 +1,5 @@
 r"""
-The metric in which L-BFGS begins: the diagonal of the Hessian, where that tells the pixels of an image apart.
+The metric of a search: the diagonal of the Hessian, where that tells the pixels of an image apart.
 
 It does in inpainting, where observed pixels are stiff and the others are held by the prior alone. The diagonal d of the data
 fidelity is estimated with random signs v, as the mean of :math:`v \odot \nabla^2 f\, v` (Bekas, Kokiopoulou & Saad, "An estimator
