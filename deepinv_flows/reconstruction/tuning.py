@@ -47,21 +47,12 @@ def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[
     if model.lambda_reg == "rule":
         return by_rule(model.prior, model.data_fidelity, y, physics, x), "rule"
     reconstruct = _warm(model, y, physics, found, update)
-    start = first_guess(model, y, physics, x)
+    start, by_a_rule = first_guess(model, y, physics, x)
     generator = torch.Generator().manual_seed(0)
     if model.lambda_reg == "discrepancy":
         discrepancy(physics, y, x)  # is the noise known?
-        probe = signs(y, generator)
-
-        def excess(value: Tensor) -> Tensor:
-            x = reconstruct(value)
-            shift = small_shift(physics, y, x, probe)
-            moved = model.solve(y + shift, physics, value, {"that of the measurements": x}, update=update)[0]
-            return discrepancy(physics, y, x, shift, moved)
-
-        # a strong blur has nearly no excess at any small weight: that of one standard deviation of the noise's own is the answer
-        safe = deviation(physics, y, x)
-        return root(lambda value: excess(value) - safe, start, min(0.02, float(safe.min()) / 2)), "discrepancy"
+        excess = _excess(model, y, physics, reconstruct, signs(y, generator), update)
+        return _consistent(excess, start, deviation(physics, y, x), by_a_rule), "discrepancy"
     prior = frozen(model.prior)
     check_sure(prior, model.constraint, model.data_fidelity, y, physics, x, generator)
     probe = signs(y, generator)
@@ -70,6 +61,35 @@ def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[
         return -sure(model.data_fidelity, prior.grad, value, y, physics, reconstruct(value), probe)
 
     return highest(quality, start)[0], "sure"
+
+
+def _excess(model: "MAP", y, physics, reconstruct: Callable, probe: Tensor, update: Callable[..., None]):
+    """:func:`discrepancy` of the reconstruction by a weight."""
+
+    def excess(value: Tensor) -> Tensor:
+        x = reconstruct(value)
+        shift = small_shift(physics, y, x, probe)
+        moved = model.solve(y + shift, physics, value, {"that of the measurements": x}, update=update)[0]
+        return discrepancy(physics, y, x, shift, moved)
+
+    return excess
+
+
+def _consistent(excess: Callable[[Tensor], Tensor], start: Tensor, deviation: Tensor, near: bool) -> Tensor:
+    """
+    Of the weights whose excess is 0 up to a deviation the nearest to the start or, unless ``near``, the largest.
+
+    A strong blur has nearly no excess at any small weight, so that the smallest would mean nothing.
+    """
+    target = list[Tensor]()
+
+    def beyond(value: Tensor) -> Tensor:
+        found = excess(value)
+        if not target:
+            target.append(torch.clamp(found, -deviation, deviation) if near else deviation)
+        return found - target[0]
+
+    return root(beyond, start, min(0.02, float(deviation.min()) / 2))
 
 
 def is_tuned(model: "MAP") -> bool:
@@ -83,12 +103,12 @@ def told(model: "MAP", reason: str, x: Tensor) -> str:
     return reason if grown == 1 else f"{reason} on {1 / grown:.3g} times as many patches"
 
 
-def first_guess(model: "MAP", y, physics, x: Tensor) -> Tensor:
-    """Where a search for the weight begins, (B,)."""
+def first_guess(model: "MAP", y, physics, x: Tensor) -> tuple[Tensor, bool]:
+    """Where a search for the weight begins, (B,), and whether by the rule."""
     try:
-        return by_rule(model.prior, model.data_fidelity, y, physics, x)
+        return by_rule(model.prior, model.data_fidelity, y, physics, x), True
     except ValueError:  # none for this prior, or this noise
-        return balance(frozen(model.prior).grad, DataTerm(model.data_fidelity, y, physics), x)
+        return balance(frozen(model.prior).grad, DataTerm(model.data_fidelity, y, physics), x), False
 
 
 def _warm(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[..., None]):
@@ -108,7 +128,7 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
     with torch.no_grad(), Console("MAP.tune", None, model.verbose) as console:
         y = simulated(x, physics, generator)
         found = candidates(y, physics)
-        start = first_guess(model, y, physics, x).log().mean().exp().reshape(1)
+        start = first_guess(model, y, physics, x)[0].log().mean().exp().reshape(1)
 
         def solve(value: Tensor, seconds: float, **options) -> tuple[Tensor, Progress]:
             # from the starts that images to come have: that of the last weight may lead to another minimum

@@ -112,6 +112,21 @@ def test_discrepancy_finds_the_weight_of_the_prior():
     torch.testing.assert_close(again(y, physics), x)
 
 
+@pytest.mark.parametrize("near", [True, False])
+def test_of_consistent_weights_the_nearest_to_the_start(near):
+    """An excess of log(weight / 2): within a deviation of 0.1 the start does, from outside the nearer end, else the upper one."""
+    start, calls = torch.tensor([0.1, 1.9, 2.0, 2.15, 40.0], dtype=torch.float64), []
+
+    def excess(weight):
+        calls.append(weight)
+        return (weight / 2).log()
+
+    found = (tuning._consistent(excess, start, start.new_full((5,), 0.1), near) / 2).log()
+    ends = [-0.1, math.log(0.95), 0.0, math.log(1.075), 0.1] if near else [0.1] * 5
+    torch.testing.assert_close(found, start.new_tensor(ends), rtol=0, atol=0.02)
+    assert len(calls) < 12
+
+
 def test_residuals_are_less_than_the_noise_by_the_degrees_of_freedom():
     """Through a blur that hides most directions: those of a shift are a trace, and by the prior's own weight nothing is left."""
     kernel = dinv.physics.functional.gaussian_blur(sigma=(1.5, 1.5)).double()
