@@ -11,7 +11,7 @@ from .ipiano import IPiano, IPianoIteration
 from .latent_gd import LatentGD, LatentGDIteration
 from .learned_primal_dual import LearnedPrimalDual, LearnedPrimalDualIteration
 from .nmapg import NMAPG, NMAPGIteration, nmapg
-from .terms import exact_prox
+from .terms import exact_prox, poisson, poisson_grad
 
 __all__ = [
     "NMAPG",
@@ -29,5 +29,7 @@ __all__ = [
     "NMAPGIteration",
     "exact_prox",
     "nmapg",
+    "poisson",
+    "poisson_grad",
     "unfolded_builder",
 ]

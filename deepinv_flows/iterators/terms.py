@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 from deepinv.optim import DataFidelity, PoissonLikelihood, Prior, WaveletPrior
+from deepinv.optim.distance import PoissonLikelihoodDistance
 from deepinv.optim.prior import ZeroPrior
 from torch import Tensor
 
@@ -55,6 +56,23 @@ def _values(value: Tensor, x: Tensor) -> Tensor:
         )
     value = value.real if value.is_complex() else value
     return value.flatten(1).sum(1) if value.ndim > 1 else value
+
+
+def poisson(d: PoissonLikelihoodDistance, u: Tensor, y: Tensor) -> Tensor:
+    """
+    :math:`\\sum_i z_i - y_i - y_i \\log z_i` of each sample, with z = u / gain + bkg; infinite where some z is negative.
+
+    That of deepinv adds the logarithms of the whole batch to the value of each sample, and 0 log 0 is NaN there.
+    """
+    y, z = y / d.gain if d.denormalize else y, u / d.gain + d.bkg
+    value = _values(z - y - torch.xlogy(y, z.clamp_min(0)), u)
+    return value.masked_fill((z < 0).flatten(1).any(1), torch.inf)
+
+
+def poisson_grad(d: PoissonLikelihoodDistance, u: Tensor, y: Tensor) -> Tensor:
+    """The gradient of :func:`poisson` in u; that of deepinv is this times the square of the gain."""
+    y, z = y / d.gain if d.denormalize else y, u / d.gain + d.bkg
+    return (1 - torch.where(y == 0, 0, y / torch.where(y == 0, 1, z))) / d.gain
 
 
 def _guarded(x: Tensor) -> Tensor:
@@ -115,16 +133,14 @@ class DataTerm:
 
     def value(self, x: Tensor) -> Tensor:
         if isinstance(self.data_fidelity, PoissonLikelihood):
-            return self._poisson(x)
+            y, physics = self.bound
+            return poisson(self.data_fidelity.d, physics.A(x), y)
         return _values(self.data_fidelity(x, *self.bound), x)
 
-    def _poisson(self, x: Tensor) -> Tensor:
-        """The Poisson value; that of deepinv adds the logarithms of the whole batch to the value of each sample."""
-        (y, physics), d = self.bound, self.data_fidelity.d
-        y, z = y / d.gain if d.denormalize else y, physics.A(x) / d.gain + d.bkg
-        return _values(z - y - y * torch.log(z), x)
-
     def grad(self, x: Tensor) -> Tensor:
+        if isinstance(self.data_fidelity, PoissonLikelihood):
+            x, (y, physics) = _guarded(x), self.bound
+            return physics.A_vjp(x, poisson_grad(self.data_fidelity.d, physics.A(x), y))
         return self.data_fidelity.grad(_guarded(x), *self.bound)
 
     def prox(self, x: Tensor, gamma: float | Tensor) -> Tensor:

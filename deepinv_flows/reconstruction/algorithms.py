@@ -39,7 +39,7 @@ class Scaled:
 
     def __init__(self, objective: Objective, x: Tensor):
         # the projection onto bounds is the same in any metric that is diagonal
-        alone = all(isinstance(term.prior, Box) for term in objective.proximable)
+        alone = all(isinstance(getattr(term, "prior", None), Box) for term in objective.proximable)
         self.objective, self.r = objective, metric(objective, x) if alone else torch.ones_like(x)
         s = 0.1 * size(x / self.r)
         self.s = torch.where(s > 0, s, torch.ones_like(s))

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from numbers import Real
 
 import torch
-from deepinv.optim import Prior
+from deepinv.optim import DataFidelity, Prior
+from deepinv.optim.data_fidelity import L2, IndicatorL2
 from torch import Tensor
 
 from ..checks import check_choice
@@ -25,16 +26,25 @@ def checked_weight(lambda_reg: float | Tensor | str) -> float | Tensor | str:
     return lambda_reg
 
 
+def checked_fidelity(data_fidelity: DataFidelity | None) -> DataFidelity:
+    """A data fidelity with a gradient; ``L2()`` if it is ``None``."""
+    if isinstance(data_fidelity, IndicatorL2):
+        raise ValueError("expected a data fidelity with a gradient; got IndicatorL2, which is 0 or infinite")
+    return L2() if data_fidelity is None else data_fidelity
+
+
 def as_constraint(constraint: Prior | str | Sequence[float] | None) -> Prior | None:
     """A constraint as a prior known by its proximity operator."""
-    if constraint is None or isinstance(constraint, Prior):
+    if constraint is None or (isinstance(constraint, Prior) and constraint.explicit_prior):
         return constraint
     if isinstance(constraint, str):
         check_choice("constraint", constraint, ("nonnegative",))
         return Box(0.0)
     if isinstance(constraint, Sequence) and len(constraint) == 2:
         return Box(*map(float, constraint))
-    raise TypeError(f'expected constraint to be "nonnegative", bounds (low, high) or a prior; got {constraint!r}')
+    raise TypeError(
+        f'expected constraint to be "nonnegative", bounds (low, high) or a prior with a value; got {constraint!r}'
+    )
 
 
 def check_fits(name: str, objective: Objective) -> None:

@@ -8,15 +8,14 @@ from numbers import Real
 import torch
 from deepinv.models.base import Reconstructor
 from deepinv.optim import DataFidelity, Prior
-from deepinv.optim.data_fidelity import L2
 from torch import Tensor, nn
 
 from ..checks import check_autograd, check_choice, check_positive, positive_int, warn_outside
 from ..console import Console
 from . import files, tuning
 from .algorithms import ALGORITHMS, NEEDS_GRADIENT, automatic, longest, minimise
-from .choices import as_constraint, check_fits, checked_weight
-from .objective import DataTerm, Objective, is_smooth, parts
+from .choices import as_constraint, check_fits, checked_fidelity, checked_weight
+from .objective import Objective, data_term, is_smooth, parts
 from .progress import Progress
 from .starts import candidates, least
 from .strength import dimension
@@ -108,7 +107,7 @@ class MAP(Reconstructor):
             check_positive(max_seconds=max_seconds)
         if not (isinstance(tol, Real) and tol >= 0):
             raise ValueError(f"expected tol >= 0; got {tol!r}")
-        self.prior, self.data_fidelity = prior, L2() if data_fidelity is None else data_fidelity
+        self.prior, self.data_fidelity = prior, checked_fidelity(data_fidelity)
         self.lambda_reg, self.constraint = checked_weight(lambda_reg), as_constraint(constraint)
         self.solver: str = solver
         self.max_iter: int | None = None if max_iter is None else positive_int(max_iter=max_iter)
@@ -200,7 +199,7 @@ class MAP(Reconstructor):
         """
         by_gradient = is_smooth(self.prior) or self.solver in NEEDS_GRADIENT
         prior = self.prior if prior is None else prior
-        objective = Objective(DataTerm(self.data_fidelity, y, physics), prior, weight, self.constraint, by_gradient)
+        objective = Objective(data_term(self.data_fidelity, y, physics), prior, weight, self.constraint, by_gradient)
         x, value, start = least(objective, found)
         name = automatic(objective, x) if self.solver == "auto" else self.solver
         check_fits(name, objective)

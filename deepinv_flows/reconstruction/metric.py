@@ -25,7 +25,7 @@ def metric(objective: Objective, x: Tensor) -> Tensor:
     a physics that is not linear, whose curvature at the start says little of that elsewhere.
     """
     if not isinstance(objective.data.physics, LinearPhysics):
-        return torch.ones_like(x)
+        return torch.ones_like(x.real)
     source = torch.Generator().manual_seed(0)
     a, b = (_diagonal(objective.data, x, PROBES, source) for _ in range(2))
     h = _mean(_diagonal(objective.term, x, 1, source)).abs()
@@ -41,12 +41,12 @@ def metric(objective: Objective, x: Tensor) -> Tensor:
 def _diagonal(term: Term, x: Tensor, probes: int, source: torch.Generator) -> Tensor:
     """An estimate of the diagonal of the Hessian of a term, like x; 0 where the gradient beside x is not finite."""
     grad = term.value_and_grad(x)[1]
-    shift = SHIFT * _mean(x**2).sqrt()
-    total = torch.zeros_like(x)
+    shift = SHIFT * _mean(x.abs() ** 2).sqrt()
+    total = torch.zeros_like(x.real)
     for _ in range(probes):
         # the same signs for every image, so that none depends on the others of its batch
         v = torch.randint(0, 2, x.shape[1:], generator=source).to(x) * 2 - 1
-        total += v * (term.value_and_grad(x + shift * v)[1] - grad) / shift
+        total += v.real * (term.value_and_grad(x + shift * v)[1] - grad).real / shift
     return (total / probes).nan_to_num(0, 0, 0)
 
 

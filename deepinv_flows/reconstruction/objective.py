@@ -9,13 +9,14 @@ import copy
 
 import torch
 from deepinv.optim import DataFidelity, Prior
-from deepinv.optim.data_fidelity import L2
+from deepinv.optim.data_fidelity import L2, PoissonLikelihood, StackedPhysicsDataFidelity
 from deepinv.optim.potential import Potential
 from deepinv.optim.prior import SmoothedTVPrior, TVPrior
+from deepinv.physics import StackedPhysics
 from deepinv.utils import TensorList
 from torch import Tensor
 
-from ..iterators import exact_prox
+from ..iterators import exact_prox, poisson, poisson_grad
 from ..latent import FlowPrior
 from ..patchnr import PatchNR
 from ..solvers import finite, per_sample
@@ -97,16 +98,48 @@ class DataTerm(Term):
         self.data_fidelity, self.y, self.physics = data_fidelity, y, physics
         kind = type(data_fidelity)
         self.chained = kind.fn is DataFidelity.fn and kind.grad in (DataFidelity.grad, L2.grad)
+        self.poisson = kind is PoissonLikelihood
 
     def value(self, x: Tensor) -> Tensor:
+        if self.poisson:
+            return poisson(self.data_fidelity.d, self.physics.A(x), self.y)
         return _each("data fidelity", self.data_fidelity(x, self.y, self.physics), x)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.chained:
             return self.value(x), self.data_fidelity.grad(x.clone(), self.y, self.physics).detach()
-        u = self.physics.A(x)
-        value = _each("data fidelity", self.data_fidelity.d(u, self.y), x)
-        return value, self.physics.A_vjp(x, self.data_fidelity.d.grad(u, self.y)).detach()
+        u, d = self.physics.A(x), self.data_fidelity.d
+        if self.poisson:
+            value, grad = poisson(d, u, self.y), poisson_grad(d, u, self.y)
+        else:
+            value, grad = _each("data fidelity", d(u, self.y), x), d.grad(u, self.y)
+        return value, self.physics.A_vjp(x, grad).detach()
+
+
+class StackedTerm(DataTerm):
+    """f of several operators: the sum over them, each with a data fidelity of its own or the same."""
+
+    def __init__(self, data_fidelity: DataFidelity, y: TensorList, physics):
+        super().__init__(data_fidelity, y, physics)
+        stacked = isinstance(data_fidelity, StackedPhysicsDataFidelity)
+        each = data_fidelity.data_fidelity_list if stacked else [data_fidelity] * len(y)
+        if not len(each) == len(y) == len(physics):
+            raise ValueError(
+                f"expected as many data fidelities and measurements as operators; got {len(each)}, {len(y)} and {len(physics)}"
+            )
+        self.parts = [DataTerm(one, part, physics[k]) for k, (one, part) in enumerate(zip(each, y))]
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.stack([part.value(x) for part in self.parts]).sum(0)
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [part.value_and_grad(x) for part in self.parts]
+        return torch.stack([value for value, _ in pairs]).sum(0), torch.stack([grad for _, grad in pairs]).sum(0)
+
+
+def data_term(data_fidelity: DataFidelity, y, physics) -> DataTerm:
+    kind = StackedTerm if isinstance(y, TensorList) and isinstance(physics, StackedPhysics) else DataTerm
+    return kind(data_fidelity, y, physics)
 
 
 class PriorTerm(Term):
@@ -131,7 +164,7 @@ class PriorTerm(Term):
         if self.jointly:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
-                value = self.prior(leaf)
+                value = _each("prior", self.prior(leaf), leaf)
                 (grad,) = torch.autograd.grad(value.sum(), leaf)
             return self.weight * value.detach(), per_sample(self.weight, x) * grad
         return self.value(x), per_sample(self.weight, x) * self.prior.grad(x.clone()).detach()

@@ -47,7 +47,7 @@ class Progress:
         self.max_iter, self.tol, self.max_seconds = max_iter, tol, max_seconds
         self.x_gt, self.metric = x_gt, PSNR() if metric is None else metric
         self.done = torch.zeros_like(value, dtype=torch.bool)
-        self.marked, self.iterations, self.start = self.x, 0, time.monotonic()
+        self.marked, self.iterations, self.start, self.late = self.x, 0, time.monotonic(), False
         self.metrics: dict[str, list[list[float]]] = {name: [[] for _ in x] for name in ("psnr", "cost", "residual")}
         self._append("psnr", self._score())
         self.update = update
@@ -59,8 +59,11 @@ class Progress:
     @property
     def left(self) -> str:
         """What to say of a search that ended at ``max_iter`` before it had converged."""
-        cut = self.tol > 0 and self.iterations >= self.max_iter and not bool(self.done.all())
-        return ", the most allowed: it had not converged, so try a larger max_iter" if cut else ""
+        if self.tol == 0 or bool(self.done.all()):
+            return ""
+        if self.iterations >= self.max_iter:
+            return ", the most allowed: it had not converged, so try a larger max_iter"
+        return ", when the time was up: it had not converged, so try a larger max_seconds" if self.late else ""
 
     def __call__(self, x: Tensor, value: Tensor) -> None:
         """Take note of an iterate and its objective."""
@@ -83,11 +86,14 @@ class Progress:
             self.done = self.done | (size(self.x - self.marked) < self.tol * size(self.x))
             self.done = self.done | ((self.x == self.marked).flatten(1).all(1) & (self.tol > 0))
             self.marked = self.x
-        if self.seconds > self.max_seconds or self.iterations >= self.max_iter or bool(self.done.all()):
+        self.late = self.seconds > self.max_seconds
+        if self.late or self.iterations >= self.max_iter or bool(self.done.all()):
             raise Finished
 
     def _check_bounded(self, x: Tensor, value: Tensor) -> None:
-        away = (size(x) > DIVERGED * self.scale) & (self.scale > 0) & (value < self.first)
+        # a start may be tiny; from one that is not, an objective with a bound falls by less than its size
+        fallen = value < self.first - self.first.abs()
+        away = (size(x) > DIVERGED * self.scale) & (self.scale > 0) & fallen
         if away.any():
             raise ValueError(
                 f"the objective of images {away.nonzero().flatten().tolist()} of the batch falls without bound: after "

@@ -26,6 +26,8 @@ def root(function: Callable[[Tensor], Tensor], start: Tensor, tol: float = 0.02,
     found = torch.zeros_like(t, dtype=torch.bool)
     for _ in range(max_iter):
         value = function(t.exp())
+        if bool(value.isnan().any()):
+            raise ValueError(f"the residual of images {value.isnan().nonzero().flatten().tolist()} of the batch is NaN")
         found = found | (value.abs() <= tol)
         for sign, (at, known) in bounds.items():
             mine = (value * sign > 0) & ~found

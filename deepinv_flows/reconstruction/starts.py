@@ -7,6 +7,7 @@ from deepinv.physics import DecomposablePhysics, LinearPhysics
 from deepinv.physics.functional import conv2d, gaussian_blur
 from torch import Tensor
 
+from ..checks import randomness
 from ..solvers import dot, per_sample
 from .objective import Objective, parts
 
@@ -39,7 +40,9 @@ def candidates(y, physics, init: Tensor | None = None) -> dict[str, Tensor]:
             reasons.append(f"A_dagger: {error}")
     batch = len(parts(y)[0])
     shape = next((tuple(x.shape) for x in found.values()), None if init is None else (batch, *init.shape[1:]))
-    if torch.is_tensor(y) and y.is_floating_point() and shape in (None, tuple(y.shape)) and y.ndim == 4:
+    if shape is None and torch.is_tensor(y) and _is_an_image(y, physics):
+        shape = tuple(y.shape)
+    if torch.is_tensor(y) and y.is_floating_point() and y.ndim == 4 and shape == tuple(y.shape):
         found["y"] = y.detach()
     if init is not None:
         if init.shape[0] not in (1, batch) or (shape is not None and tuple(init.shape[1:]) != shape[1:]):
@@ -50,6 +53,13 @@ def candidates(y, physics, init: Tensor | None = None) -> dict[str, Tensor]:
     if not found:
         raise ValueError(f"this physics has neither A_adjoint nor A_dagger ({'; '.join(reasons)}): pass init=...")
     return found
+
+
+def _is_an_image(y: Tensor, physics) -> bool:
+    try:
+        return physics.A(y.detach()).shape == y.shape
+    except Exception:  # the physics does not measure images of this shape
+        return False
 
 
 def _smoothed(name: str, x: Tensor) -> dict[str, Tensor]:
@@ -65,10 +75,20 @@ def _smoothed(name: str, x: Tensor) -> dict[str, Tensor]:
 
 
 def _pseudoinverse(y, physics) -> Tensor:
-    """``A_dagger(y)``; of measurements of size 1 where that is the same."""
-    if not isinstance(physics, LinearPhysics):
-        return physics.A_dagger(y).detach()
-    return _in_units(y, physics.A_dagger)
+    """
+    ``A_dagger(y)``; of measurements of size 1 where that is the same, and otherwise of one sample after another.
+
+    Some of deepinv's begin at random, or scale a batch as a whole.
+    """
+    if isinstance(physics, LinearPhysics) or not torch.is_tensor(y):
+        return _in_units(y, physics.A_dagger)
+    found = []
+    for one in y.split(1):
+        with randomness(torch.Generator(), y.device):
+            found.append(physics.A_dagger(one).detach())
+        if len(found[-1]) != 1:  # the physics has parameters for each sample
+            return physics.A_dagger(y).detach()
+    return torch.cat(found)
 
 
 def _in_units(y, solve: Callable) -> Tensor:
@@ -96,7 +116,11 @@ def _near_a_constant(y, physics: LinearPhysics) -> Tensor:
     """
     back = physics.A_adjoint(y)
     flat, Ax = _scaled(torch.ones_like(back), y, physics), physics.A(back)
-    return physics.prox_l2(flat, y, gamma=per_sample(100 * _inner(back, back) / _inner(Ax, Ax), back))
+    curvature = _inner(Ax, Ax) / _inner(back, back)
+    gamma = 100 / torch.where(
+        curvature > 0, curvature, torch.ones_like(curvature)
+    )  # nothing was measured of a blank image
+    return physics.prox_l2(flat, y, gamma=per_sample(gamma, back))
 
 
 def _inner(a, b) -> Tensor:
@@ -135,7 +159,7 @@ def least(objective: Objective, found: dict[str, Tensor]) -> tuple[Tensor, Tenso
 
 
 def _value(objective: Objective, x: Tensor) -> Tensor:
-    """The objective, infinite where it is not finite."""
-    if not bool(torch.isfinite(x).all()):
-        return torch.full_like(x.flatten(1)[:, 0], torch.inf)
-    return objective.value(x).nan_to_num(torch.inf, torch.inf, torch.inf)
+    """The objective of each sample, infinite where that or the image is not finite."""
+    good = torch.isfinite(x).flatten(1).all(1)
+    value = objective.value(torch.where(per_sample(good, x), x, torch.zeros_like(x)))
+    return value.nan_to_num(torch.inf, torch.inf, torch.inf).masked_fill(~good, torch.inf)

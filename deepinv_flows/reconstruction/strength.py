@@ -121,7 +121,7 @@ def discrepancy(physics, y, x: Tensor, shift: Tensor | None = None, moved: Tenso
     if not torch.is_tensor(y):
         raise ValueError('lambda_reg="discrepancy" is for one physics; got a stack of them')
     clean, level, measured = _noisy(physics, y, x)
-    number = measured.flatten(1).sum(1).to(level)
+    number = measured.flatten(1).sum(1).clamp_min(1).to(level)
     square = ((clean - y).abs() ** 2 / level * measured).flatten(1).sum(1)
     if shift is None or moved is None:
         return (square / number).log()
@@ -132,7 +132,7 @@ def discrepancy(physics, y, x: Tensor, shift: Tensor | None = None, moved: Tenso
 
 def deviation(physics, y, x: Tensor) -> Tensor:
     """Relative standard deviation of the noise's variance as m measurements tell it, the root of 2 / m, (B,)."""
-    return (2 / _noisy(physics, y, x)[2].flatten(1).sum(1).to(x)).sqrt()
+    return (2 / _noisy(physics, y, x)[2].flatten(1).sum(1).clamp_min(1).to(x.real)).sqrt()
 
 
 def small_shift(physics, y: Tensor, x: Tensor, signs: Tensor) -> Tensor:
@@ -171,6 +171,8 @@ def check_sure(
         why = f"Gaussian noise; got {type(physics.noise_model).__name__}"
     elif type(data_fidelity) is not L2 or not isinstance(physics, LinearPhysics) or len(parts(y)) > 1:
         why = f"L2 and one linear physics; got {type(data_fidelity).__name__} and {type(physics).__name__}"
+    elif x.is_complex() or y.is_complex():
+        why = f"real images and measurements; got {x.dtype} and {y.dtype}"
     elif constraint is not None:
         why = f"an objective without a constraint; got {type(constraint).__name__}"
     elif not is_smooth(prior):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..checks import check_positive, randomness
 from ..console import Console
 from ..patchnr import PatchNR
-from .objective import DataTerm, Objective, frozen
+from .choices import checked_weight
+from .objective import Objective, data_term, frozen
 from .progress import Progress
 from .search import highest, root
 from .starts import candidates
@@ -42,6 +43,7 @@ WORSE = 1e-2  # relative, of a metric from which on stopping early is better for
 def weight(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[..., None]) -> tuple[Tensor, str]:
     """The weight (B,) for some measurements, and how it was found; a search adds its last images to ``found``."""
     x = next(iter(found.values()))
+    checked_weight(model.lambda_reg)  # a user may have set it
     if not isinstance(model.lambda_reg, str):
         return model.weight_for(x), "tuned" if is_tuned(model) else "given"
     if model.lambda_reg == "rule":
@@ -108,7 +110,7 @@ def first_guess(model: "MAP", y, physics, x: Tensor) -> tuple[Tensor, bool]:
     try:
         return by_rule(model.prior, model.data_fidelity, y, physics, x), True
     except ValueError:  # none for this prior, or this noise
-        return balance(frozen(model.prior).grad, DataTerm(model.data_fidelity, y, physics), x), False
+        return balance(frozen(model.prior).grad, data_term(model.data_fidelity, y, physics), x), False
 
 
 def _warm(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[..., None]):
@@ -124,16 +126,16 @@ def _warm(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[.
 def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_seconds, generator) -> None:
     """See :meth:`deepinv_flows.MAP.tune`."""
     x, metric, clock = _images(images, n), PSNR() if metric is None else metric, _Clock(max_seconds)
-    sign, bound = _sign(metric), _restored_bound(model)
+    sign, bound = _sign(metric, x), _restored_bound(model)
     with torch.no_grad(), Console("MAP.tune", None, model.verbose) as console:
         y = simulated(x, physics, generator)
         found = candidates(y, physics)
         start = first_guess(model, y, physics, x)[0].log().mean().exp().reshape(1)
 
-        def solve(value: Tensor, seconds: float, **options) -> tuple[Tensor, Progress]:
+        def solve(value: Tensor, seconds: float, **options) -> tuple[Tensor, Progress, str, list[str]]:
             # from the starts that images to come have: that of the last weight may lead to another minimum
             options |= dict(update=console.update, max_seconds=seconds)
-            return model.solve(y, physics, value.expand(len(x)), found, **options)[:2]
+            return model.solve(y, physics, value.expand(len(x)), found, **options)
 
         tried, prior = list[list[float]](), _affordable(model, y, physics, x, start.expand(len(x)), clock)
 
@@ -147,8 +149,8 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
             return sign * score
 
         best = highest(quality, start, lambda: clock.left(SEARCH) > 0)[0]
-        progress = solve(best, clock.left(), x_gt=x, metric=metric)[1]
-        iterations, score = _stop(progress.metrics["psnr"], sign)
+        _, progress, name, _ = solve(best, clock.left(), x_gt=x, metric=metric)
+        iterations, score = _stop(progress.metrics["psnr"], sign, cut=name != "adam")
         early = iterations < progress.iterations
         model.lambda_reg, model.max_iter = float(best), iterations if early else bound
         model.tuned = {
@@ -165,13 +167,18 @@ def tune(model: "MAP", images, physics, metric: nn.Module | None, n: int, max_se
         console.result = _said(model.tuned, early, clock.left(SEARCH) <= 0)
 
 
-def _sign(metric: nn.Module) -> float:
-    """What to multiply a metric by, so that more is better."""
+def _sign(metric: nn.Module, x: Tensor) -> float:
+    """What to multiply a metric by, so that more is better; it is tried on the true images first."""
     if not hasattr(metric, "lower_better"):
         raise TypeError(
             f"expected a metric of deepinv's, which knows whether lower is better; got {type(metric).__name__}"
         )
-    return -1.0 if metric.lower_better else 1.0
+    if (known := metric(x, x)).is_complex() or known.numel() != len(x):
+        raise ValueError(
+            f"expected a metric with a real value for each of {len(x)} images, so without a reduction; got {known.dtype} of "
+            f"shape {tuple(known.shape)}"
+        )
+    return -1.0 if metric.lower_better or getattr(metric, "train_loss", False) else 1.0
 
 
 def _restored_bound(model: "MAP") -> int | None:
@@ -191,7 +198,7 @@ def _affordable(model: "MAP", y, physics, x: Tensor, weight: Tensor, clock: "_Cl
     whole = isinstance(prior, PatchNR) and (prior.stride, prior.n_patches) == (1, -1)
     if math.isinf(seconds) or not whole or prior.patch_size < 4:
         return prior
-    objective = Objective(DataTerm(model.data_fidelity, y, physics), prior, weight, None, True)
+    objective = Objective(data_term(model.data_fidelity, y, physics), prior, weight, None, True)
     objective.value_and_grad(x)  # the first one takes longer
     began = time.monotonic()
     objective.value_and_grad(x.clone())
@@ -228,19 +235,20 @@ def _said(tuned: dict, early: bool, late: bool) -> str:
     )
 
 
-def _stop(histories: list[list[float]], sign: float) -> tuple[int, float]:
+def _stop(histories: list[list[float]], sign: float, cut: bool = True) -> tuple[int, float]:
     """
     After how many iterations the mean metric is best, and its value there.
 
-    That is the last, unless it is clearly worse for each of two images or more: what one image gains, the next may lose.
+    That is the last, unless it is clearly worse for each of two images or more: what one image gains, the next may lose. So it
+    is if steps follow from the number of iterations, which cannot be ``cut`` then.
     """
     means = [sum(values) / len(values) for values in zip(*histories)]
     last = len(means) - 1
-    best = max(range(len(means)), key=lambda k: sign * means[k])
+    best = max(range(min(1, last), len(means)), key=lambda k: sign * means[k])
     worse = [sign * (values[best] - values[last]) > WORSE * abs(values[best]) for values in histories]
-    if len(worse) < 2 or not all(worse):
+    if not cut or len(worse) < 2 or not all(worse):
         best = last
-    return max(best, 1), means[best]
+    return best, means[best]
 
 
 def simulated(x: Tensor, physics, generator: torch.Generator | None):
@@ -271,6 +279,6 @@ def _images(images: Tensor | Iterable[Tensor], n: int) -> Tensor:
             f"expected clean images (B, C, H, W), or a list of (C, H, W) of one size; got {sorted(shapes)}"
         )
     x = torch.stack([found[k] for k in torch.linspace(0, len(found) - 1, min(n, len(found))).long().tolist()])
-    if not x.is_floating_point() or not bool(torch.isfinite(x).all()):
+    if not (x.is_floating_point() or x.is_complex()) or not bool(torch.isfinite(x).all()):
         raise ValueError(f"expected finite floating-point images; got {x.dtype} of shape {tuple(x.shape)}")
     return x.detach()

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 from ..checks import check_choice, positive_int
 from ..patchnr import Asked, patch_nll
+from ..weights import CheckpointError
 
 Step = Callable[[nn.Module, dict[str, Any], Any], Tensor]
 MINUTES = {"quick": 2.0, "standard": 10.0, "thorough": 60.0}
@@ -122,7 +123,7 @@ def _stored(save_path: str | Path | None) -> dict[str, Any]:
     if save_path is None or not (Path(save_path) / FILE).is_file():
         return {}
     saved = json.loads((Path(save_path) / FILE).read_text())
-    return {part.name: saved[part.name] for part in fields(Plan)[:-3] if part.name in saved}
+    return {part.name: saved[part.name] for part in fields(Plan)[:-3] if saved.get(part.name)}  # 0 is a given prior's
 
 
 def _near(width: float) -> int:
@@ -214,10 +215,14 @@ def describe(found: Plan, dim: int) -> str:
 
 
 def store(found: Plan, save_path: str | Path | None) -> None:
-    """Keep a plan that came from timing beside the checkpoints, for a training that is resumed."""
-    if save_path is not None and found.seconds_per_step:
+    """Keep a plan beside the checkpoints, for a training that is resumed."""
+    if save_path is None:
+        return
+    try:
         Path(save_path).mkdir(parents=True, exist_ok=True)
         (Path(save_path) / FILE).write_text(json.dumps(found.chosen, indent=1))
+    except OSError as error:
+        raise CheckpointError(f"{save_path}: cannot be written ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager

@@ -93,9 +93,9 @@ def fit_patchnr(
     :param bool augment: also train on flipped and rotated patches.
     :param int early_stop: stop when the evaluation loss has not improved for this many epochs.
     :param str save_path: folder of this training, for the Trainer's checkpoints, one an epoch; ``None`` keeps none.
-    :param bool resume: continue from the newest readable checkpoint under ``save_path``, if there is one, as if the training had
-        not been interrupted. More ``epochs`` or another ``lr`` apply from there on. Pass the same ``eval_images``, since the best
-        epoch of all runs in this folder is returned. ``False`` starts a new run in this folder.
+    :param bool resume: continue the newest run under ``save_path`` with a readable checkpoint, if there is one, as if it had not
+        been interrupted. More ``epochs`` or another ``lr`` apply from there on. Pass the same ``eval_images``, since the best
+        epoch before and after is returned. ``False`` starts a new run in this folder, another training.
     :param bool, str mixed_precision: as in :class:`deepinv.Trainer`; ``"bfloat16"`` trains the likelihood faster on processors
         that have such products (AMX). Weights and log-determinants stay in full precision.
     :param bool compile: compile the flow by :func:`torch.compile`, in place of derivatives that are written out. It needs a C++

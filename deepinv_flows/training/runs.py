@@ -37,7 +37,7 @@ def fit(
     :param deepinv.loss.Loss losses: the loss.
     :param float lr: largest learning rate of Adam.
     :param str save_path: folder of this training; with ``None`` no files are written.
-    :param bool resume: continue from the newest readable checkpoint in that folder.
+    :param bool resume: continue the newest run in that folder that has a readable checkpoint.
     :param bool keep_best: end with the weights of the best epoch.
     :param torch.Generator generator: source of all random numbers; checkpoints hold its state.
     :param dict rates: learning rates of parameters, by name, that have their own.
@@ -48,7 +48,9 @@ def fit(
     bar = bool(options.pop("verbose", True)) and options.pop("show_progress_bar", True)
     if resume and save_path is None:
         raise ValueError("expected save_path, the folder of the training to resume; got None")
-    earlier = _runs(Path(save_path)) if resume and save_path is not None else []
+    if keep_best and not options.get("compute_eval_losses", True):
+        raise ValueError("expected compute_eval_losses=True, as the evaluation loss chooses the weights; got False")
+    earlier = _continued(_runs(Path(save_path))) if resume and save_path is not None else []
     newest = _newest(earlier)
     if newest is not None:
         with checkpoints.guarded(newest):  # of another architecture?
@@ -239,8 +241,23 @@ def _readable(runs: list[Path], pattern: str) -> list[tuple[dict, Path]]:
 
 def _newest(runs: list[Path]) -> Path | None:
     # of two checkpoints of the same epoch, the numbered one, which the Trainer writes last
-    order = [(raw["epoch"], "best" not in path.name, path) for raw, path in _readable(runs, "ckp_*.pth.tar")]
-    return max(order)[2] if order else None
+    for run in reversed(runs):
+        order = [(raw["epoch"], "best" not in path.name, path) for raw, path in _readable([run], "ckp_*.pth.tar")]
+        if order:
+            return max(order)[2]
+    return None
+
+
+def _continued(runs: list[Path]) -> list[Path]:
+    """The newest run with a readable checkpoint, after those that it continues: others in the folder are other trainings."""
+    found: list[Path] = []
+    for run in reversed(runs):
+        if checkpoints_of_run := _readable([run], "ckp_*.pth.tar"):
+            found.insert(0, run)
+            # those of 0.1.0 do not say
+            if any(raw.get("earlier", ...) == [] for raw, _ in checkpoints_of_run):
+                break
+    return found
 
 
 def _best(earlier: list[Path], loss: str, now: tuple[float, dict[str, Tensor]] | None) -> dict[str, Tensor]:

@@ -159,7 +159,7 @@ def test_an_early_stop_does_not_outlive_its_tuning(monkeypatch):
 
     model, clean = MAP(Tikhonov(), lambda_reg=1.0, tol=0, max_iter=30, verbose=False), images(1)
     with monkeypatch.context() as early:
-        early.setattr(tuning, "_stop", lambda histories, sign: (3, 20.0))
+        early.setattr(tuning, "_stop", lambda histories, sign, cut: (3, 20.0))
         assert model.tune(clean, noisy()).max_iter == 3
         model.lambda_reg = 0.5  # set by hand since
     assert model.tune(clean, noisy()).max_iter == 30
