@@ -117,9 +117,8 @@ def _near_a_constant(y, physics: LinearPhysics) -> Tensor:
     back = physics.A_adjoint(y)
     flat, Ax = _scaled(torch.ones_like(back), y, physics), physics.A(back)
     curvature = _inner(Ax, Ax) / _inner(back, back)
-    gamma = 100 / torch.where(
-        curvature > 0, curvature, torch.ones_like(curvature)
-    )  # nothing was measured of a blank image
+    # nothing was measured of a blank image
+    gamma = 100 / torch.where(curvature > 0, curvature, torch.ones_like(curvature))
     return physics.prox_l2(flat, y, gamma=per_sample(gamma, back))
 
 
