@@ -79,7 +79,7 @@ def _excess(model: "MAP", y, physics, reconstruct: Callable, probe: Tensor, upda
 
 def _consistent(excess: Callable[[Tensor], Tensor], start: Tensor, deviation: Tensor, near: bool) -> Tensor:
     """
-    Of the weights whose excess is 0 up to a deviation the nearest to the start or, unless ``near``, the largest.
+    Of the weights whose excess is 0 up to two deviations the nearest to the start; unless ``near``, that of one deviation.
 
     A strong blur has nearly no excess at any small weight, so that the smallest would mean nothing.
     """
@@ -88,7 +88,7 @@ def _consistent(excess: Callable[[Tensor], Tensor], start: Tensor, deviation: Te
     def beyond(value: Tensor) -> Tensor:
         found = excess(value)
         if not target:
-            target.append(torch.clamp(found, -deviation, deviation) if near else deviation)
+            target.append(torch.clamp(found, -2 * deviation, 2 * deviation) if near else deviation)
         return found - target[0]
 
     return root(beyond, start, min(0.02, float(deviation.min()) / 2))

@@ -114,15 +114,15 @@ def test_discrepancy_finds_the_weight_of_the_prior():
 
 @pytest.mark.parametrize("near", [True, False])
 def test_of_consistent_weights_the_nearest_to_the_start(near):
-    """An excess of log(weight / 2): within a deviation of 0.1 the start does, from outside the nearer end, else the upper one."""
+    """An excess of log(weight / 2): within two deviations of 0.05 the start does, from outside the nearer end, else one above."""
     start, calls = torch.tensor([0.1, 1.9, 2.0, 2.15, 40.0], dtype=torch.float64), []
 
     def excess(weight):
         calls.append(weight)
         return (weight / 2).log()
 
-    found = (tuning._consistent(excess, start, start.new_full((5,), 0.1), near) / 2).log()
-    ends = [-0.1, math.log(0.95), 0.0, math.log(1.075), 0.1] if near else [0.1] * 5
+    found = (tuning._consistent(excess, start, start.new_full((5,), 0.05), near) / 2).log()
+    ends = [-0.1, math.log(0.95), 0.0, math.log(1.075), 0.1] if near else [0.05] * 5
     torch.testing.assert_close(found, start.new_tensor(ends), rtol=0, atol=0.02)
     assert len(calls) < 12
 
