@@ -116,9 +116,14 @@ def first_guess(model: "MAP", y, physics, x: Tensor) -> tuple[Tensor, bool]:
 def _warm(model: "MAP", y, physics, found: dict[str, Tensor], update: Callable[..., None]):
     """Reconstruction by weight, each from where the last ended if that is better than the other starts."""
 
+    name = list[str]()
+
     def reconstruct(value: Tensor) -> Tensor:
-        found["the last weight's"], *_ = model.solve(y, physics, value, found, update=update)
-        return found["the last weight's"]
+        x, _, _, start = model.solve(y, physics, value, found, update=update)
+        if not name:
+            name.append(f"{' and '.join(sorted(set(start)))} by way of other weights")
+        found[name[0]] = x
+        return x
 
     return reconstruct
 

@@ -106,6 +106,7 @@ def test_discrepancy_finds_the_weight_of_the_prior():
     y = physics(gaussians())
     model = MAP(Tikhonov(), lambda_reg="discrepancy", tol=0, max_iter=30, verbose=False)
     x = model(y, physics)
+    assert all("by way of other weights" in start and start[0] in "Ary" for start in model.chosen["start"])
     square, level = y.square().flatten(1).mean(1), SIGMA**2 * larger(144)
     torch.testing.assert_close(model.chosen["lambda_reg"], level / (square - level), rtol=0.03, atol=0)
     again = MAP(Tikhonov(), lambda_reg=model.chosen["lambda_reg"], tol=0, max_iter=30, verbose=False)
