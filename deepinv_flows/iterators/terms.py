@@ -64,15 +64,20 @@ def poisson(d: PoissonLikelihoodDistance, u: Tensor, y: Tensor) -> Tensor:
 
     That of deepinv adds the logarithms of the whole batch to the value of each sample, and 0 log 0 is NaN there.
     """
-    y, z = y / d.gain if d.denormalize else y, u / d.gain + d.bkg
+    y, z = _counts(d, u, y)
     value = _values(z - y - torch.xlogy(y, z.clamp_min(0)), u)
     return value.masked_fill((z < 0).flatten(1).any(1), torch.inf)
 
 
 def poisson_grad(d: PoissonLikelihoodDistance, u: Tensor, y: Tensor) -> Tensor:
     """The gradient of :func:`poisson` in u; that of deepinv is this times the square of the gain."""
-    y, z = y / d.gain if d.denormalize else y, u / d.gain + d.bkg
+    y, z = _counts(d, u, y)
     return (1 - torch.where(y == 0, 0, y / torch.where(y == 0, 1, z))) / d.gain
+
+
+def _counts(d: PoissonLikelihoodDistance, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts, and what is expected of them."""
+    return y / d.gain if d.denormalize else y, u / d.gain + d.bkg
 
 
 def _guarded(x: Tensor) -> Tensor:

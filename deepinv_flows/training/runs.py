@@ -6,6 +6,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,13 +231,11 @@ def _new_run(folder: Path) -> Path:
             raise checkpoints.CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
-def _readable(runs: list[Path], pattern: str) -> list[tuple[dict, Path]]:
+def _readable(runs: list[Path], pattern: str) -> Iterator[tuple[dict, Path]]:
     """The checkpoints of deepinv's Trainer in some runs, without those that an interruption cut short."""
-    found = []
     for path in (path for run in runs for path in run.glob(f"*/{pattern}")):
         with contextlib.suppress(checkpoints.CheckpointError):
-            found.append((checkpoints.read_torch(path), path))
-    return found
+            yield checkpoints.read_torch(path), path
 
 
 def _newest(runs: list[Path]) -> Path | None:
@@ -252,10 +251,10 @@ def _continued(runs: list[Path]) -> list[Path]:
     """The newest run with a readable checkpoint, after those that it continues: others in the folder are other trainings."""
     found: list[Path] = []
     for run in reversed(runs):
-        if checkpoints_of_run := _readable([run], "ckp_*.pth.tar"):
+        one = next(_readable([run], "ckp_*.pth.tar"), None)  # all of a run say what it continues, those of 0.1.0 do not
+        if one is not None:
             found.insert(0, run)
-            # those of 0.1.0 do not say
-            if any(raw.get("earlier", ...) == [] for raw, _ in checkpoints_of_run):
+            if one[0].get("earlier", ...) == []:
                 break
     return found
 
