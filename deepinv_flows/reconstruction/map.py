@@ -44,8 +44,9 @@ class MAP(Reconstructor):
     ``"rule"`` takes what the docstring of the prior says, from the noise and the sizes. ``"discrepancy"`` takes the
     :math:`\lambda` at which :math:`\|Ax - y\|^2 = \sigma^2 (m - d)` for m measurements with Gaussian or Poisson noise of known
     level; the d degrees of freedom of x follow the noise, and a second reconstruction, of measurements with a little more
-    noise, tells how many they are. (Morozov's d is 0, which smooths more.) Up to two standard deviations of the noise's variance,
-    :math:`2 \sqrt{2/m}`, it holds for many :math:`\lambda`; taken is the nearest to the rule's or, without one, one above.
+    noise, tells how many they are. (Morozov's d is 0, which smooths more.) The sum has a relative standard error of
+    :math:`\sqrt{2/m}`, so that many :math:`\lambda` fit. Of those within two standard errors the one nearest to the rule's is
+    taken; without a rule, the one whose residual is one standard error larger than expected.
     ``"sure"`` takes the one of least estimated error of Ax (Stein), for Gaussian noise and an A that determines the image: for
     others, such as a strong blur, the error of Ax does not tell that of x, and it is refused. Both search anew for every image.
 

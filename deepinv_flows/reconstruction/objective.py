@@ -6,6 +6,7 @@ value for each image, and so has :math:`\lambda`.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from deepinv.optim import DataFidelity, Prior
@@ -133,8 +134,7 @@ class StackedTerm(DataTerm):
         return torch.stack([part.value(x) for part in self.parts]).sum(0)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pairs = [part.value_and_grad(x) for part in self.parts]
-        return torch.stack([value for value, _ in pairs]).sum(0), torch.stack([grad for _, grad in pairs]).sum(0)
+        return _summed(self.parts, x)
 
 
 def data_term(data_fidelity: DataFidelity, y, physics) -> DataTerm:
@@ -218,13 +218,17 @@ class Objective:
     @torch.no_grad()
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of the smooth terms: (B,), and a tensor like x."""
-        pairs = [term.value_and_grad(x) for term in self.smooth]
-        return torch.stack([value for value, _ in pairs]).sum(0), torch.stack([grad for _, grad in pairs]).sum(0)
+        return _summed(self.smooth, x)
 
     @torch.no_grad()
     def finite(self, x: Tensor) -> Tensor:
         """Samples (B,) where the smooth terms and their gradients are finite."""
         return finite(*self.value_and_grad(x))
+
+
+def _summed(terms: Sequence[Term], x: Tensor) -> tuple[Tensor, Tensor]:
+    values, grads = zip(*(term.value_and_grad(x) for term in terms))
+    return torch.stack(values).sum(0), torch.stack(grads).sum(0)
 
 
 def _each(who: str, value: Tensor, x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _consistent(excess: Callable[[Tensor], Tensor], start: Tensor, deviation: Te
     """
     Of the weights whose excess is 0 up to two deviations the nearest to the start; unless ``near``, that of one deviation.
 
-    A strong blur has nearly no excess at any small weight, so that the smallest would mean nothing.
+    A strong blur has nearly no excess at any small weight, so that an excess of 0 would tell nothing there.
     """
     target = list[Tensor]()
 

@@ -128,6 +128,23 @@ def test_of_consistent_weights_the_nearest_to_the_start(near):
     assert len(calls) < 12
 
 
+@pytest.mark.parametrize("name", ["patchnr", "tikhonov"])
+def test_discrepancy_stays_near_a_rule_where_there_is_one(name, monkeypatch):
+    prior, asked = PatchNR(patch_size=3, num_layers=1, sub_net_size=8) if name == "patchnr" else Tikhonov(), []
+
+    def consistent(excess, start, deviation, near):
+        asked.append(near)
+        return start
+
+    monkeypatch.setattr(tuning, "_consistent", consistent)
+    y, physics = gaussians(1, 12).float(), denoising()
+    model = MAP(prior, lambda_reg="discrepancy", max_iter=2, verbose=False)
+    model(y, physics)
+    assert asked == [name == "patchnr"]
+    if name == "patchnr":
+        assert model.chosen["lambda_reg"] == pytest.approx(0.2 * 144 / 9 * SIGMA**2)
+
+
 def test_residuals_are_less_than_the_noise_by_the_degrees_of_freedom():
     """Through a blur that hides most directions: those of a shift are a trace, and by the prior's own weight nothing is left."""
     kernel = dinv.physics.functional.gaussian_blur(sigma=(1.5, 1.5)).double()
