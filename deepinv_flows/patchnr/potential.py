@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from ..checks import full_precision, transformed
 from ..flows import like_weights, nll
 from . import plain, recorded
-from .fused import chunk_size, patch_sums, steps_of
+from .fused import Second, chunk_size, patch_sums, steps_of
 from .fused.sweep import Sums
 from .patches import PatchIndex
 
 UNKNOWN = object()
 MANY = 1024  # patches of a step of training, from which on written-out derivatives save time
+MEMORY = 2**29  # bytes that may be kept for second derivatives
 FEW = 256  # fewer patches are evaluated by autograd in less time than it takes to read a flow's steps
 
 
@@ -144,6 +145,37 @@ class PatchPotential:
         value, grad = self._means(sums, x)
         return value, grad, [g * self.index.weight for g in weight_grads]
 
+    def prepared_grad(self, x: Tensor, scale: Tensor, steps: list) -> tuple[Tensor, list]:
+        """The gradient of :math:`\\sum_b s_b g(x_b)` in the image, and what ``along`` needs of it."""
+        with torch.no_grad():
+            grad, memory = self._second(steps, x, scale).gradient()
+        return self._image(grad, x), memory
+
+    def along(
+        self, x: Tensor, direction: Tensor, scale: Tensor, wanted: list[str], memory: list | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """
+        Gradients of :math:`\\langle v, \\nabla_x \\sum_b s_b g(x_b) \\rangle` in the image and in the ``wanted`` weights.
+
+        :param torch.Tensor direction: v, like x.
+        :param list memory: of ``prepared_grad``.
+        """
+        aliases = {name: p.detach().requires_grad_(name in wanted) for name, p in self.params.items()}
+        with torch.enable_grad(), plain.own_graph():
+            steps = self.known_steps(aliases)
+            with torch.no_grad():
+                sums = self._second(steps, x, scale).along(direction, bool(wanted), memory)
+            with full_precision(x.device.type):
+                weight_grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
+        assert sums.grad is not None
+        return self._image(sums.grad, x), [g * self.index.weight for g in weight_grads]
+
+    def may_keep(self, steps: list) -> bool:
+        """Whether what second derivatives need of all patches fits into memory, as far as the user lets it."""
+        rows = sum(len(w) for step in steps for w in step.packed if w.ndim == 2)
+        needed = 3 * rows * steps[0].packed[0].itemsize * len(self.index)
+        return needed <= MEMORY and (self.chunk_size is None or len(self.index) <= self.chunk_size)
+
     def on(self, values: tuple[Tensor, ...]) -> "PatchPotential":
         """The potential with these tensors in place of the weights."""
         weights = dict(zip(self.params, values))
@@ -182,9 +214,16 @@ class PatchPotential:
         size = self.chunk_size or _fused_chunk(x, steps, self.dtype or x.dtype, image, weights)
         return patch_sums(steps, x, self.index, size, self.dtype, image, weights, scale)
 
+    def _second(self, steps: list, x: Tensor, scale: Tensor) -> Second:
+        size = self.chunk_size or _fused_chunk(x, steps, x.dtype, True, True)
+        return Second(steps, x, self.index, size, scale)
+
+    def _image(self, flat: Tensor, x: Tensor) -> Tensor:
+        return flat.mul_(self.index.weight).view_as(x).to(x.dtype)
+
     def _means(self, sums: Sums, x: Tensor) -> tuple[Tensor, Tensor | None]:
         value = (sums.value * self.index.weight).to(x.dtype)
-        return value, None if sums.grad is None else sums.grad.mul_(self.index.weight).view_as(x).to(x.dtype)
+        return value, None if sums.grad is None else self._image(sums.grad, x)
 
 
 def patch_nll(flow: nn.Module, patches: Tensor, asked: Asked) -> Tensor:

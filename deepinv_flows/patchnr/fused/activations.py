@@ -17,13 +17,20 @@ class Activation:
     A function f of each entry.
 
     ``function(a)`` returns f(a) with a graph. ``apply(do, a, h)`` writes f(a) to h. ``backward(do, g, kept)`` multiplies g by
-    f'(a) in place; ``kept`` is h if f works in place, and a otherwise.
+    f'(a) in place; ``kept`` is h if f works in place, and a otherwise. ``derivatives(do, a, h, first, second)`` writes f(a) to h,
+    and f'(a) and f''(a); it is not needed if f works in place, as f'' is zero then.
     """
 
     function: Callable[[Tensor], Tensor]
     in_place: bool
     apply: Callable[[Callable, Tensor, Tensor], None]
     backward: Callable[[Callable, Tensor, Tensor], None]
+    derivatives: Callable[[Callable, Tensor, Tensor, Tensor, Tensor], None] | None = None
+
+    @property
+    def twice_differentiable(self) -> bool:
+        """Whether second derivatives are written out."""
+        return self.in_place or self.derivatives is not None
 
 
 @functools.cache
@@ -53,11 +60,20 @@ def leaky_relu(slope: float) -> Activation:
 
 @functools.cache
 def silu() -> Activation:
+    def derivatives(do, a, h, first, second):
+        do(torch.sigmoid, a, out=second)
+        do(torch.mul, a, second, out=h)
+        do(torch.addcmul, second, second, h, value=-1.0, out=first)
+        do(first.add_, h)
+        do(second.addcmul_, second, first, value=-2.0)
+        do(second.add_, first)
+
     return Activation(
         F.silu,
         False,
         lambda do, a, h: do(aten.silu.out, a, out=h),
         lambda do, g, a: do(aten.silu_backward.grad_input, g, a, grad_input=g),
+        derivatives,
     )
 
 

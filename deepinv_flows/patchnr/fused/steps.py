@@ -260,7 +260,7 @@ class Program:
     def __init__(self, steps: list, dim: int, space: Workspace, backward: bool = True, grads: list | None = None):
         self.operations: list[Callable] = []
         self.x, self.weight, self.value, log_det = space.new(dim), *(space.new(1)[0] for _ in range(3))
-        tapes, do = [step.prepare(space) for step in steps], self._note
+        tapes, do = [step.prepare(space) for step in steps], functools.partial(note, self.operations)
         z = self.x
         do(log_det.zero_)
         for step, tape in zip(steps, tapes):
@@ -276,9 +276,16 @@ class Program:
                 g = step.backward(do, g, self.weight, tape, own)
         self.grad = g
 
-    def _note(self, operation: Callable, *args, **kwargs) -> None:
-        self.operations.append(functools.partial(operation, *args, **kwargs))
-
     def run(self) -> None:
-        for operation in self.operations:
-            operation()
+        run(self.operations)
+
+
+def note(operations: list[Callable], operation: Callable, *args, **kwargs) -> None:
+    """Note an operation, to run it for each chunk."""
+    operations.append(functools.partial(operation, *args, **kwargs))
+
+
+def run(operations: list[Callable]) -> None:
+    """Run what was noted."""
+    for operation in operations:
+        operation()

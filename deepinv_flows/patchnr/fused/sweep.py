@@ -69,9 +69,9 @@ def patch_sums(
     """
     flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another dtype
     sweep = _Sweep(steps, flat, index, chunk_size, dtype or flat.dtype, image, weights, scale)
-    shares = _in_threads(sweep.share, _split(len(index), _thread_count(flat, len(index))), sweep.stopped)
-    total = shares[0]
-    for other in shares[1:]:
+    found = in_threads(sweep.share, shares(flat, index), sweep.stopped)
+    total = found[0]
+    for other in found[1:]:
         total.add_(other)
     double = torch.float64 if flat.device.type != "mps" else flat.dtype
     total.value = sweep.values.view(index.batch, index.per_image).sum(1, dtype=double)
@@ -98,11 +98,8 @@ class _Sweep:
     def share(self, start: int, stop: int) -> Sums:
         """The sums over the patches with these numbers."""
         flat, dim = self.flat, len(self.index.offsets)
-        sums = _zeros(self.steps, flat, self.image, self.weights)
-        # the smallest number of equal chunks; the last one is filled up with patches of weight zero
-        size = math.ceil((stop - start) / math.ceil((stop - start) / self.chunk_size))
-        entries = ALIGNED // self.dtype.itemsize
-        size = math.ceil(size / entries) * entries
+        sums = zeros(self.steps, flat, self.image, self.weights)
+        size = patches_of_chunk(stop - start, self.chunk_size, self.dtype)
         with workspace(size, flat.dtype, flat.device, self.dtype) as space:
             steps = self.steps if self.weights else on_chip(self.steps, space, self.image)
             program = Program(steps, dim, space, self.image or self.weights, sums.grads)
@@ -114,10 +111,8 @@ class _Sweep:
         return sums
 
     def _chunk(self, program: Program, pixels: Tensor, first: int, stop: int, sums: Sums) -> None:
-        numbers = torch.arange(first, first + pixels.shape[1], device=self.flat.device)
-        counts = (numbers < stop).to(self.flat.dtype)
-        number, flat_pixels = self.index.columns(numbers.clamp_(max=stop - 1), pixels)
-        flat_pixels = flat_pixels.view(-1)
+        counts, number = locate(self.index, first, stop, pixels)
+        flat_pixels = pixels.view(-1)
         torch.index_select(self.flat, 0, flat_pixels, out=program.x.view(-1))
         program.weight.copy_(counts if self.scale is None else counts * self.scale[number])
         program.run()
@@ -127,7 +122,24 @@ class _Sweep:
             sums.grad.index_add_(0, flat_pixels, program.grad.view(-1))
 
 
-def _zeros(steps: list, flat: Tensor, image: bool, weights: bool) -> Sums:
+def patches_of_chunk(total: int, chunk_size: int, dtype: torch.dtype) -> int:
+    """The size of the smallest number of equal chunks, in whole cache lines."""
+    size, entries = math.ceil(total / math.ceil(total / chunk_size)), ALIGNED // dtype.itemsize
+    return math.ceil(size / entries) * entries
+
+
+def locate(index: PatchIndex, first: int, stop: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Write the pixels of as many patches from the first one on as ``pixels`` (D, n) has columns.
+
+    :return: whether each patch counts, and the numbers of the images (n,); the last chunk is filled up with patches that do not.
+    """
+    numbers = torch.arange(first, first + pixels.shape[1], device=pixels.device)
+    counts = numbers < stop
+    return counts, index.columns(numbers.clamp_(max=stop - 1), pixels)[0]
+
+
+def zeros(steps: list, flat: Tensor, image: bool, weights: bool) -> Sums:
     grads = [[flat.new_zeros(w.shape) for w in step.packed] for step in steps] if weights else None
     return Sums(torch.zeros_like(flat) if image else None, grads)
 
@@ -161,12 +173,13 @@ class _Alone:
 _alone = _Alone()
 
 
-def _split(total: int, parts: int) -> list[tuple[int, int]]:
-    ends = [total * k // parts for k in range(parts + 1)]
-    return list(itertools.pairwise(ends))
+def shares(flat: Tensor, index: PatchIndex) -> list[tuple[int, int]]:
+    """The first patch of each thread, and the one after its last."""
+    total, parts = len(index), _thread_count(flat, len(index))
+    return list(itertools.pairwise(total * k // parts for k in range(parts + 1)))
 
 
-def _in_threads(work: Callable, shares: list[tuple[int, int]], stopped: threading.Event) -> list:
+def in_threads(work: Callable, shares: list[tuple], stopped: threading.Event) -> list:
     """
     The results of ``work(*share)`` for each share, each in a thread of its own.
 

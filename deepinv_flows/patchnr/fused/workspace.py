@@ -19,10 +19,18 @@ class Workspace:
     :param int n: number of patches.
     :param torch.dtype state_dtype: dtype of everything but matrix products.
     :param torch.dtype dtype: dtype of matrix products.
+    :param list slabs: memory of another workspace of this size, of which the same buffers are the same memory.
     """
 
-    def __init__(self, n: int, state_dtype: torch.dtype, device: torch.device, dtype: torch.dtype):
-        self.slabs: list[Tensor] = []
+    def __init__(
+        self,
+        n: int,
+        state_dtype: torch.dtype,
+        device: torch.device,
+        dtype: torch.dtype,
+        slabs: list[Tensor] | None = None,
+    ):
+        self.slabs: list[Tensor] = [] if slabs is None else slabs
         self.typed: dict = {}  # the slabs, viewed as each dtype
         self.device = device
         self.start(n, state_dtype, dtype)

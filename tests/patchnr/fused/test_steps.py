@@ -169,7 +169,7 @@ def test_an_error_in_a_thread_is_raised_here():
     torch.set_num_threads(2)
     try:
         with pytest.raises(ZeroDivisionError):
-            sweep._in_threads(lambda a, b: 1 / 0, [(0, 1), (1, 2)], threading.Event())
+            sweep.in_threads(lambda a, b: 1 / 0, [(0, 1), (1, 2)], threading.Event())
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
