@@ -4,8 +4,9 @@ Train a prior of natural images on patches, or a denoiser
 
 From a folder of grey images; for ``tests/benchmarks/bsd68.py`` the 400 of the standard split. Every fortieth, from the 21st on,
 is held out to choose the best epoch. With ``--sigma`` a PatchNR of noisy patches, whose :class:`deepinv_flows.FlowDenoiser` takes
-images of any size: it learns the likelihood of noisy patches, and then to make the error of the denoiser small. With
-``--sigma 0`` the likelihood of clean patches, for :class:`deepinv_flows.MAP`.
+images of any size: it learns the likelihood of noisy patches, and then to make the error of the denoiser small. With little
+noise, as ``--sigma 6 --smooth``, it is a prior for :class:`deepinv_flows.MAP`, and for
+:func:`deepinv_flows.fit_bilevel` to begin from. With ``--sigma 0`` it learns the likelihood of clean patches.
 
 Run ``python examples/train_natural.py --data FOLDER --sigma 25 --save-path runs --out natural.safetensors``. Two levels, as in
 ``--sigma 15 50``, train for all levels between them. ``--prior FILE`` goes on from a denoiser by score matching alone.
@@ -35,6 +36,7 @@ parser.add_argument(
 parser.add_argument("--patch-size", type=int, default=8)
 parser.add_argument("--layers", type=int, default=5, help="coupling blocks")
 parser.add_argument("--width", type=int, default=192, help="width of their networks")
+parser.add_argument("--smooth", action="store_true", help="SiLU in place of ReLU, as with --sigma 0")
 parser.add_argument("--batch-size", type=int, default=2048, help="patches")
 parser.add_argument("--epochs", type=int, default=40, help="of the likelihood")
 parser.add_argument("--steps", type=int, default=200, help="batches in such an epoch")
@@ -75,9 +77,9 @@ def save(prior):
 
 noisy = levels[-1] > 0
 sizes = dict(num_layers=args.layers, sub_net_size=args.width)
-if noisy:
+if noisy and not args.smooth:
     new = dict(patch_size=args.patch_size, **sizes)
-else:  # smooth, for fit_bilevel
+else:  # for fit_bilevel
     flow = glow_flow(args.patch_size**2, **sizes, permute=True, activation="silu", generator=torch.Generator())
     new = dict(prior=PatchNR(flow, patch_size=args.patch_size))
 if args.prior:

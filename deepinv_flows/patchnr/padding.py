@@ -8,12 +8,12 @@ from ..checks import transformed
 from .plain import own_graph
 from .potential import PatchPotential
 
-PAD_MODES = ("constant", "reflect", "replicate", "circular")
+PAD_MODES = (False, True, "constant", "reflect", "replicate", "circular")
 
 
 def padded(x: Tensor, margin: int, mode: str | bool) -> Tensor:
     """Images x with ``margin`` more pixels on each side, or as they are if ``mode`` is ``False``."""
-    return F.pad(x, [margin] * 4, mode=str(mode)) if mode else x
+    return F.pad(x, [margin] * 4, mode="reflect" if mode is True else mode) if mode else x
 
 
 class PaddedPotential:
@@ -22,7 +22,7 @@ class PaddedPotential:
 
     :param PatchPotential potential: potential of the padded images.
     :param int margin: number of pixels added on each side.
-    :param str mode: padding mode of :func:`torch.nn.functional.pad`, or ``False`` for none.
+    :param str mode: padding mode of :func:`torch.nn.functional.pad`, ``True`` for ``"reflect"``, or ``False`` for none.
     """
 
     def __init__(self, potential: PatchPotential, margin: int, mode: str | bool):

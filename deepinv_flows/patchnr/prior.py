@@ -115,8 +115,7 @@ class PatchNR(deepinv.optim.PatchNR):
         Prior.__init__(self)  # that of deepinv's PatchNR would draw a flow
         self.explicit_prior = True
         self.patch_size, self.channels = positive_int(patch_size=patch_size, channels=channels)
-        self.pad = "reflect" if pad is True else pad
-        check_choice("pad", pad, (False, True, *PAD_MODES))
+        self.pad = pad
         self.n_patches, self.stride, self.chunk_size = n_patches, stride, chunk_size
         self.subset, self.precision = subset, precision
         self._check_options()
@@ -270,6 +269,7 @@ class PatchNR(deepinv.optim.PatchNR):
             )
         if self.chunk_size is not None:
             positive_int(chunk_size=self.chunk_size)
+        check_choice("pad", self.pad, PAD_MODES)
         check_choice("subset", self.subset, SUBSETS)
         check_choice("precision", self.precision, (None, "bfloat16"))
 

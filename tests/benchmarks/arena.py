@@ -83,8 +83,8 @@ def mean_and_error(values: Tensor | list[float]) -> tuple[float, float]:
     return float(found.mean()), float(found.std()) / len(found) ** 0.5 if len(found) > 1 else 0.0
 
 
-def load_prior(weights: str | Path, device: str) -> PatchNR:
-    return on_device(PatchNR.from_checkpoint(weights).requires_grad_(False), device)
+def load_prior(weights: str | Path, device: str, **options) -> PatchNR:
+    return on_device(PatchNR.from_checkpoint(weights, **options).requires_grad_(False), device)
 
 
 def on_device(prior: PatchNR, device: str) -> PatchNR:

@@ -12,7 +12,8 @@ of ``train400`` that are kept from every training, numbers 21, 61, ..., 381 of i
 - TV: deepinv's ``TVDenoiser`` until it stands still, its strength chosen;
 - EPLL: deepinv's, with a mixture of 200 Gaussians on 6x6 patches without their mean, fitted to ``--fitted`` patches of
   ``train400``, and a flat density of the mean; its penalties are multiplied by a chosen factor;
-- MAP: ``MAP(prior)``, for ``--prior``, a PatchNR that was trained by its likelihood on ``train400``; its strength chosen;
+- MAP: ``MAP(prior)``, for ``--prior``, a PatchNR trained on ``train400`` with little noise, of images that are mirrored at their
+  borders; its strength chosen;
 - bilevel: the models of ``--bilevel``, of ``train_bilevel.py``, that were trained for the level; nothing to choose;
 - denoiser: ``FlowDenoiser(prior)``, for those of ``--denoiser`` that know the level; nothing to choose. If several know a level,
   each is a row.
@@ -203,7 +204,7 @@ def methods(args, train: list[Tensor]) -> dict[str, list[Method]]:
     ]
     found["tv"] = [Method(lambda: by_tv, [0.7, 1.0, 1.4])]
     if args.prior:
-        make = functools.partial(load_prior, args.prior, args.device)
+        make = functools.partial(load_prior, args.prior, args.device, pad=True)
         found["map"] = [
             Method(lambda: functools.partial(by_map, prior=make()), [0.1, 0.2, 0.4], fingerprint(args.prior))
         ]

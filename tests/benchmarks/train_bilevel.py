@@ -3,10 +3,10 @@ Train a PatchNR of clean patches further, for the reconstructions that it gives:
 
     python tests/benchmarks/train_bilevel.py --data DIR --prior FILE --sigma 25 --out FILE [--minutes 5] [--device cuda]
 
-Trains on ``DIR/bsd/train400`` without the ten images held out, by ``fit_bilevel`` on crops, from the weights of ``--prior`` (of
-``PatchNR.save``, trained by its likelihood) and the lambda that ``MAP.tune`` finds on images held out. How many steps fit into
-``--minutes`` is measured first; the cosine of the learning rate ends there. Writes a ``MAP.save``; prints the PSNR of ``MAP`` on
-the images held out, and one JSON object last.
+Trains on ``DIR/bsd/train400`` without the ten images held out, by ``fit_bilevel`` on crops, from the weights of ``--prior`` (a
+file of ``PatchNR.save``, or shipped) and the lambda that ``MAP.tune`` finds on images held out. Images are mirrored at their
+borders, whose pixels lie in few patches otherwise. How many steps fit into ``--minutes`` is measured first; the cosine of the
+learning rate ends there. Writes a ``MAP.save``; prints the PSNR of ``MAP`` on the images held out, and one JSON object last.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def main():
     sigma, images = args.sigma / 255, load_images(args.data / "bsd" / "train400", channels=1)
     learn, held_out = divided(images)
     check_disjoint({"train": torch.stack(learn), "val": torch.stack(held_out)})
-    prior = PatchNR.from_checkpoint(args.prior)
+    prior = PatchNR.from_checkpoint(args.prior, pad=True)
     physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(sigma)).to(args.device)
     start = time.perf_counter()
     model = train_bilevel(

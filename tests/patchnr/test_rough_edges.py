@@ -105,7 +105,7 @@ def test_it_is_a_patchnr_of_deepinv():
 
 
 def test_it_prints_what_it_is():
-    assert "patch_size=3, channels=1, pad='reflect', n_patches=4, stride=1" in repr(smooth(pad=True, n_patches=4))
+    assert "patch_size=3, channels=1, pad=True, n_patches=4, stride=1" in repr(smooth(pad=True, n_patches=4))
 
 
 def test_whole_priors_pickled_before_still_work():
@@ -248,3 +248,17 @@ def test_the_number_of_threads_is_kept_when_two_threads_call_at_once():
 def test_an_index_of_single_patches_counts_them_one_by_one():
     index = PatchIndex((5, 9, 1, 1), 1)
     assert index.per_image == 1 and len(index) == 5
+
+
+def test_padding_may_be_set_later():
+    prior, x = smooth(), image()
+    padded = [smooth(pad=pad) for pad in (True, "reflect")]
+    for other in padded:
+        other.load_state_dict(prior.state_dict())
+    prior.pad = True
+    for other in padded:
+        torch.testing.assert_close(prior(x), other(x))
+        torch.testing.assert_close(prior.grad(x), other.grad(x))
+    prior.pad = "mirror"
+    with pytest.raises(ValueError, match="expected pad to be one of False, True, 'constant'"):
+        prior(x)
