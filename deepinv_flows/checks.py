@@ -60,6 +60,8 @@ def randomness(generator: torch.Generator | None, device: torch.device | None = 
 
 def transformed(*tensors: Tensor) -> bool:
     """Whether tensors belong to forward-mode differentiation or to a transform of ``torch.func``, where checks of values fail."""
+    if forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None:
+        return False  # neither is going on
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return any(wrapped(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 

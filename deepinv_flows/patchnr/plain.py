@@ -7,6 +7,7 @@ chunk.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -71,8 +72,7 @@ def own_graph() -> contextlib.AbstractContextManager:
 def check_independent(flow: nn.Module) -> None:
     """Refuse a flow in which the value of a patch depends on the other patches of its chunk."""
     for name, module in flow.named_modules():
-        batch_norm = any("BatchNorm" in ancestor.__name__ for ancestor in type(module).__mro__)
-        if batch_norm and (module.training or getattr(module, "running_mean", True) is None):
+        if _is_batch_norm(type(module)) and (module.training or getattr(module, "running_mean", True) is None):
             raise ValueError(
                 f"expected a flow that evaluates each patch on its own; {type(module).__name__} ({name!r}) in training mode "
                 "uses statistics of all patches that are evaluated together: call .eval() on the prior"
@@ -80,6 +80,11 @@ def check_independent(flow: nn.Module) -> None:
                 else f"expected a flow that evaluates each patch on its own; {type(module).__name__} ({name!r}) does "
                 "not keep running statistics: make it with track_running_stats=True"
             )
+
+
+@functools.lru_cache(maxsize=256)
+def _is_batch_norm(kind: type) -> bool:
+    return any("BatchNorm" in ancestor.__name__ for ancestor in kind.__mro__)
 
 
 def random_state(x: Tensor) -> tuple:
