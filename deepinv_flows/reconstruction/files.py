@@ -55,6 +55,7 @@ def load(path: str | os.PathLike, given: dict) -> tuple[dict, dict]:
     """Arguments of a MAP, those ``given`` in place of the saved ones, and what was tuned."""
     saved = {"data_fidelity": None, "constraint": "saved"}
     given = {name: value for name, value in given.items() if name not in saved or value != saved[name]}
+    path = checkpoints.located(path)
     with checkpoints.guarded(path):
         choices = _choices(path)
         arguments = dict(choices["options"])

@@ -267,7 +267,7 @@ class MAP(Reconstructor):
         """
         The model that :meth:`save` wrote.
 
-        :param str path: the file.
+        :param str path: the file, or the name of shipped weights.
         :param deepinv.optim.DataFidelity data_fidelity: needed where it was not ``L2``.
         :param constraint: in place of the saved one; needed where that was a prior of the user's.
         :param kwargs: further arguments of :class:`MAP`, in place of those saved.

@@ -7,7 +7,7 @@ Files are read, checked and written in :mod:`~deepinv_flows.weights.files`. The 
 """
 
 from .dialects import CheckpointError, Weights, convert, modern, to_deepinv
-from .files import KNOWN, build, find, guarded, load_into, new_flow, patch_config, read_torch, shipped, write
+from .files import KNOWN, build, find, guarded, load_into, located, new_flow, patch_config, read_torch, shipped, write
 from .former import find_former_modules
 
 find_former_modules()
@@ -21,6 +21,7 @@ __all__ = [
     "find",
     "guarded",
     "load_into",
+    "located",
     "modern",
     "new_flow",
     "patch_config",

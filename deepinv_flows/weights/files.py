@@ -39,14 +39,18 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
 
 
+def located(path: str | os.PathLike) -> str | os.PathLike:
+    """The path of shipped weights of this name, or the path itself."""
+    return shipped().get(str(path), path)
+
+
 def find(pretrained: str | os.PathLike | BinaryIO) -> Weights:
     """Weights from a path, an open file, the name of shipped weights, or deepinv's ``"PatchNR_lodopab_small2"``."""
     if hasattr(pretrained, "read"):
         return _read_bytes(pretrained.read())
-    if pretrained in shipped():
-        return read(shipped()[pretrained])
     if pretrained == LODOPAB:
         return convert(_download_lodopab())
+    pretrained = located(pretrained)
     if not Path(pretrained).is_file():
         names = ", ".join(map(repr, [*shipped(), LODOPAB]))
         raise CheckpointError(f"no file or shipped weights of this name; shipped: {names}")

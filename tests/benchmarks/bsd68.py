@@ -57,7 +57,7 @@ from torch import Tensor
 from deepinv_flows import MAP, FlowDenoiser, PatchNR, load_images
 
 LEVELS, PATCH, COMPONENTS = (15, 25, 50), 6, 200
-SHIPPED = {"denoiser": "natural25"}
+SHIPPED = {"denoiser": "natural25", "prior": "natural", "bilevel": "natural25-map"}
 METHODS = ("bm3d", "epll", "tv", "map", "bilevel", "denoiser")
 PSNR, SSIM = dinv.metric.PSNR(), dinv.metric.SSIM()
 SPAWN = multiprocessing.get_context("spawn")  # forked processes may hang, or share a GPU
@@ -233,9 +233,9 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True)
     add("--quick", action="store_true", help="six test images, noise 25")
-    add("--denoiser", nargs="*", default=list(SHIPPED.values()), help="files, or shipped weights")
-    add("--prior", help="file of PatchNR.save, for MAP")
-    add("--bilevel", nargs="*", default=[], help="files of MAP.save, each for the level of its data fidelity")
+    add("--denoiser", nargs="*", default=[SHIPPED["denoiser"]], help="files, or shipped weights")
+    add("--prior", default=SHIPPED["prior"], help="file of PatchNR.save, for MAP, or shipped weights")
+    add("--bilevel", nargs="*", default=[SHIPPED["bilevel"]], help="files of MAP.save, each for the level of its L2")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--levels", type=int, nargs="+", choices=LEVELS, default=LEVELS)
     add("--device", default="cpu", help="of all methods but BM3D")
