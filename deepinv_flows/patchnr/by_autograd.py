@@ -30,7 +30,7 @@ def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[
     return _Gradients.apply(x, scale, potential, tuple(wanted), handed, *potential.params.values())
 
 
-def along(
+def derivatives(
     potential: PatchPotential,
     x: Tensor,
     direction: Tensor,
@@ -39,11 +39,13 @@ def along(
     image: bool = False,
 ) -> tuple[Tensor, ...]:
     """Partial derivatives of :math:`\\langle v, \\nabla_x \\sum_b s_b g(x_b) \\rangle` in the image, if asked, and in weights."""
+    recording = torch.is_grad_enabled()
     with torch.enable_grad():
         x, values = x.view_as(x), [p.view_as(p) for p in potential.params.values()]
         potential = potential.on(tuple(values))
         targets = [*([x] if image else []), *(potential.params[name] for name in names)]
-        return torch.autograd.grad(gradients(potential, x, scale)[0], targets, direction, create_graph=True, **_UNUSED)
+        found = gradients(potential, x, scale)[0]
+        return torch.autograd.grad(found, targets, direction, create_graph=recording, **_UNUSED)
 
 
 def direct(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[str] | tuple):

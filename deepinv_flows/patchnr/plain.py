@@ -72,7 +72,8 @@ def own_graph() -> contextlib.AbstractContextManager:
 def check_independent(flow: nn.Module) -> None:
     """Refuse a flow in which the value of a patch depends on the other patches of its chunk."""
     for name, module in flow.named_modules():
-        if _is_batch_norm(type(module)) and (module.training or getattr(module, "running_mean", True) is None):
+        batch_norm = _is_batch_norm(type(module))  # type: ignore[arg-type]
+        if batch_norm and (module.training or getattr(module, "running_mean", True) is None):
             raise ValueError(
                 f"expected a flow that evaluates each patch on its own; {type(module).__name__} ({name!r}) in training mode "
                 "uses statistics of all patches that are evaluated together: call .eval() on the prior"
@@ -83,7 +84,7 @@ def check_independent(flow: nn.Module) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _is_batch_norm(kind: type) -> bool:
+def _is_batch_norm(kind) -> bool:
     return any("BatchNorm" in ancestor.__name__ for ancestor in kind.__mro__)
 
 

@@ -30,7 +30,6 @@ from .patches import PatchIndex
 
 UNKNOWN = object()
 MANY = 1024  # patches of a step of training, from which on written-out derivatives save time
-MEMORY = 2**29  # bytes that may be kept for second derivatives
 FEW = 256  # fewer patches are evaluated by autograd in less time than it takes to read a flow's steps
 
 
@@ -41,7 +40,7 @@ class Asked:
 
     :param bool weights: gradients in the weights, of images with one factor in the loss.
     :param bool unequal: the same, of images with different factors.
-    :param bool second: derivatives of the gradient, for which the next gradient of few patches keeps its graph.
+    :param bool second: derivatives of the gradient, for which the next gradients keep what they have computed.
     """
 
     weights: bool = False
@@ -100,7 +99,7 @@ class PatchPotential:
         # on other devices losses may be scaled against underflow; on a CPU autograd is faster for a single chunk
         low = torch.is_autocast_enabled(x.device.type) and (x.device.type != "cpu" or len(self.index) <= chunk)
         if (trainable and low) or (steps is None and (trainable or len(self.index) <= chunk)):
-            return plain.value(self.module(), x, self.index, chunk)
+            return plain.value(self.module(trainable and len(self.index) > chunk), x, self.index, chunk)
         return recorded.value(self, x, steps)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +122,8 @@ class PatchPotential:
         if not self.trainable and not (x.requires_grad and torch.is_grad_enabled()):
             return self.value_and_grad(x)[1]
         if self.steps(x) is None:
-            return plain.grad(self.module(), x, self.index, self.recorded_chunk(x))
+            size = self.recorded_chunk(x)
+            return plain.grad(self.module(len(self.index) > size), x, self.index, size)
         return recorded.gradients(self, x, x.new_ones(self.index.batch))[0]
 
     def all_grads(
@@ -145,36 +145,34 @@ class PatchPotential:
         value, grad = self._means(sums, x)
         return value, grad, [g * self.index.weight for g in weight_grads]
 
-    def prepared_grad(self, x: Tensor, scale: Tensor, steps: list) -> tuple[Tensor, list]:
-        """The gradient of :math:`\\sum_b s_b g(x_b)` in the image, and what ``along`` needs of it."""
-        with torch.no_grad():
-            grad, memory = self._second(steps, x, scale).gradient()
-        return self._image(grad, x), memory
+    def second(self, steps: list, x: Tensor, scale: Tensor) -> Second:
+        """What computes derivatives of the gradient of :math:`\\sum_b s_b g(x_b)`."""
+        size = self.chunk_size or _fused_chunk(x, steps, x.dtype, True, True)
+        return Second(steps, x, self.index, size, scale)
 
-    def along(
-        self, x: Tensor, direction: Tensor, scale: Tensor, wanted: list[str], memory: list | None = None
+    def derivatives(
+        self, x: Tensor, direction: Tensor, scale: Tensor, wanted: list[str], kept: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """
         Gradients of :math:`\\langle v, \\nabla_x \\sum_b s_b g(x_b) \\rangle` in the image and in the ``wanted`` weights.
 
         :param torch.Tensor direction: v, like x.
-        :param list memory: of ``prepared_grad``.
+        :param torch.Tensor kept: of :meth:`Second.gradient`.
         """
         aliases = {name: p.detach().requires_grad_(name in wanted) for name, p in self.params.items()}
         with torch.enable_grad(), plain.own_graph():
             steps = self.known_steps(aliases)
             with torch.no_grad():
-                sums = self._second(steps, x, scale).along(direction, bool(wanted), memory)
+                sums = self.second(steps, x, scale).along(direction, bool(wanted), kept)
             with full_precision(x.device.type):
                 weight_grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
         assert sums.grad is not None
-        return self._image(sums.grad, x), [g * self.index.weight for g in weight_grads]
+        return self.as_image(sums.grad, x), [g * self.index.weight for g in weight_grads]
 
-    def may_keep(self, steps: list) -> bool:
-        """Whether what second derivatives need of all patches fits into memory, as far as the user lets it."""
-        rows = sum(len(w) for step in steps for w in step.packed if w.ndim == 2)
-        needed = 3 * rows * steps[0].packed[0].itemsize * len(self.index)
-        return needed <= MEMORY and (self.chunk_size is None or len(self.index) <= self.chunk_size)
+    @property
+    def single_chunk(self) -> bool:
+        """Whether the user lets all patches be held at a time."""
+        return self.chunk_size is None or len(self.index) <= self.chunk_size
 
     def on(self, values: tuple[Tensor, ...]) -> "PatchPotential":
         """The potential with these tensors in place of the weights."""
@@ -199,9 +197,13 @@ class PatchPotential:
             raise RuntimeError("expected the same flow as in the forward pass; it has got hooks or other methods since")
         return steps
 
-    def module(self) -> nn.Module:
-        """The flow, or, if other tensors take the place of its parameters, a copy of the flow that holds these."""
-        if not self.replaced:
+    def module(self, later: bool = False) -> nn.Module:
+        """
+        The flow, or, if other tensors take the place of its parameters, a copy of the flow that holds these.
+
+        :param bool later: whether it will be called later too, when ``torch.func.functional_call`` may have ended.
+        """
+        if not self.replaced and not later:
             return self.flow
         memo = {id(p): self.params[name] for name, p in self.flow.named_parameters()}
         return copy.deepcopy(self.flow, memo | {id(b): b for b in self.flow.buffers()})
@@ -214,16 +216,13 @@ class PatchPotential:
         size = self.chunk_size or _fused_chunk(x, steps, self.dtype or x.dtype, image, weights)
         return patch_sums(steps, x, self.index, size, self.dtype, image, weights, scale)
 
-    def _second(self, steps: list, x: Tensor, scale: Tensor) -> Second:
-        size = self.chunk_size or _fused_chunk(x, steps, x.dtype, True, True)
-        return Second(steps, x, self.index, size, scale)
-
-    def _image(self, flat: Tensor, x: Tensor) -> Tensor:
+    def as_image(self, flat: Tensor, x: Tensor) -> Tensor:
+        """A sum over patches as a mean like x."""
         return flat.mul_(self.index.weight).view_as(x).to(x.dtype)
 
     def _means(self, sums: Sums, x: Tensor) -> tuple[Tensor, Tensor | None]:
         value = (sums.value * self.index.weight).to(x.dtype)
-        return value, None if sums.grad is None else self._image(sums.grad, x)
+        return value, None if sums.grad is None else self.as_image(sums.grad, x)
 
 
 def patch_nll(flow: nn.Module, patches: Tensor, asked: Asked) -> Tensor:

@@ -24,6 +24,8 @@ from .fused import twice_differentiable
 if TYPE_CHECKING:
     from .potential import PatchPotential
 
+KEPT = 2**14  # patches whose graph, of 0.2 MB each in the default flow, may be kept until the backward pass
+
 
 def value(potential: PatchPotential, x: Tensor, steps: list | None) -> Tensor:
     """The value (B,), differentiable in the image and, if the steps are known, in the weights that ask for a gradient."""
@@ -58,9 +60,9 @@ def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[
     expected = handed is None and (x.requires_grad or (potential.trainable and potential.asked.second))
     steps = None if wanted or scale.requires_grad else potential.steps(x)
     if steps is not None and twice_differentiable(steps):
-        keep = expected and potential.may_keep(steps)
-        return (differentiated.differentiable(potential, x, scale.detach(), handed, steps if keep else None),)
-    few = expected and len(potential.index) <= potential.recorded_chunk(x)
+        second = potential.second(steps, x, scale.detach())
+        return (differentiated.gradient(potential, x, second, handed, expected),)
+    few = expected and len(potential.index) <= min(potential.recorded_chunk(x), KEPT)
     if few and torch.is_grad_enabled():
         return by_autograd.direct(potential, x, scale, wanted)
     return by_autograd.gradients(potential, x, scale, wanted, handed)
@@ -116,7 +118,7 @@ class _OfWeights(torch.autograd.Function):
             if grads is None or not alike:
                 _, image, grads = potential.all_grads(x, names, None if alike else scale)
                 if x.requires_grad:  # whose backward pass is next
-                    ctx.both["grad"] = image, None if alike else scale
+                    ctx.both["grad"] = image, None if alike else scale.detach().clone()
             found = [g * scale[0] for g in grads] if alike else grads
         by_name = dict(zip(names, found))
         return None, None, None, None, None, *(by_name.get(name) for name in potential.params)

@@ -91,7 +91,9 @@ def main():
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--crop", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--tol", type=float, default=1e-2, help="of the minimisations")
+    parser.add_argument("--linear-iter", type=int, default=12, help="steps of MINRES")
     parser.add_argument("--jacobian-free", action="store_true")
     parser.add_argument("--tf32", action="store_true", help="allow matrix products with 10-bit mantissas on a GPU")
     parser.add_argument("--device", default="cpu")
@@ -106,7 +108,7 @@ def main():
     start = time.perf_counter()
     model = train_bilevel(
         prior, learn, [middle(x, 64) for x in held_out[::2]], physics, sigma, minutes=args.minutes, crop=args.crop,
-        batch_size=args.batch_size, device=args.device, lr=args.lr, jacobian_free=args.jacobian_free,
+        batch_size=args.batch_size, device=args.device, lr=args.lr, jacobian_free=args.jacobian_free, tol=args.tol, linear_iter=args.linear_iter,
         save_path=args.save_path,
     )  # fmt: skip
     model.verbose = False

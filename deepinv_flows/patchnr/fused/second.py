@@ -1,7 +1,10 @@
 """Hessian-vector products by a flow's steps, and their gradients in the weights, over the patches of a batch of images."""
 
 import functools
+import math
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,9 +13,11 @@ from torch import Tensor
 
 from ..patches import PatchIndex
 from .steps import Coupling, note, run
-from .sweep import Sums, in_threads, locate, patches_of_chunk, shares, zeros
+from .sweep import LEAST_SHARE, Sums, in_threads, locate, patches_of_chunk, split, thread_count, zeros
 from .tangents import AffineTangent, CouplingTangent
-from .workspace import Workspace, workspace
+from .workspace import Workspace, memory, workspace
+
+MEMORY = 2**29  # bytes that may be kept until backward passes, by all calls together
 
 
 def twice_differentiable(steps: list) -> bool:
@@ -87,9 +92,11 @@ class Second:
     r"""
     The gradient of :math:`\sum_b s_b g(x_b)`, up to the weight of a patch, and its derivatives along directions.
 
+    Chunks do not depend on how many threads there are, so that what one number of threads kept serves another.
+
     :param list steps: as :func:`deepinv_flows.patchnr.fused.steps_of` gives them, that are ``twice_differentiable``.
     :param torch.Tensor x: images (B, C, H, W).
-    :param int chunk_size: number of patches at a time, in each thread; rounded up to whole cache lines.
+    :param int chunk_size: most patches at a time, in each thread, up to whole cache lines.
     :param torch.Tensor scale: factors s (B,).
     """
 
@@ -101,65 +108,82 @@ class Second:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.flat = self._flat(self.x)
+        self.flat, total = self._flat(self.x), len(self.index)
+        several = min(os.cpu_count() or 1, total // LEAST_SHARE) if self.flat.device.type == "cpu" else 1
+        parts = max(math.ceil(total / self.chunk_size), several)
+        self.size = patches_of_chunk(total, math.ceil(total / parts), self.flat.dtype)
+        self.firsts = range(0, total, self.size)
 
-    def gradient(self) -> tuple[Tensor, list]:
-        """The gradient in the images, flat, and what ``along`` needs of it: of each thread and chunk, some memory."""
-        found = in_threads(self._gradient, shares(self.flat, self.index), self.stopped)
-        return sum(grad for grad, _ in found), [memory for _, memory in found]
+    @functools.cached_property
+    def kept_shape(self) -> tuple[int, int]:
+        """The number of chunks, and the bytes that are kept of each."""
+        nowhere = torch.device("meta")
+        kept = Workspace(
+            self.size, self.flat.dtype, nowhere, self.flat.dtype, torch.empty(2**50, dtype=torch.uint8, device=nowhere)
+        )
+        space = Workspace(self.size, self.flat.dtype, nowhere, self.flat.dtype)
+        SecondProgram(self.steps, len(self.index.offsets), kept, space, anew=False, directed=False)
+        return len(self.firsts), kept.taken
 
-    def along(self, direction: Tensor, weights: bool, memory: list | None = None) -> Sums:
+    def may_keep(self) -> bool:
+        """Whether what ``along`` needs fits into memory, beside what is kept already."""
+        return math.prod(self.kept_shape) <= MEMORY - _alive.bytes
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """The gradient in the images, flat, and what ``along`` needs of it, of the shape ``kept_shape``."""
+        kept = memory(math.prod(self.kept_shape), self.flat.device).view(self.kept_shape)
+        _alive.watch(kept)
+        return sum(self._by_threads(functools.partial(self._gradient, kept))), kept
+
+    def along(self, direction: Tensor, weights: bool, kept: Tensor | None = None) -> Sums:
         """
         The derivatives of the gradients in the images and, if wanted, in the packed weights.
 
         :param torch.Tensor direction: like x.
-        :param list memory: of ``gradient``; it is computed anew if it is ``None``.
+        :param torch.Tensor kept: of ``gradient``; what is needed is computed anew if it is ``None``.
         """
-        work = functools.partial(self._along, self._flat(direction), weights)
-        # threads may have become more or fewer since memory was kept
-        parts = [(*share, None) for share in shares(self.flat, self.index)] if memory is None else memory
-        found = in_threads(work, parts, self.stopped)
+        found = self._by_threads(functools.partial(self._along, self._flat(direction), weights, kept))
         total = found[0]
         for other in found[1:]:
             total.add_(other)
         return total
 
-    def _gradient(self, start: int, stop: int) -> tuple[Tensor, tuple[int, int, list]]:
-        """The gradient of the patches with these numbers, and what is kept of each chunk of them."""
-        size, grad, memory = self._size(start, stop), torch.zeros_like(self.flat), list[list[Tensor]]()
-        for first in range(start, stop, size):
+    def _by_threads(self, work: Callable) -> list:
+        return in_threads(work, split(len(self.firsts), thread_count(self.flat, len(self.index))), self.stopped)
+
+    def _gradient(self, kept: Tensor, start: int, stop: int) -> Tensor:
+        """The gradient of the patches of these chunks."""
+        grad = torch.zeros_like(self.flat)
+        for k in range(start, stop):
             if self.stopped.is_set():
                 break
-            with self._workspace(size) as space:
-                kept = Workspace(size, space.state_dtype, space.device, space.dtype)
-                program, pixels = self._prepared(kept, space, directed=False)
-                self._first(program, pixels, first, stop)
+            with self._workspace() as space:
+                program, pixels = self._prepared(self._of_chunk(kept, k), space, directed=False)
+                self._first(program, pixels, k)
                 grad.index_add_(0, pixels.view(-1), program.grad.view(-1))
-                memory.append(kept.slabs)
-        return grad, (start, stop, memory)
+        return grad
 
-    def _along(self, direction: Tensor, weights: bool, start: int, stop: int, memory: list | None) -> Sums:
-        size, sums = self._size(start, stop), zeros(self.steps, self.flat, True, weights)
-        with self._workspace(size) as space:
-            if memory is None:
+    def _along(self, direction: Tensor, weights: bool, kept: Tensor | None, start: int, stop: int) -> Sums:
+        sums = zeros(self.steps, self.flat, True, weights)
+        with self._workspace() as space:
+            if kept is None:
                 program, pixels = self._prepared(space, space, grads=sums.grads)
-            for k, first in enumerate(range(start, stop, size)):
+            for k in range(start, stop):
                 if self.stopped.is_set():
                     break
-                if memory is None:
-                    self._first(program, pixels, first, stop)
+                if kept is None:
+                    self._first(program, pixels, k)
                 else:
-                    space.start(size, space.state_dtype, space.dtype)
-                    kept = Workspace(size, space.state_dtype, space.device, space.dtype, memory[k])
-                    program, pixels = self._prepared(kept, space, anew=False, grads=sums.grads)
-                    locate(self.index, first, stop, pixels)
+                    space.start(self.size, space.state_dtype, space.dtype)
+                    program, pixels = self._prepared(self._of_chunk(kept, k), space, anew=False, grads=sums.grads)
+                    locate(self.index, self.firsts[k], len(self.index), pixels)
                 torch.index_select(direction, 0, pixels.view(-1), out=program.dx.view(-1))
                 run(program.then)
                 sums.grad.index_add_(0, pixels.view(-1), program.dgrad.view(-1))  # type: ignore[union-attr]
         return sums
 
-    def _first(self, program: SecondProgram, pixels: Tensor, first: int, stop: int) -> None:
-        counts, number = locate(self.index, first, stop, pixels)
+    def _first(self, program: SecondProgram, pixels: Tensor, k: int) -> None:
+        counts, number = locate(self.index, self.firsts[k], len(self.index), pixels)
         torch.index_select(self.flat, 0, pixels.view(-1), out=program.x.view(-1))
         torch.mul(self.scale[number], counts, out=program.weight)
         run(program.first)
@@ -168,11 +192,29 @@ class Second:
         dim = len(self.index.offsets)
         return SecondProgram(self.steps, dim, kept, space, **options), space.new(dim, torch.int64)
 
-    def _size(self, start: int, stop: int) -> int:
-        return patches_of_chunk(stop - start, self.chunk_size, self.flat.dtype)
+    def _of_chunk(self, kept: Tensor, k: int) -> Workspace:
+        return Workspace(self.size, self.flat.dtype, self.flat.device, self.flat.dtype, kept[k])
 
-    def _workspace(self, size: int):
-        return workspace(size, self.flat.dtype, self.flat.device, self.flat.dtype)
+    def _workspace(self):
+        return workspace(self.size, self.flat.dtype, self.flat.device, self.flat.dtype)
 
     def _flat(self, x: Tensor) -> Tensor:
         return x.detach().reshape(-1).to(self.steps[0].packed[0].dtype)
+
+
+class _Alive:
+    """The bytes that are kept at the moment, by all calls together."""
+
+    def __init__(self) -> None:
+        self.lock, self.bytes = threading.Lock(), 0
+
+    def watch(self, kept: Tensor) -> None:
+        self._add(kept.numel())
+        weakref.finalize(kept, self._add, -kept.numel())
+
+    def _add(self, number: int) -> None:
+        with self.lock:
+            self.bytes += number
+
+
+_alive = _Alive()

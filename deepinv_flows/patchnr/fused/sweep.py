@@ -69,7 +69,7 @@ def patch_sums(
     """
     flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another dtype
     sweep = _Sweep(steps, flat, index, chunk_size, dtype or flat.dtype, image, weights, scale)
-    found = in_threads(sweep.share, shares(flat, index), sweep.stopped)
+    found = in_threads(sweep.share, split(len(index), thread_count(flat, len(index))), sweep.stopped)
     total = found[0]
     for other in found[1:]:
         total.add_(other)
@@ -144,7 +144,8 @@ def zeros(steps: list, flat: Tensor, image: bool, weights: bool) -> Sums:
     return Sums(torch.zeros_like(flat) if image else None, grads)
 
 
-def _thread_count(flat: Tensor, patches: int) -> int:
+def thread_count(flat: Tensor, patches: int) -> int:
+    """How many threads are worth their start."""
     return min(_alone.threads(), max(patches // LEAST_SHARE, 1)) if flat.device.type == "cpu" else 1
 
 
@@ -173,9 +174,9 @@ class _Alone:
 _alone = _Alone()
 
 
-def shares(flat: Tensor, index: PatchIndex) -> list[tuple[int, int]]:
-    """The first patch of each thread, and the one after its last."""
-    total, parts = len(index), _thread_count(flat, len(index))
+def split(total: int, parts: int) -> list[tuple[int, int]]:
+    """The bounds of at most so many parts, none of them empty."""
+    parts = min(parts, total)
     return list(itertools.pairwise(total * k // parts for k in range(parts + 1)))
 
 

@@ -19,7 +19,7 @@ class Workspace:
     :param int n: number of patches.
     :param torch.dtype state_dtype: dtype of everything but matrix products.
     :param torch.dtype dtype: dtype of matrix products.
-    :param list slabs: memory of another workspace of this size, of which the same buffers are the same memory.
+    :param torch.Tensor slab: memory to begin with; a workspace of this size on the same memory has the same buffers.
     """
 
     def __init__(
@@ -28,9 +28,9 @@ class Workspace:
         state_dtype: torch.dtype,
         device: torch.device,
         dtype: torch.dtype,
-        slabs: list[Tensor] | None = None,
+        slab: Tensor | None = None,
     ):
-        self.slabs: list[Tensor] = [] if slabs is None else slabs
+        self.slabs = [] if slab is None else [slab]
         self.typed: dict = {}  # the slabs, viewed as each dtype
         self.device = device
         self.start(n, state_dtype, dtype)
@@ -49,11 +49,12 @@ class Workspace:
         while self.slab < len(self.slabs) and self.taken + size > len(self.slabs[self.slab]):
             self.slab, self.taken = self.slab + 1, 0
         if self.slab == len(self.slabs):
-            self.slabs.append(_memory(max(-(-size // 64) * 64, SLAB), self.device))
+            self.slabs.append(memory(max(-(-size // 64) * 64, SLAB), self.device))
         start, self.taken = self.taken // dtype.itemsize, self.taken + -(-size // 64) * 64
         if (self.slab, dtype) not in self.typed:
             self.typed[self.slab, dtype] = self.slabs[self.slab].view(dtype)
-        return self.typed[self.slab, dtype].as_strided((rows, self.n), (self.n, 1), start)
+        slab = self.typed[self.slab, dtype]
+        return slab.as_strided((rows, self.n), (self.n, 1), slab.storage_offset() + start)
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +86,8 @@ def workspace(n: int, state_dtype: torch.dtype, device: torch.device, dtype: tor
             del _kept.capacity, _kept.space
 
 
-def _memory(size: int, device: torch.device) -> Tensor:
+def memory(size: int, device: torch.device) -> Tensor:
+    """So many bytes, not initialised."""
     if device.type != "cpu":
         return torch.empty(size, dtype=torch.uint8, device=device)
     # numpy asks for huge pages: the first write to small pages takes longer than the work on a small image

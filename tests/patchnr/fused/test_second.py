@@ -1,7 +1,6 @@
 """Second derivatives that are written out: Hessian-vector products, and gradients of gradients in the weights."""
 
 import gc
-import weakref
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepinv_flows import PatchNR, Reversed, glow_flow
 from deepinv_flows.patchnr import by_autograd, potential
-from deepinv_flows.patchnr.fused import Second, second, twice_differentiable
+from deepinv_flows.patchnr.fused import second, twice_differentiable
 from deepinv_flows.patchnr.fused.activations import leaky_relu, relu, silu
 from deepinv_flows.patchnr.fused.recognise import steps_of
 
@@ -29,7 +28,7 @@ def no_autograd(monkeypatch):
     def fail(*args):
         raise AssertionError("expected derivatives that are written out")
 
-    for name in ("gradients", "direct", "along"):
+    for name in ("gradients", "direct", "derivatives"):
         monkeypatch.setattr(by_autograd, name, fail)
 
 
@@ -49,7 +48,7 @@ def expected(flow, x, direction, scale):
 @pytest.mark.parametrize("way", ["forward", "inverse"])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_against_autograd(name, way, chunk_size, kept, monkeypatch, no_autograd):
-    monkeypatch.setattr(potential, "MEMORY", 2**40 if kept else 0)
+    monkeypatch.setattr(second, "MEMORY", 2**40 if kept else 0)
     monkeypatch.setattr(potential, "_fused_chunk", lambda *args: chunk_size)
     flow = make(name, 9)
     flow = Reversed(flow) if way == "inverse" and name != "reversed" else flow
@@ -74,16 +73,21 @@ def test_against_autograd(name, way, chunk_size, kept, monkeypatch, no_autograd)
 @pytest.mark.parametrize("activation", [relu(), leaky_relu(0.2), silu()])
 def test_derivatives_of_activations(activation):
     a = torch.linspace(-6, 6, 101, dtype=torch.float64)[:, None]
+    h, first, bend = a.clone(), torch.ones_like(a), torch.zeros_like(a)
+
+    def do(operation, *args, **kwargs):
+        operation(*args, **kwargs)
+
     if activation.in_place:
-        assert activation.derivatives is None
-        return
-    h, first, second_ = (torch.empty_like(a) for _ in range(3))
-    activation.derivatives(lambda operation, *args, **kwargs: operation(*args, **kwargs), a, h, first, second_)
+        activation.apply(do, h, h)
+        activation.backward(do, first, h)
+    else:
+        activation.derivatives(do, a, h, first, bend)
     leaf = a.clone().requires_grad_()
     value = activation.function(leaf)
     (slope,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
-    (bend,) = torch.autograd.grad(slope.sum(), leaf)
-    for found, wanted in ((h, value), (first, slope), (second_, bend)):
+    (twice,) = torch.autograd.grad(slope.sum() + 0 * leaf.square().sum(), leaf)
+    for found, wanted in ((h, value), (first, slope), (bend, twice)):
         close(found, wanted)
 
 
@@ -142,28 +146,74 @@ def test_float32_is_as_near_to_the_truth_as_autograd():
 
 def test_what_is_kept_is_freed_by_the_backward_pass():
     prior, x = PatchNR(make("glow_silu", 9), patch_size=3), images().requires_grad_()
-    kept = []
-    gradient = Second.gradient
-
-    def watched(self):
-        found, memory = gradient(self)
-        kept.extend(weakref.ref(slab) for _, _, chunks in memory for slabs in chunks for slab in slabs)
-        return found, memory
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(second.Second, "gradient", watched)
-        found = prior.requires_grad_(False).grad(x)
-    assert kept and all(ref() is not None for ref in kept)
+    before = second._alive.bytes
+    found = prior.requires_grad_(False).grad(x)
+    assert second._alive.bytes > before
     torch.autograd.grad(found.square().sum(), x)
-    gc.collect()
-    assert all(ref() is None for ref in kept) and found is not None
+    assert second._alive.bytes == before and found is not None
 
 
-def test_within_a_checkpoint():
+def test_what_all_calls_keep_together_is_bounded(monkeypatch):
+    prior, x = PatchNR(make("glow_silu", 9), patch_size=3).requires_grad_(False), images().requires_grad_()
+    first = prior.grad(x)
+    kept = second._alive.bytes
+    monkeypatch.setattr(second, "MEMORY", 2 * kept)
+    more = [prior.grad(x) for _ in range(5)]
+    assert second._alive.bytes == 2 * kept
+    for grad in more:  # whether they are kept or not
+        for a, b in zip(*(torch.autograd.grad(g.square().sum(), x, retain_graph=True) for g in (first, grad))):
+            close(a, b)
+
+
+def test_kept_of_a_gradient_whose_direction_leads_to_it_is_freed():
     prior, x = PatchNR(make("glow_silu", 9), patch_size=3), images().requires_grad_()
-    found = [
-        torch.autograd.grad(call(x).square().sum(), [x, *(p for p in prior.parameters() if p.requires_grad)])
-        for call in (prior.grad, lambda u: checkpoint(prior.grad, u, use_reentrant=False))
-    ]
-    for a, b in zip(*found):
-        close(a, b)
+    weights, before = [p for p in prior.parameters() if p.requires_grad], second._alive.bytes
+    for _ in range(3):
+        found = prior.grad(x)
+        torch.autograd.grad(found, weights, found)
+    del found
+    gc.collect()
+    assert second._alive.bytes == before
+
+
+@pytest.mark.parametrize("by", ["gradient", "value"])
+def test_a_direction_that_changes_in_place_is_another_direction(by):
+    prior, x = PatchNR(make("glow_silu", 9), patch_size=3), images().requires_grad_()
+    weights, direction = [p for p in prior.parameters() if p.requires_grad], torch.tensor([1.0, 2.0], dtype=x.dtype)
+    found = prior(x)
+    torch.autograd.grad(prior(x), weights, direction)  # so that the next values are left to the backward pass
+    found = prior(x)
+    if by == "gradient":
+        found, direction = prior.grad(x), torch.randn_like(x)
+    (before,) = torch.autograd.grad(found, x, -3 * direction, retain_graph=True)
+    torch.autograd.grad(found, weights, direction, retain_graph=True)
+    direction.mul_(-3)
+    close(torch.autograd.grad(found, x, direction)[0], before)
+
+
+def test_batched_directions_do_not_leave_a_graph():
+    prior, x = PatchNR(make("glow_silu", 9), patch_size=3), images().requires_grad_()
+    directions = torch.randn(3, *x.shape, dtype=x.dtype)
+    grad = prior.grad(x)
+    found = torch.autograd.grad(grad, x, directions, retain_graph=True, is_grads_batched=True)[0]
+    assert not found.requires_grad
+    for direction, one in zip(directions, found):
+        close(one, torch.autograd.grad(grad, x, direction, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("image", [True, False])
+@pytest.mark.parametrize("threads", [(1, 1), (1, 2), (2, 1)])
+def test_within_a_checkpoint(threads, image):
+    prior, x = PatchNR(make("glow_silu", 9), patch_size=3), images(2, 1, 40, 40).requires_grad_(image)
+    prior._asked.second = True  # as in a training by second derivatives
+    targets = [*([x] if image else []), *(p for p in prior.parameters() if p.requires_grad)]
+    plain = torch.autograd.grad(prior.grad(x).square().sum(), targets)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads[0])
+        found = checkpoint(prior.grad, x, use_reentrant=False)
+        torch.set_num_threads(threads[1])
+        for a, b in zip(torch.autograd.grad(found.square().sum(), targets), plain):
+            close(a, b)
+    finally:
+        torch.set_num_threads(before)
