@@ -38,10 +38,10 @@ class PatchNR(deepinv.optim.PatchNR):
     ``alpha`` = :math:`0.6\,\frac{HW}{p^2}`, for which intervals were found to be calibrated.
 
     **Speed.** Flows whose parts are all known (those of our builders, FrEIA chains of the same blocks, and deepinv's) are
-    evaluated without a graph, on all of torch's threads, in memory that does not grow with the image. Other flows, among them
-    those with hooks or replaced methods, are evaluated by autograd. In a loop of your own, the weights collect gradients too
-    unless they are frozen: ``prior.requires_grad_(False)`` saves up to a third of the time. :func:`torch.compile` leaves a prior
-    as it is: it compiles the code around it, with a break of the graph at each call.
+    evaluated without a graph, on all of torch's threads, in memory that does not grow with the image, but for up to 512 MB that
+    second derivatives keep. Other flows, and those with hooks or replaced methods, are evaluated by autograd. In a loop of your
+    own, weights collect gradients too unless they are frozen: ``prior.requires_grad_(False)`` saves up to a third of the time.
+    :func:`torch.compile` leaves a prior as it is: it compiles the code around it, with a break of the graph at each call.
 
     A call never changes the flow, so that threads may share a prior. Layers whose output depends on the
     other patches of a batch (BatchNorm in training mode) are refused. ``isinstance(prior, deepinv.optim.PatchNR)`` holds.

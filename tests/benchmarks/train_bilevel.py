@@ -108,8 +108,8 @@ def main():
     start = time.perf_counter()
     model = train_bilevel(
         prior, learn, [middle(x, 64) for x in held_out[::2]], physics, sigma, minutes=args.minutes, crop=args.crop,
-        batch_size=args.batch_size, device=args.device, lr=args.lr, jacobian_free=args.jacobian_free, tol=args.tol, linear_iter=args.linear_iter,
-        save_path=args.save_path,
+        batch_size=args.batch_size, device=args.device, lr=args.lr, jacobian_free=args.jacobian_free, tol=args.tol,
+        linear_iter=args.linear_iter, save_path=args.save_path,
     )  # fmt: skip
     model.verbose = False
     model.save(args.out)

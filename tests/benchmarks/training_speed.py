@@ -5,8 +5,8 @@ Patches a second in training: a plain loop over deepinv's PatchNR against ours.
 
 The default flow, Adam, one batch of random patches shown again and again; ours with fused Adam, as ``fit_patchnr`` trains, and
 compiled (``fit_patchnr(compile=True)``; the compilation is not counted, but printed). bfloat16 is by autocast.
-Then a step of score matching beside one of the likelihood, of the default flow and of one for 8x8 patches with SiLU, on the
-patches of pieces of 4x4 patches. The last line is one JSON object, of the minima.
+Then a step of score matching beside one of the likelihood, and a product with the Hessian beside a gradient, of the default flow
+and of one for 8x8 patches with SiLU, on the patches of pieces of 4x4 patches. The last line is one JSON object, of the minima.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def our_step(patches, **options):
     return _step(lambda: model(patches).mean(), optimizer)
 
 
-def score_over_likelihood(patch_size, pieces, repeats, device, flow=None):
-    """Seconds a patch of a step of score matching over those of one of the likelihood."""
+def second_derivatives(patch_size, pieces, repeats, device, flow=None):
+    """Times of a step of score matching over a step of the likelihood, and of a product with the Hessian over a gradient."""
     sigma, side = torch.full((pieces, 1, 1, 1), 0.1, device=device), 4 * patch_size
     x = torch.rand(pieces, 1, side, side, device=device)
     batch = {"x": x, "y": x + 0.1 * torch.randn_like(x), "params": {"sigma": sigma}}
@@ -48,8 +48,20 @@ def score_over_likelihood(patch_size, pieces, repeats, device, flow=None):
         "score matching": _step(lambda: mean_error(prior, batch, device), optimizer),
     }
     seconds = in_turns(ways, repeats)
+    prior.requires_grad_(False)
+    at = x.clone().requires_grad_()
+    grad = prior.grad(at)
+    products = {
+        "gradient": lambda: prior.grad(x),
+        "product with the Hessian": lambda: torch.autograd.grad(grad, at, x, retain_graph=True),
+    }
+    seconds |= in_turns(products, repeats)
     table(seconds, f"{len(patches)} patches of {patch_size}x{patch_size}, {device}")
-    return round(min(seconds["score matching"]) / min(seconds["likelihood"]), 2)
+    least = {name: min(values) for name, values in seconds.items()}
+    return {
+        f"score_over_likelihood_{patch_size}": round(least["score matching"] / least["likelihood"], 2),
+        f"hessian_over_gradient_{patch_size}": round(least["product with the Hessian"] / least["gradient"], 2),
+    }
 
 
 def _step(loss, optimizer):
@@ -71,7 +83,7 @@ def in_bfloat16(step, device_type):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 1024, 4096])
+    parser.add_argument("--batches", type=int, nargs="*", default=[32, 1024, 4096])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--pieces", type=int, default=4, help="pieces of score matching; of 8x8 patches each has 625")
     parser.add_argument("--device", default="cpu")
@@ -97,8 +109,7 @@ def main():
         result[f"training_ratio_{batch}"] = round(best / rates["deepinv"], 2)
     smooth = glow_flow(64, 5, 192, permute=True, activation="silu", generator=torch.Generator())
     for patch_size, flow in ((6, None), (8, smooth)):
-        ratio = score_over_likelihood(patch_size, args.pieces, args.repeats, args.device, flow)
-        result[f"score_over_likelihood_{patch_size}"] = ratio
+        result |= second_derivatives(patch_size, args.pieces, args.repeats, args.device, flow)
     print(json.dumps({**result, "device": args.device, "versions": versions()}))
 
 

@@ -1,4 +1,8 @@
-"""The layers of a coupling's networks, differentiated along a direction; ``push`` and ``pull`` as in ``tangents``."""
+"""
+The layers of a coupling's networks, differentiated along a direction.
+
+``push`` and ``pull`` are as in ``tangents``; those of a network write its outputs, and add to the gradient in its inputs.
+"""
 
 from collections.abc import Callable
 
