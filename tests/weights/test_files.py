@@ -119,7 +119,7 @@ def test_flipped_bytes_give_finite_weights_or_our_error(data, tmp_path_factory):
 def test_pretrained_names():
     with pytest.raises(
         CheckpointError,
-        match="nothing: no file or shipped weights of this name; shipped: 'gravel', 'lfw', 'natural25', 'Patch",
+        match="nothing: no file or shipped weights of this name; shipped: 'gravel', 'lfw', 'natural', 'natural25', 'Patch",
     ):
         PatchNR(pretrained="nothing")
     with pytest.raises(CheckpointError, match=r"missing.pt: no file"):
