@@ -58,7 +58,7 @@ from torch import Tensor
 from deepinv_flows import MAP, FlowDenoiser, PatchNR, load_images
 
 LEVELS, PATCH, COMPONENTS = (15, 25, 50), 6, 200
-SHIPPED = {"denoiser": "natural25", "prior": "natural", "bilevel": "natural25-map"}
+SHIPPED = {"denoiser": "natural25", "prior": "natural"}
 METHODS = ("bm3d", "epll", "tv", "map", "bilevel", "denoiser")
 PSNR, SSIM = dinv.metric.PSNR(), dinv.metric.SSIM()
 SPAWN = multiprocessing.get_context("spawn")  # forked processes may hang, or share a GPU
@@ -205,19 +205,19 @@ def methods(args, train: list[Tensor]) -> dict[str, list[Method]]:
         Method(lambda: functools.partial(by_epll, mixture=fitted_mixture(train, args)), [0.5, 1.0, 2.0], fitted)
     ]
     found["tv"] = [Method(lambda: by_tv, [0.7, 1.0, 1.4])]
-    if args.prior:
+    if args.prior and "map" in args.methods:
         make = functools.partial(load_prior, args.prior, args.device, pad=True)
         found["map"] = [
             Method(lambda: functools.partial(by_map, prior=make()), [0.1, 0.2, 0.4], fingerprint(args.prior))
         ]
-    for name in args.bilevel:
+    for name in args.bilevel if "bilevel" in args.methods else []:
         model = MAP.from_checkpoint(name, verbose=False).requires_grad_(False)
         on_device(model.prior, args.device)
         known = float(model.data_fidelity.norm) ** -0.5
         method = functools.partial(by_model, model=model)
         takes = functools.partial(_within, low=known, high=known)
         found["bilevel"].append(Method(lambda method=method: method, [0], fingerprint(name), takes))
-    for name in args.denoiser:
+    for name in args.denoiser if "denoiser" in args.methods else []:
         prior = load_prior(name, args.device)
         low, high = prior.sigma_range or (0.0, float("inf"))
         method = functools.partial(by_denoiser, denoiser=FlowDenoiser(prior))
@@ -237,7 +237,7 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="six test images, noise 25")
     add("--denoiser", nargs="*", default=[SHIPPED["denoiser"]], help="files, or shipped weights")
     add("--prior", default=SHIPPED["prior"], help="file of PatchNR.save, for MAP, or shipped weights")
-    add("--bilevel", nargs="*", default=[SHIPPED["bilevel"]], help="files of MAP.save, each for the level of its L2")
+    add("--bilevel", nargs="*", default=[], help="files of MAP.save, each for the level of its L2")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--levels", type=int, nargs="+", choices=LEVELS, default=LEVELS)
     add("--device", default="cpu", help="of all methods but BM3D")
