@@ -13,10 +13,14 @@ from torch import Tensor
 
 from ..patches import PatchIndex
 from .steps import Coupling, note, run
-from .sweep import LEAST_SHARE, Sums, in_threads, locate, patches_of_chunk, split, thread_count, zeros
+from .sweep import Sums, in_threads, locate, patches_of_chunk, split, thread_count, zeros
 from .tangents import AffineTangent, CouplingTangent
 from .workspace import Workspace, memory, workspace
 
+LEAST, SHARED = (
+    512,
+    8,
+)  # a chunk of fewer patches is not worth its program; into how many few patches are divided for threads
 MEMORY = 2**29  # bytes that may be kept until backward passes, by all calls together
 
 
@@ -109,7 +113,7 @@ class Second:
 
     def __post_init__(self) -> None:
         self.flat, total = self._flat(self.x), len(self.index)
-        several = min(os.cpu_count() or 1, total // LEAST_SHARE) if self.flat.device.type == "cpu" else 1
+        several = min(os.cpu_count() or 1, SHARED, total // LEAST) if self.flat.device.type == "cpu" else 1
         parts = max(math.ceil(total / self.chunk_size), several)
         self.size = patches_of_chunk(total, math.ceil(total / parts), self.flat.dtype)
         self.firsts = range(0, total, self.size)
