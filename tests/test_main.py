@@ -13,4 +13,4 @@ def test_a_bug_report_has_versions_devices_and_weights():
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     facts = dict(line.split(maxsplit=1) for line in printed.splitlines())
     assert facts["deepinv_flows"] == deepinv_flows.__version__ and torch.__version__.startswith(facts["torch"])
-    assert "gravel, lfw, natural, natural25" in printed and "CUDA" in facts and int(facts["threads"]) >= 1
+    assert "gravel, lfw, natural, natural15-50, natural25" in printed and "CUDA" in facts and int(facts["threads"]) >= 1

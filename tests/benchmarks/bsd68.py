@@ -15,8 +15,8 @@ of ``train400`` that are kept from every training, numbers 21, 61, ..., 381 of i
 - MAP: ``MAP(prior)``, for ``--prior``, a PatchNR trained on ``train400`` with little noise, of images that are mirrored at their
   borders; its strength chosen;
 - bilevel: the models of ``--bilevel``, of ``train_bilevel.py``, that were trained for the level; nothing to choose;
-- denoiser: ``FlowDenoiser(prior)``, for those of ``--denoiser`` that know the level; nothing to choose. If several know a level,
-  each is a row.
+- denoiser: ``FlowDenoiser(prior)``, for those of ``--denoiser`` that know the level; nothing to choose. Each is a row, and
+  ``denoiser`` the one of the narrowest range.
 
 ``--quick`` takes every twelfth test image and noise 25, and chooses strengths on the middle 96x96 pixels of the ten images; a
 method without weights is left out. ``--cache`` keeps the mixture.
@@ -58,7 +58,7 @@ from torch import Tensor
 from deepinv_flows import MAP, FlowDenoiser, PatchNR, load_images
 
 LEVELS, PATCH, COMPONENTS = (15, 25, 50), 6, 200
-SHIPPED = {"denoiser": "natural25", "prior": "natural"}
+SHIPPED = {"denoiser": ["natural25", "natural15-50"], "prior": "natural"}
 METHODS = ("bm3d", "epll", "tv", "map", "bilevel", "denoiser")
 PSNR, SSIM = dinv.metric.PSNR(), dinv.metric.SSIM()
 SPAWN = multiprocessing.get_context("spawn")  # forked processes may hang, or share a GPU
@@ -78,6 +78,7 @@ class Method:
     grid: list[float]
     of: str = ""
     takes: Callable[[float], bool] = lambda sigma: True
+    width: float = 0.0  # of the range of levels
 
 
 def noisy(x: Tensor, sigma: float, seed: int) -> Tensor:
@@ -222,7 +223,7 @@ def methods(args, train: list[Tensor]) -> dict[str, list[Method]]:
         low, high = prior.sigma_range or (0.0, float("inf"))
         method = functools.partial(by_denoiser, denoiser=FlowDenoiser(prior))
         takes = functools.partial(_within, low=low, high=high)
-        found["denoiser"].append(Method(lambda method=method: method, [0], fingerprint(name), takes))
+        found["denoiser"].append(Method(lambda method=method: method, [0], fingerprint(name), takes, high - low))
     return {name: found[name] for name in args.methods}
 
 
@@ -235,7 +236,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True)
     add("--quick", action="store_true", help="six test images, noise 25")
-    add("--denoiser", nargs="*", default=[SHIPPED["denoiser"]], help="files, or shipped weights")
+    add("--denoiser", nargs="*", default=SHIPPED["denoiser"], help="files, or shipped weights")
     add("--prior", default=SHIPPED["prior"], help="file of PatchNR.save, for MAP, or shipped weights")
     add("--bilevel", nargs="*", default=[], help="files of MAP.save, each for the level of its L2")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
@@ -269,8 +270,9 @@ def main():
             device = "cpu" if kind == "bm3d" else args.device
             on = where(device, args.tf32)
             fitting = [method for method in several if method.takes(level / 255)]
+            narrowest = [method for method in fitting if method.width == min(other.width for other in fitting)]
             for method in fitting:
-                name = kind if len(fitting) == 1 else f"{kind} {method.of}"
+                name = kind if narrowest == [method] else f"{kind} {method.of}"
                 key = dict(level=level, method=kind, of=method.of, images=len(test), **on)
                 found = rows.find(key)
                 if found is None:
@@ -280,7 +282,7 @@ def main():
                     found = rows.add(key, found | on)
                 print(f"sigma {level}, {name}: {found}", flush=True)
                 table.setdefault(level, {})[name] = found
-                if level == 25 and len(fitting) == 1:  # the test images do not choose among several
+                if level == 25 and name == kind:  # the test images do not choose among several
                     at_25[kind] = found["psnr"]
     print(json.dumps({**at_25, "rows": table, "images": len(test), **versions()}))
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from deepinv_flows import (
+    MAP,
     CheckpointError,
     FlowDenoiser,
     FlowPrior,
@@ -119,7 +120,8 @@ def test_flipped_bytes_give_finite_weights_or_our_error(data, tmp_path_factory):
 def test_pretrained_names():
     with pytest.raises(
         CheckpointError,
-        match="nothing: no file or shipped weights of this name; shipped: 'gravel', 'lfw', 'natural', 'natural25', 'Patch",
+        match="nothing: no file or shipped weights of this name; shipped: 'gravel', 'lfw', 'natural', "
+        "'natural15-50', 'natural25', 'Patch",
     ):
         PatchNR(pretrained="nothing")
     with pytest.raises(CheckpointError, match=r"missing.pt: no file"):
@@ -149,14 +151,27 @@ def test_shipped_weights():
     assert PatchNR(pretrained="gravel")(torch.rand(1, 1, 12, 12)).isfinite().all()
 
 
-def test_shipped_denoiser_removes_noise():
-    prior = PatchNR.from_checkpoint("natural25")
-    assert prior.sigma_range == (25 / 255, 25 / 255)
+@pytest.mark.parametrize("name, levels", [("natural25", (25, 25)), ("natural15-50", (15, 50))])
+def test_shipped_denoisers_remove_noise(name, levels):
+    prior = PatchNR.from_checkpoint(name)
+    assert prior.sigma_range == tuple(level / 255 for level in levels)
     (x,) = load_images("gravel")
     x = x[None, :, :64, :64]
-    y = x + 25 / 255 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        x_net = FlowDenoiser(prior)(y, 25 / 255)
+    for level in {25, *levels}:
+        y = x + level / 255 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            x_net = FlowDenoiser(prior)(y, level / 255)
+        assert (x_net - x).square().mean() < (0.8 if level == 15 else 0.5) * (y - x).square().mean()
+    with pytest.raises(ValueError, match="for which the prior was trained"):
+        FlowDenoiser(prior)(y, 10 / 255)
+
+
+def test_shipped_prior_of_photographs_reconstructs():
+    prior = PatchNR.from_checkpoint("natural", pad=True).requires_grad_(False)
+    (x,) = load_images("gravel")
+    x, physics = x[None, :, :48, :48], dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
+    y = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    x_net = MAP(prior, dinv.optim.L2(sigma=0.1), 0.4 * x.numel() / prior.dim, max_iter=30, verbose=False)(y, physics)
     assert (x_net - x).square().mean() < 0.5 * (y - x).square().mean()
 
 
