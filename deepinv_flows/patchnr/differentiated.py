@@ -30,8 +30,8 @@ def gradient(potential: PatchPotential, x: Tensor, second: Second, handed: Tenso
     :param torch.Tensor handed: the gradient for images with the factor 1, if it is known already.
     :param bool expected: whether a backward pass is expected to come.
     """
-    kept, possible = None, handed is None and potential.single_chunk
-    if possible and expected and second.may_keep():
+    kept, possible = None, handed is None and potential.single_chunk and second.fits()
+    if possible and expected and second.fits(beside=True):
         with torch.no_grad():
             found, kept = second.gradient()
         found = potential.as_image(found, x)
@@ -40,7 +40,7 @@ def gradient(potential: PatchPotential, x: Tensor, second: Second, handed: Tenso
         found = found * per_sample(second.scale, found)
     # of one shape whether kept or not, for torch's checkpoints, which compare what is saved each time
     if kept is None:
-        kept = x.new_zeros(1, dtype=torch.uint8).expand(second.kept_shape if possible else (2,))
+        kept = x.new_zeros(1, dtype=torch.uint8).expand(second.kept_shape if possible else (1, 1))
     trainable = [name for name, p in potential.params.items() if p.requires_grad]
     both = dict[str, Any]()
     if x.requires_grad:
@@ -98,4 +98,4 @@ class _OfWeights(torch.autograd.Function):
 
 
 def _unless_dummy(kept: Tensor) -> Tensor | None:
-    return kept if kept.is_contiguous() else None
+    return kept if bool(kept[-1, -1] == 1) else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..patches import PatchIndex
 from .steps import Coupling, note, run
-from .sweep import Sums, in_threads, locate, patches_of_chunk, split, thread_count, zeros
+from .sweep import ALIGNED, Sums, in_threads, locate, patches_of_chunk, split, thread_count, zeros
 from .tangents import AffineTangent, CouplingTangent
 from .workspace import Workspace, memory, workspace
 
@@ -120,22 +120,23 @@ class Second:
 
     @functools.cached_property
     def kept_shape(self) -> tuple[int, int]:
-        """The number of chunks, and the bytes that are kept of each."""
+        """The number of chunks, and the bytes that are kept of each; the last one is 1."""
         nowhere = torch.device("meta")
         kept = Workspace(
             self.size, self.flat.dtype, nowhere, self.flat.dtype, torch.empty(2**50, dtype=torch.uint8, device=nowhere)
         )
         space = Workspace(self.size, self.flat.dtype, nowhere, self.flat.dtype)
         SecondProgram(self.steps, len(self.index.offsets), kept, space, anew=False, directed=False)
-        return len(self.firsts), kept.taken
+        return len(self.firsts), kept.taken + ALIGNED
 
-    def may_keep(self) -> bool:
-        """Whether what ``along`` needs fits into memory, beside what is kept already."""
-        return math.prod(self.kept_shape) <= MEMORY - _alive.bytes
+    def fits(self, beside: bool = False) -> bool:
+        """Whether what ``along`` needs fits into memory, alone or ``beside`` what is kept already."""
+        return math.prod(self.kept_shape) <= MEMORY - (_alive.bytes if beside else 0)
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """The gradient in the images, flat, and what ``along`` needs of it, of the shape ``kept_shape``."""
         kept = memory(math.prod(self.kept_shape), self.flat.device).view(self.kept_shape)
+        kept[-1, -1] = 1
         _alive.watch(kept)
         return sum(self._by_threads(functools.partial(self._gradient, kept))), kept
 
