@@ -15,6 +15,7 @@ patches of any flow, are evaluated by autograd inside each chunk (:mod:`deepinv_
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,16 +135,8 @@ class PatchPotential:
 
         :param torch.Tensor scale: the factors s (B,); ``None`` for 1.
         """
-        # gradients stop at these aliases, so that hooks of the parameters run only once, on the result
-        aliases = {name: p.detach().requires_grad_(name in wanted) for name, p in self.params.items()}
-        with torch.enable_grad(), plain.own_graph():
-            steps = self.known_steps(aliases)
-            with torch.no_grad():
-                sums = self._sums(steps, x, weights=True, scale=scale)
-            with full_precision(x.device.type):
-                weight_grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
-        value, grad = self._means(sums, x)
-        return value, grad, [g * self.index.weight for g in weight_grads]
+        sums, weight_grads = self._with_grads(wanted, lambda steps: self._sums(steps, x, weights=True, scale=scale))
+        return *self._means(sums, x), weight_grads
 
     def second(self, steps: list, x: Tensor, scale: Tensor) -> Second:
         """What computes derivatives of the gradient of :math:`\\sum_b s_b g(x_b)`."""
@@ -159,15 +152,11 @@ class PatchPotential:
         :param torch.Tensor direction: v, like x.
         :param torch.Tensor kept: of :meth:`Second.gradient`.
         """
-        aliases = {name: p.detach().requires_grad_(name in wanted) for name, p in self.params.items()}
-        with torch.enable_grad(), plain.own_graph():
-            steps = self.known_steps(aliases)
-            with torch.no_grad():
-                sums = self.second(steps, x, scale).along(direction, bool(wanted), kept)
-            with full_precision(x.device.type):
-                weight_grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
+        sums, weight_grads = self._with_grads(
+            wanted, lambda steps: self.second(steps, x, scale).along(direction, bool(wanted), kept)
+        )
         assert sums.grad is not None
-        return self.as_image(sums.grad, x), [g * self.index.weight for g in weight_grads]
+        return self.as_image(sums.grad, x), weight_grads
 
     @property
     def single_chunk(self) -> bool:
@@ -211,6 +200,19 @@ class PatchPotential:
     def recorded_chunk(self, x: Tensor) -> int:
         """The number of patches whose graph is held at a time."""
         return self.chunk_size or (2048 if x.device.type == "cpu" else 65536)
+
+    def _with_grads(self, wanted: list[str], sums_of: Callable[[list], Sums]) -> tuple[Sums, list[Tensor]]:
+        """Sums over patches by the steps of the flow, and their gradients in the ``wanted`` weights."""
+        # gradients stop at these aliases, so that hooks of the parameters run only once, on the result
+        aliases = {name: p.detach().requires_grad_(name in wanted) for name, p in self.params.items()}
+        device = next(iter(aliases.values())).device.type
+        with torch.enable_grad(), plain.own_graph():
+            steps = self.known_steps(aliases)
+            with torch.no_grad():
+                sums = sums_of(steps)
+            with full_precision(device):
+                grads = _in_parameters(steps, sums.grads, [aliases[name] for name in wanted])
+        return sums, [g * self.index.weight for g in grads]
 
     def _sums(self, steps: list, x: Tensor, image: bool = True, weights: bool = False, scale=None) -> Sums:
         size = self.chunk_size or _fused_chunk(x, steps, self.dtype or x.dtype, image, weights)
