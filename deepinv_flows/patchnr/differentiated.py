@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..solvers import per_sample
 from . import by_autograd
 
 if TYPE_CHECKING:
@@ -28,16 +27,17 @@ def gradient(potential: PatchPotential, x: Tensor, second: Second, handed: Tenso
 
     :param Second second: what computes derivatives, with the factors of the images.
     :param torch.Tensor handed: the gradient for images with the factor 1, if it is known already.
-    :param bool expected: whether a backward pass is expected to come.
+    :param bool expected: whether a backward pass is expected that needs more than what is handed.
     """
-    kept, possible = None, handed is None and potential.single_chunk and second.fits()
-    if possible and expected and second.fits(beside=True):
+    found: Any
+    kept, possible = None, expected and potential.single_chunk and second.fits()
+    if possible and second.fits(beside=True):
         with torch.no_grad():
             found, kept = second.gradient()
         found = potential.as_image(found, x)
     else:
-        found = potential.value_and_grad(x)[1] if handed is None else handed
-        found = found * per_sample(second.scale, found)
+        found = potential.constants(x, second.steps)[1] if handed is None else handed
+        found = by_autograd.scaled(found, second.scale)
     # of one shape whether kept or not, for torch's checkpoints, which compare what is saved each time
     if kept is None:
         kept = x.new_zeros(1, dtype=torch.uint8).expand(second.kept_shape if possible else (1, 1))
@@ -98,4 +98,5 @@ class _OfWeights(torch.autograd.Function):
 
 
 def _unless_dummy(kept: Tensor) -> Tensor | None:
+    """What was kept, if its last byte says that it was."""
     return kept if bool(kept[-1, -1] == 1) else None

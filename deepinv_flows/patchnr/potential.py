@@ -105,12 +105,12 @@ class PatchPotential:
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value (B,) and its gradient in the image, without a graph; the weights are constants."""
-        if self.dtype is UNKNOWN:
-            self.dtype = _product_dtype(x, self.precision)
         return self.constants(x, self.steps(x))  # type: ignore[return-value]
 
     def constants(self, x: Tensor, steps: list | None, image: bool = True) -> tuple[Tensor, Tensor | None]:
         """The value (B,) by these steps and, if ``image``, its gradient in the image, without a graph."""
+        if self.dtype is UNKNOWN:
+            self.dtype = _product_dtype(x, self.precision)
         with torch.no_grad():
             if steps is None:
                 return plain.value_and_grad(self.module(), x, self.index, self.recorded_chunk(x), image)
@@ -122,10 +122,10 @@ class PatchPotential:
             return torch.func.grad(lambda u: self.value(u).sum())(x)
         if not self.trainable and not (x.requires_grad and torch.is_grad_enabled()):
             return self.value_and_grad(x)[1]
-        if self.steps(x) is None:
+        if (steps := self.steps(x)) is None:
             size = self.recorded_chunk(x)
             return plain.grad(self.module(len(self.index) > size), x, self.index, size)
-        return recorded.gradients(self, x, x.new_ones(self.index.batch))[0]
+        return recorded.gradients(self, x, x.new_ones(self.index.batch), steps=steps)[0]
 
     def all_grads(
         self, x: Tensor, wanted: list[str], scale: Tensor | None = None

@@ -115,7 +115,7 @@ class PatchNR(deepinv.optim.PatchNR):
         Prior.__init__(self)  # that of deepinv's PatchNR would draw a flow
         self.explicit_prior = True
         self.patch_size, self.channels = positive_int(patch_size=patch_size, channels=channels)
-        self.pad = pad
+        self.pad = "reflect" if pad is True else pad
         self.n_patches, self.stride, self.chunk_size = n_patches, stride, chunk_size
         self.subset, self.precision = subset, precision
         self._check_options()

@@ -48,20 +48,28 @@ def value(potential: PatchPotential, x: Tensor, steps: list | None) -> Tensor:
     return found
 
 
-def gradients(potential: PatchPotential, x: Tensor, scale: Tensor, wanted: list[str] | tuple = (), handed=None):
+def gradients(
+    potential: PatchPotential,
+    x: Tensor,
+    scale: Tensor,
+    wanted: list[str] | tuple = (),
+    handed: Tensor | None = None,
+    steps: list | None = None,
+):
     r"""
     Gradients of :math:`\sum_b s_b g(x_b)` in the image and in the ``wanted`` weights, differentiable in all of them.
 
     They are partial derivatives, also if x and the factors s (B,) depend on the weights. ``handed`` is the gradient in the image
-    for s = 1, if it is known already.
+    for s = 1, and ``steps`` are those of the flow, if they are known already.
     """
     if by_autograd.batched(scale):
         return by_autograd.direct(potential, x, scale, wanted)
     expected = handed is None and (x.requires_grad or (potential.trainable and potential.asked.second))
-    steps = None if wanted or scale.requires_grad else potential.steps(x)
-    if steps is not None and twice_differentiable(steps):
-        second = potential.second(steps, x, scale.detach())
-        return (differentiated.gradient(potential, x, second, handed, expected),)
+    if not wanted and not scale.requires_grad:
+        steps = potential.steps(x) if steps is None else steps
+        if steps is not None and twice_differentiable(steps):
+            second = potential.second(steps, x, scale.detach())
+            return (differentiated.gradient(potential, x, second, handed, expected),)
     few = expected and len(potential.index) <= min(potential.recorded_chunk(x), KEPT)
     if few and torch.is_grad_enabled():
         return by_autograd.direct(potential, x, scale, wanted)

@@ -71,8 +71,8 @@ def fit_bilevel(
     for clean images x and measurements y that are simulated anew in each step. The minimiser is found by :class:`MAP`; its
     derivatives follow from :math:`\nabla F(\hat x) = 0` as :math:`-v^\top \partial_\theta \nabla F(\hat x)` with
     :math:`\nabla^2 F(\hat x)\, v = \hat x - x`, up to the factor of the loss, which is solved by MINRES since the Hessian may be
-    indefinite. Memory does not grow with the number of iterations of the minimisation. Hessian-vector products take as long as
-    gradients where what they have in common, about 20 to 80 KB a patch, is not more than 512 MB in all, and twice as long
+    indefinite. Memory does not grow with the number of iterations of the minimisation. Hessian-vector products take about as
+    long as gradients where what they have in common, about 20 to 80 KB a patch, is not more than 512 MB in all, and twice as long
     otherwise.
 
     Begin with a prior that :func:`fit_patchnr` has trained. Smooth activations

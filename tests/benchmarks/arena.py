@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepinv_flows import PatchNR
-from deepinv_flows.weights import shipped
+from deepinv_flows.weights import located
 
 ON_GPU = 2**18  # patches at a time, for which there are about 5 GB: fewer and longer operations
 
@@ -48,7 +48,7 @@ class Rows:
 
 def fingerprint(weights: str | Path) -> str:
     """What tells two files of weights apart, shipped or not."""
-    path = shipped().get(str(weights), Path(weights))
+    path = Path(located(weights))
     return f"{path.name} {zlib.crc32(path.read_bytes()):08x}"
 
 

@@ -1,5 +1,5 @@
 r"""
-Train a PatchNR of clean patches further, for the reconstructions that it gives: the row ``bilevel`` of ``bsd68.py``.
+Train a PatchNR further, for the reconstructions that it gives: the row ``bilevel`` of ``bsd68.py``.
 
     python tests/benchmarks/train_bilevel.py --data DIR --prior FILE --sigma 25 --out FILE [--minutes 5] [--device cuda]
 
@@ -85,7 +85,7 @@ def train_bilevel(
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prior", required=True, help="file of PatchNR.save, of clean patches")
+    parser.add_argument("--prior", required=True, help="file of PatchNR.save, or shipped weights")
     parser.add_argument("--sigma", type=float, default=25.0, help="noise in grey levels")
     parser.add_argument("--out", required=True, help="file to write")
     parser.add_argument("--minutes", type=float, default=5.0)

@@ -105,7 +105,7 @@ def test_it_is_a_patchnr_of_deepinv():
 
 
 def test_it_prints_what_it_is():
-    assert "patch_size=3, channels=1, pad=True, n_patches=4, stride=1" in repr(smooth(pad=True, n_patches=4))
+    assert "patch_size=3, channels=1, pad='reflect', n_patches=4, stride=1" in repr(smooth(pad=True, n_patches=4))
 
 
 def test_whole_priors_pickled_before_still_work():

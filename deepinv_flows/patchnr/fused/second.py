@@ -17,10 +17,8 @@ from .sweep import ALIGNED, Sums, in_threads, locate, patches_of_chunk, split, t
 from .tangents import AffineTangent, CouplingTangent
 from .workspace import Workspace, memory, workspace
 
-LEAST, SHARED = (
-    512,
-    8,
-)  # a chunk of fewer patches is not worth its program; into how many few patches are divided for threads
+LEAST = 512  # patches of a chunk; fewer are not worth its program
+SHARED = 8  # chunks into which few patches are divided, for as many threads
 MEMORY = 2**29  # bytes that may be kept until backward passes, by all calls together
 
 
@@ -147,11 +145,8 @@ class Second:
         :param torch.Tensor direction: like x.
         :param torch.Tensor kept: of ``gradient``; what is needed is computed anew if it is ``None``.
         """
-        found = self._by_threads(functools.partial(self._along, self._flat(direction), weights, kept))
-        total = found[0]
-        for other in found[1:]:
-            total.add_(other)
-        return total
+        work = functools.partial(self._along, self._flat(direction), weights, kept)
+        return functools.reduce(Sums.add_, self._by_threads(work))
 
     def _by_threads(self, work: Callable) -> list:
         return in_threads(work, split(len(self.firsts), thread_count(self.flat, len(self.index))), self.stopped)

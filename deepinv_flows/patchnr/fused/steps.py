@@ -181,7 +181,7 @@ class Coupling:
         do(torch.tanh if self.function == "tanh" else torch.atan, tape.a, out=s)
         do(s.mul_, self.sign * self.alpha)
         if self.centred:
-            self._centre(do, s, tape)
+            centre(do, s, tape.sum)
         else:
             do(torch.sum, s, 0, out=tape.sum)
             do(log_det.add_, tape.sum)
@@ -216,7 +216,7 @@ class Coupling:
         do(torch.mul, gm, tape.product, out=ds)
         do(ds.sub_, weight)  # the log-determinant's part
         if self.centred:
-            self._centre(do, ds, tape)
+            centre(do, ds, tape.sum)
         do(gm.mul_, tape.factor)
         if self.sign < 0:
             do(torch.neg, gm, out=tape.grad_t)
@@ -228,10 +228,11 @@ class Coupling:
             do(torch.addcmul, tape.slope, a, a, value=self._slope(), out=a)
             do(ds.div_, a)
 
-    @staticmethod
-    def _centre(do: Callable, s: Tensor, tape: SimpleNamespace) -> None:
-        do(torch.mean, s, 0, out=tape.sum)
-        do(s.sub_, tape.sum)
+
+def centre(do: Callable, s: Tensor, mean: Tensor) -> None:
+    """Subtract from the columns of s their means, which are written to ``mean``."""
+    do(torch.mean, s, 0, out=mean)
+    do(s.sub_, mean)
 
 
 def recorded_nll(steps: list, x: Tensor) -> Tensor:

@@ -70,9 +70,7 @@ def patch_sums(
     flat = x.detach().reshape(-1).to(steps[0].packed[0].dtype)  # under autocast x may have another dtype
     sweep = _Sweep(steps, flat, index, chunk_size, dtype or flat.dtype, image, weights, scale)
     found = in_threads(sweep.share, split(len(index), thread_count(flat, len(index))), sweep.stopped)
-    total = found[0]
-    for other in found[1:]:
-        total.add_(other)
+    total = functools.reduce(Sums.add_, found)
     double = torch.float64 if flat.device.type != "mps" else flat.dtype
     total.value = sweep.values.view(index.batch, index.per_image).sum(1, dtype=double)
     return total

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .layers import NetworkTangent
-from .steps import Affine, Coupling
+from .steps import Affine, Coupling, centre
 from .workspace import Workspace
 
 
@@ -98,7 +98,7 @@ class CouplingTangent:
         self._scale(do)
         s = self.factor
         if step.centred:
-            _centre(do, s, self.sum)
+            centre(do, s, self.sum)
         do(s.exp_)
         if step.sign < 0:
             do(m.sub_, self.t)
@@ -137,7 +137,7 @@ class CouplingTangent:
             do(torch.mul, gm, self.product, out=self.grad_a)
             do(self.grad_a.sub_, weight)  # the log-determinant's part
             if self.step.centred:
-                _centre(do, self.grad_a, self.sum)
+                centre(do, self.grad_a, self.sum)
             do(self.grad_a.mul_, self.slope)
             do(gm.mul_, self.factor)
             if self.step.sign > 0:
@@ -159,7 +159,7 @@ class CouplingTangent:
         do(torch.mul, self.bend, self.grad_a, out=self.bent)
         do(self.bent.mul_, self.da)
         if step.centred:
-            _centre(do, self.ds, self.dsum)
+            centre(do, self.ds, self.dsum)
         if step.sign < 0:
             do(dm.sub_, self.dt)
         do(torch.mul, self.product, self.ds, out=self.dproduct)
@@ -188,7 +188,7 @@ class CouplingTangent:
         do(torch.mul, dgm, self.product, out=ds)
         do(ds.addcmul_, self.g, self.dproduct)
         if self.step.centred:
-            _centre(do, ds, self.dsum)
+            centre(do, ds, self.dsum)
         do(torch.addcmul, self.bent, ds, self.slope, out=ds)
         if self.step.sign > 0:
             do(self.dgrad_t.copy_, dgm)
@@ -196,8 +196,3 @@ class CouplingTangent:
         do(dgm.mul_, self.factor)
         if self.step.sign < 0:
             do(torch.neg, dgm, out=self.dgrad_t)
-
-
-def _centre(do: Callable, s: Tensor, mean: Tensor) -> None:
-    do(torch.mean, s, 0, out=mean)
-    do(s.sub_, mean)
